@@ -1,0 +1,1 @@
+"""Drivers: what turns a frozen machine description into a running machine."""

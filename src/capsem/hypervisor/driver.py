@@ -1,0 +1,118 @@
+"""What a hypervisor driver offers. A driver turns a frozen `MachineSpec` into a running `Machine`; nothing above this
+package knows how (no QMP, no command lines).
+
+Call order, which the contract suite holds every driver to:
+
+1. `Driver.start(spec)` returns a `Machine` whose vCPUs have not run yet, with both channels connected on the host
+   side, so that the guest never sees a port without a peer.
+2. `Machine.run()` once, then `pause()` and `run()` in turn as often as wanted.
+3. `Machine.kill()` at any time, any number of times; `wait()` returns how the machine ended, the same every time.
+
+Calls on one machine are made one at a time; different machines are independent unless `Features` says otherwise.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+
+class Accelerator(StrEnum):
+    """What executes the guest's instructions."""
+
+    KVM = "kvm"
+    TCG = "tcg"
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What a driver can and cannot do; callers ask this instead of the driver's name."""
+
+    name: str
+    transitions_overlap: bool  # may save, restore, boot and teardown of different machines run at the same time?
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One file of a volume's chain. `format` is "raw" or "qcow2"; what a file's own header says is never trusted."""
+
+    path: Path
+    format: str
+
+
+@dataclass(frozen=True, slots=True)
+class MachineSpec:
+    """Everything that decides what the guest sees, and the files it runs on. All paths are absolute.
+
+    `volume` is the layer chain, base first; only the last is written. `hardware` is the number of the virtual
+    hardware list (docs/virtual-hardware.md): machines of different numbers cannot share a checkpoint.
+    """
+
+    vm_id: str
+    cpus: int
+    ram_mb: int
+    accelerator: Accelerator
+    kernel: Path
+    initrd: Path
+    root: Path  # the image's read-only root file system
+    volume: tuple[Layer, ...]
+    ram_file: Path  # mapped privately, never written
+    command_line: str = ""  # appended to the kernel command line of the image
+    hardware: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a machine ended: `clean` when the guest powered itself off or we asked the VMM to quit."""
+
+    clean: bool
+    reason: str  # for people, e.g. "guest powered off", "qemu-system-x86_64 was killed by signal 9"
+
+
+class Machine(Protocol):
+    """A VMM process that belongs to us."""
+
+    @property
+    def pid(self) -> int:
+        """Process id of the VMM."""
+
+    @property
+    def control(self) -> socket.socket:
+        """Host end of the control channel: a connected, non-blocking stream socket. The caller owns it from here."""
+
+    @property
+    def console(self) -> socket.socket:
+        """Host end of the guest's serial console, likewise."""
+
+    async def run(self) -> None:
+        """Let the vCPUs run. Raises MachineFailed."""
+
+    async def pause(self) -> None:
+        """Stop the vCPUs; memory stays. Raises MachineFailed."""
+
+    async def kill(self) -> None:
+        """End the VMM at once and reap it. Safe to call again."""
+
+    async def wait(self) -> Ending:
+        """Return how the machine ended, once it has."""
+
+
+class Driver(Protocol):
+    """Makes machines."""
+
+    @property
+    def features(self) -> Features:
+        """What this driver can do on this host."""
+
+    async def accelerator(self) -> Accelerator:
+        """The best accelerator that was seen working on this host; the verdict is cached. Raises HostNotReady."""
+
+    def create_layer(self, path: Path, *, size_mb: int, vm_id: str, layer_id: str) -> None:
+        """Write a new, empty qcow2 layer of `size_mb` MiB, mode 0600, that carries both ids; durable on return."""
+
+    async def start(self, spec: MachineSpec, *, vmm_lock: int) -> Machine:
+        """Spawn the VMM, vCPUs stopped. It inherits the locked descriptor `vmm_lock`, so that the lock lives exactly as
+        long as it does, and it dies with the calling process. Raises HostNotReady, MachineFailed."""

@@ -1,0 +1,1 @@
+"""The QEMU driver (7.2 or newer)."""

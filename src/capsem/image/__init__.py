@@ -1,0 +1,1 @@
+"""Guest images: how they are made, found and checked."""

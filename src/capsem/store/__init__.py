@@ -1,0 +1,1 @@
+"""Durable state on the host: names of files, records, layers, locks."""

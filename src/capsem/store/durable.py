@@ -1,0 +1,83 @@
+"""Files that survive a crash: the only place that calls fsync and rename for data that must not be lost.
+
+The order is the whole point, and is the same everywhere: write a temporary name in the same directory, fsync it,
+rename it over the final name, fsync the directory. A reader sees the old content or the new, never a mixture, and
+after a crash the same holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+TEMPORARY = ".tmp-"
+
+
+def write(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Replace the content of `path` atomically and durably. Raises OSError; then `path` is as it was."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}.{os.getpid()}")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make additions, renames and removals in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of a file that somebody else wrote durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Rename a file or directory within one file system, durably."""
+    os.rename(old, new)
+    sync_directory(new.parent)
+    if new.parent != old.parent:
+        sync_directory(old.parent)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a file or directory tree; one that is not there is no error. Symbolic links are removed, not followed."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path)
+
+
+def allocated_bytes(path: Path) -> int:
+    """Bytes that a file or tree really takes on disk (a hole takes none); links are not followed. Vanishing is no error."""
+    try:
+        info = path.lstat()
+    except FileNotFoundError:
+        return 0
+    total = info.st_blocks * 512
+    if path.is_dir() and not path.is_symlink():
+        with contextlib.suppress(FileNotFoundError):
+            total += sum(allocated_bytes(child) for child in path.iterdir())
+    return total

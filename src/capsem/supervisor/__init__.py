@@ -1,0 +1,1 @@
+"""One process per running VM: it owns the machine and speaks with the guest."""
