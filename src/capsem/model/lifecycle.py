@@ -130,7 +130,13 @@ def to_markdown() -> str:
         "    [*] --> created",
     ]
     lines += [f"    {state} --> {to}: {event}" for state, moves in TRANSITIONS.items() for event, to in moves.items()]
-    lines += ["    deleted --> [*]", "```", "", "| state | shown as | what is true in it | events |", "|---|---|---|---|"]
+    lines += [
+        "    deleted --> [*]",
+        "```",
+        "",
+        "| state | shown as | what is true in it | events |",
+        "|---|---|---|---|",
+    ]
     for state, moves in TRANSITIONS.items():
         events = ", ".join(f"{event} -> {to}" for event, to in moves.items()) or "-"
         lines.append(f"| {state} | {PUBLIC_STATUS[state] or 'not listed'} | {INVARIANTS[state]} | {events} |")

@@ -60,10 +60,13 @@ def check_env(env: MappingProxyType[str, str] | dict[str, str]) -> None:
     for key, value in env.items():
         shown = _PRINTABLE.sub("?", key[:80])
         if not key or "=" in key or "\0" in key:
-            raise InvalidInput(f"bad environment variable name {shown!r}", hint='a name is not empty and has no "=" or NUL')
+            raise InvalidInput(
+                f"bad environment variable name {shown!r}", hint='a name is not empty and has no "=" or NUL'
+            )
         if key in BLOCKED_ENV:
             raise InvalidInput(
-                f"environment variable {key} is blocked", hint="it would change how the shell or loader runs; leave it out"
+                f"environment variable {key} is blocked",
+                hint="it would change how the shell or loader runs; leave it out",
             )
         if "\0" in value:
             raise InvalidInput(f"environment variable {shown} contains NUL", hint="remove it")

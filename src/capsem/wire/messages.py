@@ -1,0 +1,281 @@
+"""Every message on the control channel, once. JSON objects with a type tag "t"; unknown keys are ignored.
+
+Call order of an epoch (handshake.py holds both ends to it):
+
+    guest  Ready           after the epoch's nonce
+    host   BootConfig, SetEnv*, BootConfigDone
+    guest  BootReady       from here on streams may be opened, and either end may send Ping
+
+A stream is opened by a request, carries data on its channels, and is closed by the request's result or by `Failed`.
+Which requests open streams, who may open them and what closes them is in `STREAMS`.
+"""
+
+from __future__ import annotations
+
+import json
+
+from capsem.wire.frames import MAX_MESSAGE, ProtocolError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, ClassVar, dataclass_transform
+else:
+
+    def dataclass_transform(**_):
+        """Nothing at run time: the guest does not pay for importing typing."""
+        return lambda cls: cls
+
+
+PROTOCOL_VERSION = 1
+
+STDIN, STDOUT, STDERR = 0, 1, 2  # channels of a stream; file contents travel on STDIN towards and STDOUT from the guest
+
+_MISSING = object()
+_KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "bool": (bool,),
+    "float": (float, int),
+    "list[str]": (list,),
+    "dict[str, str]": (dict,),
+    "dict[str, float]": (dict,),
+    "None": (type(None),),
+}
+
+
+def _checker(annotation: str) -> Any:
+    """A predicate for values of one annotated type, written as in the classes below."""
+    alternatives = [part.strip() for part in annotation.split("|")]
+    types = tuple(kind for part in alternatives for kind in _KINDS[part])
+    inner: tuple[type, ...] | None = None
+    if "list[str]" in alternatives or "dict[str, str]" in alternatives:
+        inner = (str,)
+    elif "dict[str, float]" in alternatives:
+        inner = (float, int)
+
+    def check(value: Any) -> bool:
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            return False
+        if inner and isinstance(value, (list, dict)):
+            return all(isinstance(item, inner) for item in (value.values() if isinstance(value, dict) else value))
+        return True
+
+    return check
+
+
+@dataclass_transform(kw_only_default=True)
+class Message:
+    """Base of all messages: keyword arguments, typed fields, a tag that stands for the class on the wire."""
+
+    tag: ClassVar[str]
+    _fields: ClassVar[dict[str, tuple[Any, Any]]] = {}
+    __slots__ = ("__dict__",)
+
+    def __init_subclass__(cls, tag: str) -> None:
+        cls.tag = tag
+        own = {name: kind for name, kind in cls.__annotations__.items() if not name.startswith("_")}
+        cls._fields = {name: (_checker(kind), cls.__dict__.get(name, _MISSING)) for name, kind in own.items()}
+
+    def __init__(self, **values: Any) -> None:
+        for name, (check, default) in self._fields.items():
+            value = values.pop(name, default)
+            if value is _MISSING:
+                raise ProtocolError(f"{self.tag}: {name} is missing")
+            if value is not default and not check(value):
+                raise ProtocolError(f"{self.tag}: bad {name}")
+            self.__dict__[name] = value
+        if values:
+            raise TypeError(f"{self.tag}: unknown field {next(iter(values))}")
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.__dict__ == other.__dict__
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={str(value)[:60]!r}" for name, value in self.__dict__.items())
+        return f"{type(self).__name__}({shown})"
+
+
+class Ready(Message, tag="ready"):
+    """Guest: the agent runs. `epoch`: the last one completed, 0 after a cold boot. `restarts`: how often the agent died."""
+
+    protocol: int
+    agent: str
+    boot_id: str
+    epoch: int = 0
+    restarts: int = 0
+
+
+class BootConfig(Message, tag="boot-config"):
+    """Host: who this VM is and what time it is. `next_nonce` (hex) begins the epoch after this one."""
+
+    protocol: int
+    vm_id: str
+    hostname: str
+    epoch: int
+    time: float
+    next_nonce: str
+    timezone: str | None = None
+
+
+class SetEnv(Message, tag="set-env"):
+    """Host: one variable for every command. The set is complete at BootConfigDone and replaces the last epoch's."""
+
+    name: str
+    value: str
+
+
+class BootConfigDone(Message, tag="boot-config-done"):
+    """Host: that was all."""
+
+
+class BootReady(Message, tag="boot-ready"):
+    """Guest: identity, clock and environment are in place. Times in seconds since the kernel started."""
+
+    epoch: int
+    clock_step: float
+    timings: dict[str, float] = {}
+
+
+class Ping(Message, tag="ping"):
+    """Either end: are you there? The host's carries its time, in seconds since 1970, and the guest follows it."""
+
+    id: int
+    time: float | None = None
+
+
+class Pong(Message, tag="pong"):
+    """The answer to Ping."""
+
+    id: int
+
+
+class PowerOff(Message, tag="power-off"):
+    """Host: end all processes (SIGTERM, then SIGKILL after `grace` seconds), flush, switch the machine off."""
+
+    grace: float = 2.0
+
+
+class ShutdownRequest(Message, tag="shutdown-request"):
+    """Guest: somebody in the VM asked for it to be stopped."""
+
+
+class SuspendRequest(Message, tag="suspend-request"):
+    """Guest: somebody in the VM asked for it to be suspended."""
+
+
+class Failed(Message, tag="failed"):
+    """Closes a stream whose request could not be done. `code` is one of capsem.model.errors."""
+
+    code: str
+    message: str
+    hint: str | None = None
+
+
+class Exec(Message, tag="exec"):
+    """Run `command` with bash. Data: STDIN in, STDOUT and STDERR out. `timeout` in seconds of guest time.
+
+    `job` identifies the run: the same job is never started twice.
+    """
+
+    job: str
+    command: str
+    env: dict[str, str] = {}
+    cwd: str | None = None
+    timeout: float | None = None
+    stdin: bool = False
+
+
+class Signal(Message, tag="signal"):
+    """On an Exec stream, from the host: send `number` to the command's whole process group."""
+
+    number: int
+
+
+class Exited(Message, tag="exited"):
+    """Closes an Exec stream. `exit_code` is the command's own; ended by `signal`, it is 1 as the contract has it."""
+
+    exit_code: int
+    signal: int | None = None
+    timed_out: bool = False
+    duration: float = 0.0
+
+
+class ReadFile(Message, tag="read-file"):
+    """Read a regular file inside the workspace; its bytes come on STDOUT. More than `limit` bytes: refused."""
+
+    path: str
+    limit: int | None = None
+
+
+class FileRead(Message, tag="file-read"):
+    """Closes a ReadFile stream."""
+
+    size: int
+    mode: int
+
+
+class WriteFile(Message, tag="write-file"):
+    """Write a file inside the workspace from the bytes on STDIN; parents are made, old content stays until the end."""
+
+    path: str
+    mode: int = 0o644
+
+
+class FileWritten(Message, tag="file-written"):
+    """Closes a WriteFile stream: the file is durable in the guest's file system."""
+
+    size: int
+
+
+class Sync(Message, tag="sync"):
+    """Flush all file systems of the guest."""
+
+
+class Synced(Message, tag="synced"):
+    """Closes a Sync stream."""
+
+    duration: float
+
+
+def _by_tag(*classes: type[Message]) -> dict[str, type[Message]]:
+    return {cls.tag: cls for cls in classes}
+
+
+CONTROL_MESSAGES = _by_tag(
+    Ready, BootConfig, SetEnv, BootConfigDone, BootReady, Ping, Pong, PowerOff, ShutdownRequest, SuspendRequest
+)
+# request -> what closes its stream when all goes well; every stream may also be closed by Failed
+STREAMS: dict[type[Message], type[Message]] = {Exec: Exited, ReadFile: FileRead, WriteFile: FileWritten, Sync: Synced}
+# Tags that later versions will use to open streams, so that nothing else takes them.
+RESERVED_STREAMS = ("egress", "resolve", "bulk-in", "bulk-out", "watch", "forward", "terminal")
+MESSAGES = {**CONTROL_MESSAGES, **_by_tag(*STREAMS, *STREAMS.values(), Signal, Failed)}
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
+
+
+def encode_message(message: Message) -> bytes:
+    """The JSON form. Raises ProtocolError when it is over the frame limit."""
+    fields = {name: value for name, value in message.__dict__.items() if value != message._fields[name][1]}
+    payload = json.dumps({"t": message.tag, **fields}, separators=(",", ":")).encode("ascii")
+    if len(payload) > MAX_MESSAGE:
+        raise ProtocolError(f"{message.tag} message of {len(payload)} bytes is over the limit of {MAX_MESSAGE}")
+    return payload
+
+
+def decode_message(payload: bytes, messages: dict[str, type[Message]] = MESSAGES) -> Message:
+    """The message in a frame's payload, one of `messages` (tag -> class). Raises ProtocolError, whatever the bytes."""
+    try:
+        fields = json.loads(payload, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"message is not JSON: {str(error)[:80]}") from None
+    if not isinstance(fields, dict):
+        raise ProtocolError("message is not an object")
+    tag = fields.pop("t", None)
+    cls = messages.get(tag) if isinstance(tag, str) else None
+    if cls is None:
+        raise ProtocolError(f"unknown message {str(tag)[:40]!r}")
+    return cls(**{name: value for name, value in fields.items() if name in cls._fields})

@@ -1,0 +1,382 @@
+"""Many streams on one connection, with flow control; bytes in, events out.
+
+Flow control. Each channel of a stream has a window. The receiver grants it by *absolute* offset: a CREDIT frame says
+"you may send up to byte N of this channel", so that a credit that is lost or repeated with an epoch does no harm. N is
+what the application has consumed plus the window; a credit is sent when half the window has been used.
+
+Order. What belongs to the connection (control messages, opening, credits, resets, messages on streams) goes out before
+data. Data goes out one frame a stream in turn. The message that closes a stream waits until its data is out.
+
+Ids. The host opens odd streams, the guest even ones; an id is not used twice in an epoch.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+
+from capsem.wire import frames
+from capsem.wire.frames import Frame, FrameDecoder, Marker, ProtocolError
+from capsem.wire.messages import MESSAGES, STREAMS, Message, decode_message, encode_message
+
+WINDOW = 256 * 1024  # bytes a channel may have under way; egress.md section 3 has the measurement
+MAX_STREAMS = 1024
+CHANNELS = 3
+_OFFSET = struct.Struct(">Q")
+
+
+class Event:
+    """Something that a peer did. `stream` is 0 where it concerns the whole connection."""
+
+    __slots__ = ("stream",)
+
+    def __init__(self, stream: int = 0) -> None:
+        self.stream = stream
+
+    def __repr__(self) -> str:
+        names = [name for cls in type(self).__mro__ for name in getattr(cls, "__slots__", ())]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r:.80}' for name in names)})"
+
+
+class EpochStarted(Event):
+    """The epoch of `nonce` began: every stream is gone. `answer` when this end began it and the peer agrees."""
+
+    __slots__ = ("answer", "nonce")
+
+    def __init__(self, nonce: bytes, *, answer: bool) -> None:
+        super().__init__()
+        self.nonce = nonce
+        self.answer = answer
+
+
+class MessageReceived(Event):
+    """A message for the connection (stream 0) or on a stream."""
+
+    __slots__ = ("message",)
+
+    def __init__(self, stream: int, message: Message) -> None:
+        super().__init__(stream)
+        self.message = message
+
+
+class Opened(MessageReceived):
+    """The peer opened a stream with a request."""
+
+    __slots__ = ()
+
+
+class Closed(MessageReceived):
+    """The peer closed a stream with a result; it has sent all its data before."""
+
+    __slots__ = ()
+
+
+class DataReceived(Event):
+    """Bytes on a channel; give them back with `consumed` once they are dealt with."""
+
+    __slots__ = ("channel", "data")
+
+    def __init__(self, stream: int, channel: int, data: bytes) -> None:
+        super().__init__(stream)
+        self.channel = channel
+        self.data = data
+
+
+class EndReceived(Event):
+    """The peer will send nothing more on a channel."""
+
+    __slots__ = ("channel",)
+
+    def __init__(self, stream: int, channel: int) -> None:
+        super().__init__(stream)
+        self.channel = channel
+
+
+class CreditReceived(EndReceived):
+    """There is room to send on a channel that may have been blocked."""
+
+    __slots__ = ()
+
+
+class ResetReceived(Event):
+    """The peer gave up a stream: nothing more comes, nothing more is wanted."""
+
+    __slots__ = ()
+
+
+class _Out:
+    __slots__ = ("end", "end_sent", "limit", "queue", "queued", "sent")
+
+    def __init__(self) -> None:
+        self.queue: deque[memoryview] = deque()
+        self.queued = 0  # bytes in the queue
+        self.sent = 0  # offset of the first byte not yet sent
+        self.limit = WINDOW
+        self.end = False
+        self.end_sent = False
+
+
+class _In:
+    __slots__ = ("consumed", "ended", "limit", "received")
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.consumed = 0
+        self.limit = WINDOW
+        self.ended = False
+
+
+class _Stream:
+    __slots__ = ("closing", "id", "incoming", "outgoing", "request")
+
+    def __init__(self, stream: int, request: Message) -> None:
+        self.id = stream
+        self.request = request
+        self.outgoing: dict[int, _Out] = {}
+        self.incoming: dict[int, _In] = {}
+        self.closing: bytes | None = None
+
+    def out(self, channel: int) -> _Out:
+        return self.outgoing.setdefault(channel, _Out())
+
+
+class Mux:
+    """One end of a connection. `initiator` is the host (or the client of a supervisor); the other end is the guest.
+
+    `messages` and `requests` are the tables of what may travel: by default those of the control channel.
+    """
+
+    def __init__(
+        self,
+        decoder: FrameDecoder,
+        *,
+        initiator: bool,
+        messages: dict[str, type[Message]] = MESSAGES,
+        requests: dict[type[Message], type[Message]] = STREAMS,
+    ) -> None:
+        self.decoder = decoder
+        self._messages = messages
+        self._requests = tuple(requests)
+        self._first = 1 if initiator else 2
+        self._next = self._first
+        self._peer_last = 0
+        self._streams: dict[int, _Stream] = {}
+        self._urgent: deque[bytes] = deque()
+        self._turns: deque[int] = deque()  # streams that have something to send, each once
+        self._begun = b""  # the epoch that this end announced and the peer has not answered yet
+
+    # -- sending
+
+    def begin_epoch(self, nonce: bytes) -> None:
+        """Forget every stream and all that is queued, and announce an epoch to the peer."""
+        self.forget()
+        self._urgent.append(frames.check_nonce(nonce))
+        self._begun = nonce
+
+    def forget(self) -> None:
+        """Forget every stream and all that is queued."""
+        self._streams.clear()
+        self._urgent.clear()
+        self._turns.clear()
+        self._next, self._peer_last = self._first, 0
+
+    def control(self, message: Message) -> None:
+        """Queue a message of the connection. Raises ProtocolError if it is too large."""
+        self._urgent.append(frames.encode(frames.CONTROL, payload=encode_message(message)))
+
+    def open(self, request: Message) -> int:
+        """Open a stream; returns its id. Raises ProtocolError when there are too many or the request is too large."""
+        if len(self._streams) >= MAX_STREAMS:
+            raise ProtocolError(f"more than {MAX_STREAMS} streams at once")
+        payload = encode_message(request)
+        stream = self._next
+        self._urgent.append(frames.encode(frames.OPEN, stream, payload=payload))
+        self._next += 2
+        self._streams[stream] = _Stream(stream, request)
+        return stream
+
+    def message(self, stream: int, message: Message) -> None:
+        """Queue a message on an open stream; it overtakes data. A stream that is gone swallows it."""
+        if stream in self._streams:
+            self._urgent.append(frames.encode(frames.MESSAGE, stream, payload=encode_message(message)))
+
+    def room(self, stream: int, channel: int) -> int:
+        """How many bytes `send` takes on a channel before more would only pile up here."""
+        state = self._streams.get(stream)
+        if state is None or state.closing is not None:
+            return 0
+        out = state.out(channel)
+        return 0 if out.end else max(0, out.limit - out.sent - out.queued)
+
+    def send(self, stream: int, channel: int, data: bytes | memoryview) -> None:
+        """Queue data; a stream that is gone swallows it. The caller keeps within `room`, or it piles up here."""
+        state = self._streams.get(stream)
+        if state is not None and data:
+            out = state.out(channel)
+            out.queue.append(memoryview(data))
+            out.queued += len(data)
+            self._take_turn(stream)
+
+    def end(self, stream: int, channel: int) -> None:
+        """Nothing more will be sent on a channel (after what is queued)."""
+        state = self._streams.get(stream)
+        if state is not None and not state.out(channel).end:
+            state.out(channel).end = True
+            self._take_turn(stream)
+
+    def close(self, stream: int, result: Message) -> None:
+        """Close a stream that the peer opened, once its queued data is out."""
+        state = self._streams.get(stream)
+        if state is not None and state.closing is None:
+            state.closing = frames.encode(frames.CLOSE, stream, payload=encode_message(result))
+            self._take_turn(stream)
+
+    def reset(self, stream: int) -> None:
+        """Give up a stream at once, dropping what is queued."""
+        if self._streams.pop(stream, None) is not None:
+            self._urgent.append(frames.encode(frames.RESET, stream))
+
+    def consumed(self, stream: int, channel: int, size: int) -> None:
+        """The application has dealt with `size` received bytes; grants new credit in time."""
+        state = self._streams.get(stream)
+        if state is None or channel not in state.incoming:
+            return
+        into = state.incoming[channel]
+        into.consumed += size
+        if not into.ended and into.consumed + WINDOW - into.limit >= WINDOW // 2:
+            into.limit = into.consumed + WINDOW
+            self._urgent.append(frames.encode(frames.CREDIT, stream, channel, _OFFSET.pack(into.limit)))
+
+    @property
+    def streams(self) -> int:
+        """How many streams are open."""
+        return len(self._streams)
+
+    def request(self, stream: int) -> Message | None:
+        """The request that opened a stream, or None when there is no such stream."""
+        state = self._streams.get(stream)
+        return state.request if state else None
+
+    def output(self) -> bytes:
+        """The next bytes for the wire, in one piece for one write; b"" when there is nothing (or no credit)."""
+        if self._urgent:
+            taken = [self._urgent.popleft()]
+            size = len(taken[0])
+            while self._urgent and size + len(self._urgent[0]) <= frames.MAX_DATA:
+                taken.append(self._urgent.popleft())
+                size += len(taken[-1])
+            return b"".join(taken)
+        for _ in range(len(self._turns)):
+            stream = self._turns.popleft()
+            state = self._streams.get(stream)
+            if state is None:
+                continue
+            piece = self._piece(state)
+            if piece:
+                if stream in self._streams:
+                    self._turns.append(stream)
+                return piece
+        return b""
+
+    def _take_turn(self, stream: int) -> None:
+        if stream not in self._turns:
+            self._turns.append(stream)
+
+    def _piece(self, state: _Stream) -> bytes:
+        """The next frame of one stream, or b"" when it must wait."""
+        drained = True
+        for channel, out in state.outgoing.items():
+            if out.queue:
+                size = min(len(out.queue[0]), frames.MAX_DATA, out.limit - out.sent)
+                if size <= 0:
+                    drained = False
+                    continue
+                head = out.queue.popleft()
+                if size < len(head):
+                    out.queue.appendleft(head[size:])
+                out.sent += size
+                out.queued -= size
+                return frames.encode(frames.DATA, state.id, channel, head[:size])
+            if out.end and not out.end_sent:
+                out.end_sent = True
+                return frames.encode(frames.EOF, state.id, channel)
+        if drained and state.closing is not None:
+            del self._streams[state.id]
+            return state.closing
+        return b""
+
+    # -- receiving
+
+    def receive(self, data: bytes | bytearray | memoryview) -> list[Event]:
+        """Take received bytes; return what happened. Raises ProtocolError: begin a new epoch, or hang up."""
+        events: list[Event] = []
+        for item in self.decoder.feed(data):
+            if isinstance(item, Marker):
+                if not item.answer:
+                    self.forget()
+                    self._urgent.append(frames.answer_to(item.nonce))
+                elif item.nonce != self._begun:
+                    self.forget()
+                self._begun = b""
+                events.append(EpochStarted(item.nonce, answer=item.answer))
+            else:
+                event = self._event(item)
+                if event is not None:
+                    events.append(event)
+        return events
+
+    def _event(self, frame: Frame) -> Event | None:
+        kind, stream = frame.kind, frame.stream
+        if kind == frames.CONTROL:
+            if stream:
+                raise ProtocolError("control frame on a stream")
+            return MessageReceived(0, decode_message(frame.payload, self._messages))
+        if not stream or frame.channel >= CHANNELS:
+            raise ProtocolError(f"bad stream or channel in {frame!r}")
+        if kind == frames.OPEN:
+            return self._opened(frame)
+        state = self._streams.get(stream)
+        if state is None:
+            # It may have been given up on this side while the frame was under way; one never opened is an error.
+            if (stream % 2 == self._first % 2 and stream < self._next) or 0 < stream <= self._peer_last:
+                return None
+            raise ProtocolError(f"{frame!r} on a stream that was never opened")
+        if kind == frames.DATA:
+            return self._data(state, frame)
+        if kind == frames.EOF:
+            state.incoming.setdefault(frame.channel, _In()).ended = True
+            return EndReceived(stream, frame.channel)
+        if kind == frames.CREDIT:
+            if len(frame.payload) != _OFFSET.size:
+                raise ProtocolError("bad credit")
+            out = state.out(frame.channel)
+            out.limit = max(out.limit, _OFFSET.unpack(frame.payload)[0])
+            self._take_turn(stream)
+            return CreditReceived(stream, frame.channel)
+        if kind == frames.RESET:
+            del self._streams[stream]
+            return ResetReceived(stream)
+        message = decode_message(frame.payload, self._messages)
+        if kind == frames.CLOSE:
+            del self._streams[stream]
+            return Closed(stream, message)
+        return MessageReceived(stream, message)
+
+    def _opened(self, frame: Frame) -> Event:
+        if frame.stream % 2 == self._first % 2 or frame.stream <= self._peer_last:
+            raise ProtocolError(f"stream {frame.stream} is not the peer's to open")
+        if len(self._streams) >= MAX_STREAMS:
+            raise ProtocolError(f"more than {MAX_STREAMS} streams at once")
+        request = decode_message(frame.payload, self._messages)
+        if not isinstance(request, self._requests):
+            raise ProtocolError(f"{request.tag} does not open a stream")
+        self._peer_last = frame.stream
+        self._streams[frame.stream] = _Stream(frame.stream, request)
+        return Opened(frame.stream, request)
+
+    def _data(self, state: _Stream, frame: Frame) -> Event:
+        into = state.incoming.setdefault(frame.channel, _In())
+        into.received += len(frame.payload)
+        if into.ended or into.received > into.limit:
+            raise ProtocolError(f"{frame!r} after the end or over the credit")
+        return DataReceived(state.id, frame.channel, frame.payload)
