@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Final
 
 from capsem.model.errors import InvalidInput
+from capsem.wire.environment import env_problem
 
 CPUS: Final = range(1, 9)
 RAM_MB: Final = range(256, 16384 + 1)
@@ -21,11 +22,6 @@ ENV_KEY_BYTES: Final = 256
 ENV_VALUE_BYTES: Final = 128 * 1024
 ENV_TOTAL_BYTES: Final = 10 * 1024 * 1024
 
-# Names that change how a shell or the dynamic loader behaves before the command's first instruction.
-BLOCKED_ENV: Final = frozenset(
-    "LD_PRELOAD LD_LIBRARY_PATH LD_AUDIT LD_BIND_NOT LD_DEBUG LD_DYNAMIC_WEAK LD_PROFILE LD_SHOW_AUXV LD_USE_LOAD_BIAS "
-    "IFS BASH_ENV ENV CDPATH GLOBIGNORE SHELLOPTS BASHOPTS PROMPT_COMMAND PS4".split()
-)
 _PRINTABLE = re.compile(r"[^\x21-\x7e]")
 
 
@@ -59,17 +55,8 @@ def check_env(env: MappingProxyType[str, str] | dict[str, str]) -> None:
     total = 0
     for key, value in env.items():
         shown = _PRINTABLE.sub("?", key[:80])
-        if not key or "=" in key or "\0" in key:
-            raise InvalidInput(
-                f"bad environment variable name {shown!r}", hint='a name is not empty and has no "=" or NUL'
-            )
-        if key in BLOCKED_ENV:
-            raise InvalidInput(
-                f"environment variable {key} is blocked",
-                hint="it would change how the shell or loader runs; leave it out",
-            )
-        if "\0" in value:
-            raise InvalidInput(f"environment variable {shown} contains NUL", hint="remove it")
+        if problem := env_problem(key, value):
+            raise InvalidInput(f"bad environment variable: {problem}", hint="leave it out or change it")
         key_size, value_size = (len(text.encode(errors="surrogatepass")) for text in (key, value))
         if key_size > ENV_KEY_BYTES or value_size > ENV_VALUE_BYTES:
             raise InvalidInput(

@@ -1,0 +1,226 @@
+"""A connection of many streams (wire.Mux) driven by asyncio; used with the guest and between service and supervisor."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import cast
+
+from capsem.model.errors import CapsemError, Interrupted, InvalidInput, from_dict
+from capsem.wire.frames import ProtocolError
+from capsem.wire.messages import Failed, Message
+from capsem.wire.streams import (
+    Closed,
+    CreditReceived,
+    DataReceived,
+    EndReceived,
+    EpochStarted,
+    Event,
+    MessageReceived,
+    Mux,
+    Opened,
+    ResetReceived,
+)
+
+
+class Stream:
+    """One stream, from the side that opened it or the side that serves it. Safe for several readers and writers."""
+
+    def __init__(self, channel: Channel, stream: int, request: Message) -> None:
+        self.id = stream
+        self.request = request
+        self.on_message: Callable[[Message], None] = lambda _message: None
+        self._channel = channel
+        self._chunks: dict[int, deque[bytes]] = {}
+        self._ended: set[int] = set()
+        self._result: Message | CapsemError | None = None
+        self._changed = asyncio.Event()
+
+    @property
+    def over(self) -> bool:
+        """Whether the peer closed the stream, gave it up, or is gone."""
+        return self._result is not None
+
+    async def read(self, channel: int) -> bytes:
+        """The next bytes on a channel; b"" when no more will come (see `result` for how it ended)."""
+        while True:
+            chunks = self._chunks.get(channel)
+            if chunks:
+                data = chunks.popleft()
+                self._channel.mux.consumed(self.id, channel, len(data))
+                self._channel.flush()
+                return data
+            if channel in self._ended or self.over:
+                return b""
+            await self._changed.wait()
+
+    async def write(self, channel: int, data: bytes | memoryview) -> None:
+        """Send bytes, waiting for credit; returns when they are handed to the connection, or nobody wants them."""
+        view = memoryview(data)
+        while view and not self.over:
+            room = self._channel.mux.room(self.id, channel)
+            if room:
+                self._channel.mux.send(self.id, channel, view[:room])
+                self._channel.flush()
+                view = view[room:]
+            else:
+                await self._changed.wait()
+
+    def end(self, channel: int) -> None:
+        """Send nothing more on a channel."""
+        self._channel.mux.end(self.id, channel)
+        self._channel.flush()
+
+    def send(self, message: Message) -> None:
+        """Send a message on the stream; it overtakes data."""
+        self._channel.mux.message(self.id, message)
+        self._channel.flush()
+
+    def close(self, result: Message) -> None:
+        """The serving side's last word."""
+        self._channel.mux.close(self.id, result)
+        self._channel.forget(self)
+
+    def reset(self) -> None:
+        """Give up: the other side stops what it does for this stream."""
+        if not self.over:
+            self._channel.mux.reset(self.id)
+            self._channel.forget(self)
+            self.deliver(Interrupted("the request was given up"))
+
+    async def result(self) -> Message:
+        """How the stream was closed. Raises the CapsemError that the peer gave, or Interrupted when it is gone."""
+        while self._result is None:
+            await self._changed.wait()
+        if isinstance(self._result, CapsemError):
+            raise self._result
+        return self._result
+
+    def deliver(self, event: Event | CapsemError) -> None:
+        """For the channel: something happened."""
+        if isinstance(event, CapsemError):
+            self._result = self._result or event
+        elif isinstance(event, DataReceived):
+            self._chunks.setdefault(event.channel, deque()).append(event.data)
+        elif isinstance(event, Closed):
+            failed = event.message
+            self._result = from_dict(failed.__dict__) if isinstance(failed, Failed) else failed
+        elif isinstance(event, ResetReceived):
+            self._result = Interrupted("the other side gave the request up")
+        elif isinstance(event, MessageReceived):
+            self.on_message(event.message)
+        elif isinstance(event, EndReceived) and not isinstance(event, CreditReceived):
+            self._ended.add(event.channel)
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+
+class Channel(asyncio.Protocol):
+    """The connection. Set the callbacks before it is attached; they are called in the order of the bytes."""
+
+    def __init__(self, mux: Mux) -> None:
+        self.mux = mux
+        self.on_control: Callable[[Message], None] = lambda _message: None
+        self.on_epoch: Callable[[EpochStarted], None] = lambda _event: None
+        self.on_open: Callable[[Stream], None] = lambda _stream: None
+        self.on_garbage: Callable[[ProtocolError], None] = lambda _error: self.hang_up()
+        self.on_lost: Callable[[], None] = lambda: None
+        self._transport: asyncio.Transport | None = None
+        self._streams: dict[int, Stream] = {}
+        self._blocked = False
+
+    def open(self, request: Message) -> Stream:
+        """Open a stream. Raises Interrupted when the connection is gone, InvalidInput for a request too large."""
+        if self._transport is None or self._transport.is_closing():
+            raise Interrupted("the connection is closed")
+        try:
+            stream = Stream(self, self.mux.open(request), request)
+        except ProtocolError as error:
+            raise InvalidInput(str(error), hint="send less, or fewer at once") from error
+        self._streams[stream.id] = stream
+        self.flush()
+        return stream
+
+    def control(self, message: Message) -> None:
+        """Send a message of the connection."""
+        self.mux.control(message)
+        self.flush()
+
+    def flush(self) -> None:
+        """Hand queued output to the transport while it takes it."""
+        if self._transport is None:
+            return
+        while not self._blocked and not self._transport.is_closing():
+            data = self.mux.output()
+            if not data:
+                return
+            self._transport.write(data)
+
+    def drop_streams(self, reason: CapsemError) -> None:
+        """Every open stream ends with `reason`."""
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.deliver(reason)
+
+    def forget(self, stream: Stream) -> None:
+        """For a stream that is over on this side."""
+        self._streams.pop(stream.id, None)
+        self.flush()
+
+    def hang_up(self) -> None:
+        """Close the connection once what is queued is out."""
+        if self._transport is not None:
+            self._transport.close()
+
+    # -- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See asyncio.Protocol."""
+        self._transport = cast("asyncio.Transport", transport)
+        self.flush()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio.Protocol."""
+        self._transport = None
+        self.drop_streams(Interrupted("the connection was lost"))
+        self.on_lost()
+
+    def pause_writing(self) -> None:
+        """See asyncio.Protocol."""
+        self._blocked = True
+
+    def resume_writing(self) -> None:
+        """See asyncio.Protocol."""
+        self._blocked = False
+        self.flush()
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol."""
+        try:
+            for event in self.mux.receive(data):
+                self._dispatch(event)
+        except ProtocolError as error:
+            self.on_garbage(error)
+        self.flush()
+
+    def _dispatch(self, event: Event) -> None:
+        if isinstance(event, EpochStarted):
+            self.drop_streams(
+                Interrupted(
+                    "the guest agent began anew", hint="whether the request took effect is not known; look, then repeat"
+                )
+            )
+            self.on_epoch(event)
+        elif isinstance(event, Opened):
+            stream = Stream(self, event.stream, event.message)
+            self._streams[stream.id] = stream
+            self.on_open(stream)
+        elif isinstance(event, MessageReceived) and not event.stream:
+            self.on_control(event.message)
+        else:
+            stream_or_none = self._streams.get(event.stream)
+            if stream_or_none is not None:
+                if isinstance(event, (Closed, ResetReceived)):
+                    del self._streams[event.stream]
+                stream_or_none.deliver(event)

@@ -1,0 +1,269 @@
+"""The guest agent's services as coroutines, and the host's end of the handshake."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+
+from capsem.control.channel import Channel, Stream
+from capsem.model.errors import GuestFailed, Interrupted, TimedOut
+from capsem.system import Clock, Entropy
+from capsem.wire.frames import FIRST_NONCE, FrameDecoder, ProtocolError, make_nonce
+from capsem.wire.handshake import DONE, OFFERED, WAITING, HostHandshake
+from capsem.wire.messages import (
+    PROTOCOL_VERSION,
+    STDIN,
+    STDOUT,
+    BootConfig,
+    BootReady,
+    Exec,
+    FileRead,
+    FileWritten,
+    Message,
+    Ping,
+    Pong,
+    PowerOff,
+    ReadFile,
+    Ready,
+    ShutdownRequest,
+    SuspendRequest,
+    Sync,
+    Synced,
+    WriteFile,
+)
+from capsem.wire.streams import EpochStarted, Mux
+
+HEARTBEAT = 10.0  # seconds between pings; each carries the time
+HANDSHAKE_LIMIT = 10.0  # seconds until a handshake that hangs is begun again
+FILE_LIMIT = 30.0  # seconds for a file operation
+
+log = logging.getLogger("capsem_process.guest")
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who the guest is told to be."""
+
+    vm_id: str
+    hostname: str
+    env: Mapping[str, str]
+
+
+class Guest:
+    """The host's end of one machine's control channel."""
+
+    def __init__(self, identity: Identity, clock: Clock, entropy: Entropy) -> None:
+        self.identity = identity
+        self.epoch = 0
+        self.boot_id = ""
+        self.restarts = 0
+        self.on_request: Callable[[Message], None] = lambda _message: None  # ShutdownRequest, SuspendRequest
+        self.on_ready: Callable[[bool], None] = lambda _ready: None
+        self._clock = clock
+        self._entropy = entropy
+        self._nonce = FIRST_NONCE
+        self._next_nonce = b""
+        self._handshake = HostHandshake()
+        self._ready = asyncio.Event()
+        self._changed = asyncio.Event()  # ready or lost: worth looking again
+        self._watchdog: asyncio.TimerHandle | None = None
+        self._lost = False
+        self._pings: dict[int, asyncio.Future[None]] = {}
+        self._ping_id = 0
+        self.boot_ready: BootReady | None = None
+        self.channel = Channel(Mux(FrameDecoder(FIRST_NONCE), initiator=True))
+        self.channel.on_control = self._control
+        self.channel.on_epoch = self._epoch_started
+        self.channel.on_garbage = self._garbage
+        self.channel.on_lost = self._connection_lost
+
+    # -- epochs
+
+    def _epoch_started(self, _event: EpochStarted) -> None:
+        self._handshake = HostHandshake()
+        self._set_ready(False)
+
+    def _garbage(self, error: ProtocolError) -> None:
+        log.error("garbage from the guest agent, beginning a new epoch: %s", error)
+        self._set_ready(False)
+        self.channel.drop_streams(Interrupted("the guest agent sent garbage"))
+        self.channel.mux.decoder.hunt()
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        self._handshake = HostHandshake()
+        self.channel.mux.begin_epoch(self._nonce)
+        self.channel.flush()
+
+    def _control(self, message: Message) -> None:
+        if isinstance(message, Ping):
+            self.channel.control(Pong(id=message.id))
+        elif isinstance(message, Pong):
+            waiting = self._pings.pop(message.id, None)
+            if waiting is not None and not waiting.done():
+                waiting.set_result(None)
+        elif isinstance(message, (ShutdownRequest, SuspendRequest)):
+            self.on_request(message)
+        else:
+            self._handshake.receive(message)
+            if self._handshake.state == WAITING and isinstance(message, Ready):
+                self._offer(message)
+            elif self._handshake.state == DONE:
+                self._finish()
+
+    def _offer(self, ready: Ready) -> None:
+        self.boot_id, self.restarts = ready.boot_id, ready.restarts
+        self.epoch += 1
+        self._next_nonce = make_nonce(self._entropy.token_bytes)
+        # Until the guest has confirmed, its agent may still die knowing only the present nonce.
+        self.channel.mux.decoder.arm(self._nonce, self._next_nonce)
+        config = BootConfig(
+            protocol=PROTOCOL_VERSION,
+            vm_id=self.identity.vm_id,
+            hostname=self.identity.hostname,
+            epoch=self.epoch,
+            time=self._clock.time(),
+            next_nonce=self._next_nonce.hex(),
+        )
+        for message in self._handshake.offer(config, dict(self.identity.env)):
+            self.channel.mux.control(message)
+        self._stop_watchdog()
+        self._watchdog = asyncio.get_running_loop().call_later(HANDSHAKE_LIMIT, self._handshake_hangs)
+
+    def _stop_watchdog(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            self._watchdog = None
+
+    def _finish(self) -> None:
+        self._stop_watchdog()
+        self.boot_ready = self._handshake.boot_ready
+        self._nonce = self._next_nonce
+        self.channel.mux.decoder.arm(self._nonce)
+        self._set_ready(True)
+
+    def _set_ready(self, ready: bool) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+        if ready != self._ready.is_set():
+            (self._ready.set if ready else self._ready.clear)()
+            self.on_ready(ready)
+
+    def _connection_lost(self) -> None:
+        self._lost = True
+        self._stop_watchdog()
+        self._set_ready(False)
+        for waiting in self._pings.values():
+            if not waiting.done():
+                waiting.set_exception(Interrupted("the machine is gone"))
+        self._pings.clear()
+
+    # -- for the supervisor
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the handshake of the present epoch is done."""
+        return self._ready.is_set()
+
+    async def wait_ready(self, limit: float) -> None:
+        """Wait until the handshake is done, at most `limit` seconds. Raises TimedOut, Interrupted (connection lost)."""
+        try:
+            async with asyncio.timeout(limit):
+                while not self._ready.is_set():
+                    if self._lost:
+                        raise Interrupted("the machine ended before its guest was ready")
+                    await self._changed.wait()
+        except TimeoutError:
+            raise TimedOut(
+                f"the guest was not ready after {limit:.0f} s", hint="`capsem logs` shows its console"
+            ) from None
+
+    def _handshake_hangs(self) -> None:
+        if self._handshake.state == OFFERED:
+            log.warning("the handshake hangs; beginning it again")
+            self._begin_epoch()
+
+    async def heartbeat(self) -> None:
+        """Ping for ever, with the time; a guest that does not answer for a whole period is begun anew."""
+        while True:
+            await asyncio.sleep(HEARTBEAT)
+            if not self._ready.is_set():
+                continue
+            try:
+                await self.ping(HEARTBEAT)
+            except TimedOut:
+                log.warning("no answer to a ping for %.0f s", HEARTBEAT)
+            except Interrupted:
+                return
+
+    async def ping(self, limit: float) -> float:
+        """Round trip in seconds; carries the time to the guest. Raises TimedOut, Interrupted."""
+        if self._lost:
+            raise Interrupted("the machine is gone")
+        self._ping_id += 1
+        waiting = asyncio.get_running_loop().create_future()
+        self._pings[self._ping_id] = waiting
+        began = self._clock.monotonic()
+        self.channel.control(Ping(id=self._ping_id, time=self._clock.time()))
+        try:
+            async with asyncio.timeout(limit):
+                await waiting
+        except TimeoutError:
+            raise TimedOut(f"the guest agent did not answer within {limit:.0f} s") from None
+        finally:
+            self._pings.pop(self._ping_id, None)
+        return self._clock.monotonic() - began
+
+    def execute(self, request: Exec) -> Stream:
+        """Start a command; read its stream. Raises Interrupted, InvalidInput."""
+        return self.channel.open(request)
+
+    def power_off(self, grace: float) -> None:
+        """Ask the guest to end; the machine's end is the answer."""
+        self.channel.control(PowerOff(grace=grace))
+
+    async def read_file(self, path: str, limit: int) -> tuple[bytes, FileRead]:
+        """A file's content, up to `limit` bytes. Raises what the guest says; TimedOut."""
+        stream = self.channel.open(ReadFile(path=path, limit=limit))
+        async with _limited(stream, f"reading {path}"):
+            content = bytearray()
+            while data := await stream.read(STDOUT):
+                content += data
+            result = await stream.result()
+        assert isinstance(result, FileRead)
+        if result.size != len(content):
+            raise GuestFailed(f"{path}: got {len(content)} bytes of {result.size}")
+        return bytes(content), result
+
+    async def write_file(self, path: str, data: bytes, mode: int = 0o644) -> int:
+        """Write a file; it is durable in the guest on return. Raises what the guest says; TimedOut."""
+        stream = self.channel.open(WriteFile(path=path, mode=mode))
+        async with _limited(stream, f"writing {path}"):
+            await stream.write(STDIN, data)
+            stream.end(STDIN)
+            result = await stream.result()
+        assert isinstance(result, FileWritten)
+        return result.size
+
+    async def sync(self, limit: float) -> float:
+        """Flush the guest's file systems; returns seconds. Raises TimedOut, Interrupted."""
+        stream = self.channel.open(Sync())
+        async with _limited(stream, "sync", limit):
+            result = await stream.result()
+        assert isinstance(result, Synced)
+        return result.duration
+
+
+@contextlib.asynccontextmanager
+async def _limited(stream: Stream, what: str, limit: float = FILE_LIMIT) -> AsyncIterator[None]:
+    """Bound an operation on a stream; whatever goes wrong, the stream is given up."""
+    try:
+        async with asyncio.timeout(limit):
+            yield
+    except TimeoutError:
+        raise TimedOut(f"{what} timed out after {limit:.0f}s") from None
+    finally:
+        stream.reset()

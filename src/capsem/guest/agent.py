@@ -1,0 +1,258 @@
+"""The guest agent: an epoch's handshake, then each stream that the host opens handed to what serves it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import OrderedDict
+
+from capsem.guest.files import Reader, Refused, Writer, refusal
+from capsem.guest.loop import Loop, Timer
+from capsem.guest.memory import Memory
+from capsem.guest.port import Port
+from capsem.guest.processes import Command
+from capsem.guest.servant import Servant
+from capsem.guest.system import Bystander
+from capsem.wire.environment import env_problem
+from capsem.wire.frames import FrameDecoder, ProtocolError
+from capsem.wire.handshake import DONE, GuestHandshake
+from capsem.wire.messages import (
+    PROTOCOL_VERSION,
+    STDOUT,
+    BootReady,
+    Exec,
+    Failed,
+    Message,
+    Ping,
+    Pong,
+    PowerOff,
+    ReadFile,
+    Ready,
+    ShutdownRequest,
+    SuspendRequest,
+    Sync,
+    Synced,
+    WriteFile,
+)
+from capsem.wire.streams import (
+    CreditReceived,
+    DataReceived,
+    EndReceived,
+    EpochStarted,
+    Event,
+    MessageReceived,
+    Mux,
+    Opened,
+    ResetReceived,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+VERSION = "1"
+_FOLLOW_CLOCK = 0.5  # seconds that the clock may differ from a Ping's before it is stepped
+_JOBS_REMEMBERED = 4096
+
+# interface.md 6.2
+BASE_ENV = {
+    "HOME": "/root",
+    "TERM": "xterm-256color",
+    "PATH": "/opt/ai-clis/bin:/root/.local/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "LANG": "C",
+}
+
+
+class Agent:
+    """Speaks with the host over one port, for as long as the guest runs."""
+
+    def __init__(self, fd: int, *, workspace: str, memory: Memory, system: Bystander, ends: bool) -> None:
+        """Announce an epoch on `fd`. `ends`: an end of file on it means that the agent is done (tests)."""
+        self._loop = Loop()
+        self._workspace = workspace
+        self._memory = memory
+        self._system = system
+        self._mux = Mux(FrameDecoder(memory.next_nonce), initiator=False)
+        self._handshake = GuestHandshake()
+        self._env = dict(BASE_ENV)
+        self._servants: dict[int, Servant] = {}
+        self._jobs: OrderedDict[str, None] = OrderedDict()
+        self._expected: Timer | None = None
+        self._port = Port(self._loop, fd, self._receive, self._mux.output, ends=ends)
+        system.install(self._loop, self._requested)
+        self._begin_epoch()
+
+    def run(self) -> int:
+        """Serve until told to power off; returns the exit status for PID 1."""
+        return self._loop.run(self._port.flush)
+
+    # -- epochs
+
+    def _begin_epoch(self) -> None:
+        self._mux.begin_epoch(self._memory.next_nonce)
+        self._expect_handshake()
+        self._send_ready()
+
+    def _send_ready(self) -> None:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            boot_id = file.read().strip()
+        self._mux.control(
+            Ready(
+                protocol=PROTOCOL_VERSION,
+                agent=VERSION,
+                boot_id=boot_id,
+                epoch=self._memory.epoch,
+                restarts=self._memory.starts - 1,
+            )
+        )
+
+    def _expect_handshake(self) -> None:
+        self._handshake = GuestHandshake()
+
+    def _epoch_started(self, event: EpochStarted) -> None:
+        for servant in self._servants.values():
+            servant.orphaned()
+        self._servants.clear()
+        self._expect_handshake()
+        if not event.answer:
+            self._send_ready()
+
+    def _configured(self) -> None:
+        """The handshake's data is complete: become what it says."""
+        config = self._handshake.config
+        assert config is not None
+        step = self._system.set_clock(config.time)
+        self._system.set_hostname(config.hostname)
+        env = {name: value for name, value in self._handshake.env.items() if not env_problem(name, value)}
+        self._env = {
+            **BASE_ENV,
+            **({"TZ": config.timezone} if config.timezone else {}),
+            "CAPSEM_VM_ID": config.vm_id,
+            "CAPSEM_VM_NAME": config.vm_id,
+            **env,
+        }
+        self._memory.epoch = config.epoch
+        self._memory.next_nonce = self._handshake.next_nonce
+        self._memory.save()
+        self._mux.decoder.arm(self._handshake.next_nonce)
+        self._mux.control(BootReady(epoch=config.epoch, clock_step=step, timings={"ready": time.monotonic()}))
+
+    # -- events
+
+    def _receive(self, data: memoryview) -> None:
+        try:
+            for event in self._mux.receive(data):
+                self._dispatch(event)
+        except ProtocolError as error:
+            # The way out of garbage, for both ends: a new epoch, from the nonce that only it can have.
+            log(f"protocol error: {error}; beginning a new epoch")
+            self._mux.decoder.hunt()
+            self._begin_epoch()
+
+    def _dispatch(self, event: Event) -> None:
+        if isinstance(event, EpochStarted):
+            self._epoch_started(event)
+        elif not event.stream:
+            assert isinstance(event, MessageReceived)
+            self._control(event.message)
+        elif isinstance(event, Opened):
+            self._open(event.stream, event.message)
+        else:
+            servant = self._servants.get(event.stream)
+            if servant is not None:
+                self._guarded(event.stream, lambda: self._serve(servant, event))
+
+    def _serve(self, servant: Servant, event: Event) -> None:
+        if isinstance(event, DataReceived):
+            servant.feed(event.data)
+        elif isinstance(event, CreditReceived):
+            servant.credit(event.channel)
+        elif isinstance(event, EndReceived):
+            servant.feed_end()
+        elif isinstance(event, ResetReceived):
+            self._servants.pop(event.stream, None)
+            servant.cancelled()
+        elif isinstance(event, MessageReceived):
+            servant.message(event.message)
+
+    def _guarded(self, stream: int, call: Callable[[], None], path: str = "") -> None:
+        """A request that fails closes its stream with the reason, and nothing else happens."""
+        try:
+            call()
+        except (Refused, OSError, ValueError) as error:
+            servant = self._servants.pop(stream, None)
+            if servant is not None:
+                servant.cancelled()
+            request = self._mux.request(stream)
+            self._mux.close(stream, refusal(error, path or getattr(request, "path", "request")))
+
+    def _control(self, message: Message) -> None:
+        if isinstance(message, Ping):
+            if message.time is not None and abs(message.time - time.time()) > _FOLLOW_CLOCK:
+                self._system.set_clock(message.time)
+            self._mux.control(Pong(id=message.id))
+        elif isinstance(message, Pong):
+            pass
+        elif isinstance(message, PowerOff) and self._handshake.state == DONE:
+            self._system.power_off(self._loop, message.grace)
+        elif self._handshake.receive(message):
+            self._configured()
+
+    def _requested(self, action: str) -> None:
+        """Somebody in the guest wrote to the lifecycle FIFO."""
+        if self._handshake.state == DONE and action in ("shutdown", "suspend"):
+            self._mux.control(ShutdownRequest() if action == "shutdown" else SuspendRequest())
+
+    # -- requests
+
+    def _open(self, stream: int, request: Message) -> None:
+        if self._handshake.state != DONE:
+            raise ProtocolError(f"{request.tag} before the handshake")
+        self._guarded(stream, lambda: self._start(stream, request))
+
+    def _start(self, stream: int, request: Message) -> None:
+        if isinstance(request, Exec):
+            self._servants[stream] = self._command(stream, request)
+        elif isinstance(request, ReadFile):
+            self._servants[stream] = Reader(self._mux, stream, request, self._workspace, self._finished)
+            self._servants[stream].credit(STDOUT)
+        elif isinstance(request, WriteFile):
+            self._servants[stream] = Writer(self._loop, self._mux, stream, request, self._workspace, self._finished)
+        elif isinstance(request, Sync):
+            began = time.monotonic()
+            self._loop.offload(os.sync, lambda _: self._mux.close(stream, Synced(duration=time.monotonic() - began)))
+        else:
+            self._mux.close(stream, Failed(code="invalid_input", message=f"this agent does not serve {request.tag}"))
+
+    def _command(self, stream: int, request: Exec) -> Command:
+        if request.job in self._jobs:
+            raise Refused("already_exists", f"job {request.job} was started before")
+        for name, value in request.env.items():
+            if problem := env_problem(name, value):
+                raise Refused("invalid_input", problem)
+        if "\0" in request.command:
+            raise Refused("invalid_input", "the command contains NUL")
+        cwd = request.cwd or self._workspace
+        if not os.path.isdir(cwd):
+            raise Refused("invalid_input", f"working directory {cwd}: no such directory")
+        command = Command(
+            self._loop,
+            self._mux,
+            stream,
+            request,
+            {**self._env, **request.env},
+            cwd,
+            lambda ended: self._finished(ended.stream),
+        )
+        self._jobs[request.job] = None
+        if len(self._jobs) > _JOBS_REMEMBERED:
+            self._jobs.popitem(last=False)
+        return command
+
+    def _finished(self, stream: int) -> None:
+        self._servants.pop(stream, None)
+
+
+def log(text: str) -> None:
+    """A line on standard error, which is the guest's console."""
+    os.write(2, f"capsem-agent: {text}\n".encode(errors="replace"))

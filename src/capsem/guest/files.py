@@ -1,0 +1,215 @@
+"""Files of the workspace for the host: confined, race-free, durable before they are acknowledged (interface.md 6.4).
+
+A path is resolved once, its real directory must lie inside the workspace, and is then opened component by component
+without following links: what is swapped in between is refused, not followed.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from capsem.guest.loop import Loop
+from capsem.guest.servant import Servant
+from capsem.wire import frames
+from capsem.wire.messages import STDIN, STDOUT, Failed, FileRead, FileWritten, ReadFile, WriteFile
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from capsem.wire.streams import Mux
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_PIECE = 8 * frames.MAX_DATA
+
+
+class Refused(Exception):
+    """The request cannot be done; becomes a Failed message."""
+
+    def __init__(self, code: str, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.failed = Failed(code=code, message=message, hint=hint)
+
+
+def refusal(error: BaseException, path: str) -> Failed:
+    """The message for an error met while serving a request for `path`."""
+    if isinstance(error, Refused):
+        return error.failed
+    if isinstance(error, FileNotFoundError):
+        return Failed(code="not_found", message=f"{path}: no such file or directory")
+    if isinstance(error, (NotADirectoryError, IsADirectoryError)):
+        return Failed(code="invalid_input", message=f"{path}: {os.strerror(error.errno or 0)}")
+    if isinstance(error, OSError):
+        return Failed(code="guest_failed", message=f"{path}: {os.strerror(error.errno or 5)}")
+    return Failed(code="guest_failed", message=f"{path}: {type(error).__name__}: {error}")
+
+
+def open_parent(workspace: str, path: str, *, create: bool) -> tuple[int, str]:
+    """Open the directory that holds `path` (absolute, or relative to the workspace); returns it and the last component.
+
+    With `create`, missing parents are made. Raises Refused, OSError.
+    """
+    if not path or "\0" in path or len(path) > os.pathconf("/", "PC_PATH_MAX"):
+        raise Refused("invalid_input", "the path is empty, too long or contains NUL")
+    if ".." in path.split("/"):
+        raise Refused("invalid_input", f"{path}: '..' is not allowed", "use a path inside /root")
+    full = os.path.normpath(os.path.join(workspace, path))
+    directory, name = os.path.split(full)
+    base, real = os.path.realpath(workspace), os.path.realpath(directory)
+    if not name or full == os.path.normpath(workspace):
+        raise Refused("invalid_input", f"{path}: is a directory")
+    if real != base and not real.startswith(base + "/"):
+        raise Refused("permission_denied", f"{path}: outside of {workspace}", "use a path inside /root")
+    fd = os.open(base, _DIRECTORY)
+    try:
+        for part in real[len(base) + 1 :].split("/"):
+            if part:
+                fd = _descend(fd, part, create=create)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, name
+
+
+def _descend(fd: int, part: str, *, create: bool) -> int:
+    """Open a subdirectory and close its parent, unless it raises."""
+    try:
+        inner = os.open(part, _DIRECTORY, dir_fd=fd)
+    except FileNotFoundError:
+        if not create:
+            raise
+        os.mkdir(part, 0o755, dir_fd=fd)
+        os.fsync(fd)
+        inner = os.open(part, _DIRECTORY, dir_fd=fd)
+    os.close(fd)
+    return inner
+
+
+class Reader(Servant):
+    """Serves a ReadFile request."""
+
+    def __init__(self, mux: Mux, stream: int, request: ReadFile, workspace: str, done: Callable[[int], None]) -> None:
+        """Open the file; `credit` then sends it. Raises Refused, OSError."""
+        self._mux = mux
+        self._stream = stream
+        self._done = done
+        directory, name = open_parent(workspace, request.path, create=False)
+        try:
+            # O_NONBLOCK: opening a FIFO must not wait for its writer
+            self._fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+        except OSError as error:
+            if error.errno == 40:  # ELOOP
+                raise Refused("permission_denied", f"{request.path}: is a symbolic link") from None
+            raise
+        finally:
+            os.close(directory)
+        info = os.fstat(self._fd)
+        self._mode = stat.S_IMODE(info.st_mode)
+        self._size = 0
+        problem = None
+        if not stat.S_ISREG(info.st_mode):
+            problem = Refused("invalid_input", f"{request.path}: not a regular file")
+        elif request.limit is not None and info.st_size > request.limit:
+            problem = Refused(
+                "payload_too_large",
+                f"{request.path}: {info.st_size} bytes, more than {request.limit}",
+                "copy it with `capsem cp`",
+            )
+        if problem:
+            self.cancelled()
+            raise problem
+        self._limit = request.limit
+
+    def credit(self, channel: int) -> None:
+        """Send as much as the host takes. Raises OSError."""
+        while self._fd >= 0 and (room := self._mux.room(self._stream, STDOUT)):
+            data = os.read(self._fd, min(room, _PIECE))
+            self._size += len(data)
+            if self._limit is not None and self._size > self._limit:
+                raise Refused("payload_too_large", "the file grew while it was read")
+            if not data:
+                self.cancelled()
+                self._mux.close(self._stream, FileRead(size=self._size, mode=self._mode))
+                self._done(self._stream)
+                return
+            self._mux.send(self._stream, STDOUT, data)
+
+    def cancelled(self) -> None:
+        """Let go of the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Writer(Servant):
+    """Serves a WriteFile request: a temporary file beside the target, renamed over it when all has come."""
+
+    def __init__(
+        self, loop: Loop, mux: Mux, stream: int, request: WriteFile, workspace: str, done: Callable[[int], None]
+    ) -> None:
+        """Open the temporary file. Raises Refused, OSError."""
+        self._loop = loop
+        self._mux = mux
+        self._stream = stream
+        self._path = request.path
+        self._done = done
+        self._size = 0
+        self._directory, self._name = open_parent(workspace, request.path, create=True)
+        self._temporary = f".capsem-{stream}-{os.urandom(8).hex()}"
+        self._fd = -1
+        try:
+            self._check_target()
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._fd = os.open(self._temporary, flags, 0o600, dir_fd=self._directory)
+            os.fchmod(self._fd, request.mode & 0o777)
+        except BaseException:
+            self.cancelled()
+            raise
+
+    def _check_target(self) -> None:
+        try:
+            mode = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False).st_mode
+        except FileNotFoundError:
+            return
+        if stat.S_ISLNK(mode):
+            raise Refused("permission_denied", f"{self._path}: is a symbolic link", "write to the file it points to")
+        if not stat.S_ISREG(mode):
+            raise Refused("invalid_input", f"{self._path}: exists and is not a regular file")
+
+    def feed(self, data: bytes) -> None:
+        """Bytes of the file. Raises OSError."""
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._fd, view) :]
+        self._size += len(data)
+        self._mux.consumed(self._stream, STDIN, len(data))
+
+    def feed_end(self) -> None:
+        """All has come: make it durable, then say so."""
+        self._loop.offload(self._commit, self._committed)
+
+    def _commit(self) -> None:
+        os.fsync(self._fd)
+        os.rename(self._temporary, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+        self._temporary = ""
+        os.fsync(self._directory)
+
+    def _committed(self, error: BaseException | None) -> None:
+        self.cancelled()
+        result = refusal(error, self._path) if error else FileWritten(size=self._size)
+        self._mux.close(self._stream, result)
+        self._done(self._stream)
+
+    def cancelled(self) -> None:
+        """Let go, and remove the temporary file if it is still there."""
+        if self._temporary and self._fd >= 0:
+            try:
+                os.unlink(self._temporary, dir_fd=self._directory)
+            except FileNotFoundError:
+                pass
+            self._temporary = ""
+        for fd in (self._fd, self._directory):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._directory = -1

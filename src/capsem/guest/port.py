@@ -1,0 +1,94 @@
+"""The agent's end of the control channel: a virtio-serial port, or in tests a socket, driven by the loop.
+
+Facts about virtio ports that shape this (design.md, traps; drivers/char/virtio_console.c): a read hands out at most one
+4 KiB buffer, so reads go into one kept buffer; a write takes at most 32 KiB; with the host end closed, poll reports
+POLLIN|POLLHUP for ever and read returns nothing, which would spin.
+"""
+
+from __future__ import annotations
+
+import os
+
+from capsem.guest.loop import READ, WRITE, Loop
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+NAME = "org.capsem.control"
+_READ_SIZE = 64 * 1024
+_READS_PER_TURN = 64
+_ABSENT_PAUSE = 0.05
+
+
+def find_port(name: str = NAME) -> str:
+    """The device of the virtio port that the host named so. Raises FileNotFoundError."""
+    base = "/sys/class/virtio-ports"
+    for port in sorted(os.listdir(base)):
+        with open(f"{base}/{port}/name", encoding="ascii", errors="replace") as file:
+            if file.read().strip() == name:
+                return f"/dev/{port}"
+    raise FileNotFoundError(f"no virtio port is named {name}")
+
+
+class Port:
+    """Non-blocking reads to `receive`, writes from `output` (which returns b"" when there is nothing to send)."""
+
+    def __init__(
+        self, loop: Loop, fd: int, receive: Callable[[memoryview], None], output: Callable[[], bytes], *, ends: bool
+    ) -> None:
+        self._loop = loop
+        self._fd = fd
+        self._receive = receive
+        self._output = output
+        self._ends = ends  # an end of file is final (a socket), not a host that went away for a while (a port)
+        self._buffer = memoryview(bytearray(_READ_SIZE))
+        self._unsent = memoryview(b"")
+        self._events = 0
+        os.set_blocking(fd, False)
+        self._watch(READ)
+
+    def flush(self) -> None:
+        """Write as much as the host takes now; the loop calls this before it waits."""
+        while True:
+            if not self._unsent:
+                self._unsent = memoryview(self._output())
+                if not self._unsent:
+                    self._watch(self._events & ~WRITE)
+                    return
+            try:
+                self._unsent = self._unsent[os.write(self._fd, self._unsent) :]
+            except BlockingIOError:
+                self._watch(self._events | WRITE)
+                return
+            except (BrokenPipeError, ConnectionResetError):
+                self._absent()
+                return
+
+    def _watch(self, events: int) -> None:
+        if events != self._events:
+            self._events = events
+            self._loop.watch(self._fd, events, self._ready)
+
+    def _ready(self, events: int) -> None:
+        if events & ~WRITE:
+            for _ in range(_READS_PER_TURN):
+                try:
+                    size = os.readv(self._fd, [self._buffer])
+                except BlockingIOError:
+                    return
+                except ConnectionResetError:
+                    size = 0
+                if not size:
+                    self._absent()
+                    return
+                self._receive(self._buffer[:size])
+
+    def _absent(self) -> None:
+        """The host end is closed: come back in a while."""
+        if self._ends:
+            self._loop.exit(0)
+            return
+        self._loop.unwatch(self._fd)
+        self._events = 0
+        self._loop.after(_ABSENT_PAUSE, lambda: self._watch(READ))

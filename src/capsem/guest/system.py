@@ -1,0 +1,130 @@
+"""What the agent does to the machine it runs in: clock, host name, power. `Bystander` does nothing of it (tests)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from capsem.guest.loop import READ, Loop
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+POWER_OFF_STATUS = 100  # tells PID 1 (image/guestfs/init) to switch the machine off instead of starting the agent again
+SYSUTIL = "/run/capsem-sysutil"
+_TURN = 0.02
+_CLOCK_TOLERANCE = 0.05
+
+_SYSUTIL_TEXT = """#!/bin/sh
+# Asks the host to stop or suspend this machine. Linked as shutdown, halt, poweroff, reboot and suspend.
+action=${0##*/}
+[ "$action" = capsem-sysutil ] && action=$1 && { [ $# -gt 0 ] && shift; }
+case $action in
+shutdown | halt | poweroff) request=shutdown ;;
+suspend) request=suspend ;;
+reboot) echo "reboot: not supported in a Capsem VM; use 'capsem restart' on the host" >&2; exit 1 ;;
+*) echo "usage: capsem-sysutil shutdown|suspend [now]" >&2; exit 2 ;;
+esac
+case " $* " in
+*" now "* | *" -f "* | *" 0 "*) ;;
+*) echo "$action: in 3 seconds"; sleep 3 ;;
+esac
+echo "$request" > /run/capsem/lifecycle
+"""
+
+
+class Bystander:
+    """An agent that is a plain process on somebody's computer leaves that computer alone."""
+
+    def set_clock(self, now: float) -> float:
+        """How many seconds the clock would have been stepped."""
+        return now - time.time()
+
+    def set_hostname(self, name: str) -> None:
+        """Nothing."""
+
+    def install(self, loop: Loop, request: Callable[[str], None]) -> None:
+        """Nothing."""
+
+    def power_off(self, loop: Loop, grace: float) -> None:
+        """Only the agent ends."""
+        loop.exit(POWER_OFF_STATUS)
+
+
+class Machine(Bystander):
+    """The real thing: the agent runs as root in a guest of its own."""
+
+    def set_clock(self, now: float) -> float:
+        """Step the wall clock if it is off; returns by how many seconds."""
+        step = now - time.time()
+        if abs(step) <= _CLOCK_TOLERANCE:
+            return 0.0
+        time.clock_settime(time.CLOCK_REALTIME, now)
+        return step
+
+    def set_hostname(self, name: str) -> None:
+        """Set it in the kernel, and in /etc/hosts so that it resolves."""
+        with open("/proc/sys/kernel/hostname", "w") as file:
+            file.write(name)
+        for path, text in (
+            ("/etc/hostname", f"{name}\n"),
+            ("/etc/hosts", f"127.0.0.1 localhost\n127.0.1.1 {name}\n::1 localhost ip6-localhost\n"),
+        ):
+            with open(path, "w") as file:
+                file.write(text)
+
+    def install(self, loop: Loop, request: Callable[[str], None]) -> None:
+        """Make the lifecycle FIFO and the commands that write to it; `request` gets "shutdown" or "suspend"."""
+        fifo = "/run/capsem/lifecycle"
+        if not os.path.exists(fifo):
+            os.mkfifo(fifo, 0o600)
+        # Opened for writing as well, so that it never reports a hang-up.
+        fd = os.open(fifo, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+
+        def ready(_events: int) -> None:
+            for line in os.read(fd, 4096).decode("ascii", "replace").split():
+                request(line)
+
+        loop.watch(fd, READ, ready)
+        with open(SYSUTIL, "w") as file:
+            file.write(_SYSUTIL_TEXT)
+        os.chmod(SYSUTIL, 0o755)
+
+    def power_off(self, loop: Loop, grace: float) -> None:
+        """SIGTERM to everything but PID 1 and us, SIGKILL after `grace` seconds, flush, then leave it to PID 1."""
+        deadline = time.monotonic() + grace
+        self._signal_all(signal.SIGTERM)
+
+        def check() -> None:
+            if not self._others():
+                loop.offload(os.sync, lambda _: loop.exit(POWER_OFF_STATUS))
+            elif time.monotonic() >= deadline:
+                self._signal_all(signal.SIGKILL)
+                loop.offload(os.sync, lambda _: loop.exit(POWER_OFF_STATUS))
+            else:
+                loop.after(_TURN, check)
+
+        check()
+
+    @staticmethod
+    def _signal_all(number: int) -> None:
+        try:
+            os.kill(-1, number)
+        except ProcessLookupError:
+            pass
+
+    @staticmethod
+    def _others() -> bool:
+        """Is there a user process besides PID 1 and us? Kernel threads and zombies have no command line."""
+        own = {"1", str(os.getpid())}
+        for pid in os.listdir("/proc"):
+            if pid.isdigit() and pid not in own:
+                try:
+                    with open(f"/proc/{pid}/cmdline", "rb") as file:
+                        if file.read(1):
+                            return True
+                except OSError:
+                    continue
+        return False

@@ -1,0 +1,1 @@
+"""Fixtures for every kind of test."""
