@@ -42,7 +42,9 @@ class AgentProcess:
 
 
 @contextlib.asynccontextmanager
-async def running_agent(directory: Path, env: dict[str, str] | None = None) -> AsyncIterator[tuple[Guest, AgentProcess]]:
+async def running_agent(
+    directory: Path, env: dict[str, str] | None = None
+) -> AsyncIterator[tuple[Guest, AgentProcess]]:
     agent = AgentProcess(directory)
     guest = Guest(Identity("box", "box", env or {}), RealClock(), RealEntropy())
     await agent.start()

@@ -130,9 +130,14 @@ class Channel(asyncio.Protocol):
         self._streams: dict[int, Stream] = {}
         self._blocked = False
 
+    @property
+    def connected(self) -> bool:
+        """Whether there is a peer."""
+        return self._transport is not None and not self._transport.is_closing()
+
     def open(self, request: Message) -> Stream:
         """Open a stream. Raises Interrupted when the connection is gone, InvalidInput for a request too large."""
-        if self._transport is None or self._transport.is_closing():
+        if not self.connected:
             raise Interrupted("the connection is closed")
         try:
             stream = Stream(self, self.mux.open(request), request)
@@ -197,11 +202,16 @@ class Channel(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
-        try:
-            for event in self.mux.receive(data):
-                self._dispatch(event)
-        except ProtocolError as error:
-            self.on_garbage(error)
+        left: bytes | None = data
+        while left is not None:
+            try:
+                for event in self.mux.receive(left):
+                    self._dispatch(event)
+                left = None
+            except ProtocolError as error:
+                self.on_garbage(error)
+                # If it began a new epoch: the peer's own way out may be in what came with the garbage.
+                left = b"" if self.mux.decoder.hunting else None
         self.flush()
 
     def _dispatch(self, event: Event) -> None:

@@ -22,16 +22,20 @@ from capsem.wire.messages import (
     Exec,
     FileRead,
     FileWritten,
+    Freeze,
     Message,
     Ping,
     Pong,
     PowerOff,
     ReadFile,
     Ready,
+    Rename,
     ShutdownRequest,
     SuspendRequest,
     Sync,
     Synced,
+    Thaw,
+    Thawed,
     WriteFile,
 )
 from capsem.wire.streams import EpochStarted, Mux
@@ -82,7 +86,9 @@ class Guest:
 
     # -- epochs
 
-    def _epoch_started(self, _event: EpochStarted) -> None:
+    def _epoch_started(self, event: EpochStarted) -> None:
+        if event.nonce == self._next_nonce:  # the guest has taken it, though its word of that was lost
+            self._nonce, self._next_nonce = self._next_nonce, b""
         self._handshake = HostHandshake()
         self._set_ready(False)
 
@@ -90,7 +96,6 @@ class Guest:
         log.error("garbage from the guest agent, beginning a new epoch: %s", error)
         self._set_ready(False)
         self.channel.drop_streams(Interrupted("the guest agent sent garbage"))
-        self.channel.mux.decoder.hunt()
         self._begin_epoch()
 
     def _begin_epoch(self) -> None:
@@ -117,8 +122,9 @@ class Guest:
     def _offer(self, ready: Ready) -> None:
         self.boot_id, self.restarts = ready.boot_id, ready.restarts
         self.epoch += 1
-        self._next_nonce = make_nonce(self._entropy.token_bytes)
-        # Until the guest has confirmed, its agent may still die knowing only the present nonce.
+        # Until the guest has confirmed, its agent may die knowing the present nonce or the next. So there is but one
+        # next at a time: an offer that may or may not have been taken is repeated, not replaced.
+        self._next_nonce = self._next_nonce or make_nonce(self._entropy.token_bytes)
         self.channel.mux.decoder.arm(self._nonce, self._next_nonce)
         config = BootConfig(
             protocol=PROTOCOL_VERSION,
@@ -141,7 +147,7 @@ class Guest:
     def _finish(self) -> None:
         self._stop_watchdog()
         self.boot_ready = self._handshake.boot_ready
-        self._nonce = self._next_nonce
+        self._nonce, self._next_nonce = self._next_nonce, b""
         self.channel.mux.decoder.arm(self._nonce)
         self._set_ready(True)
 
@@ -224,6 +230,32 @@ class Guest:
     def power_off(self, grace: float) -> None:
         """Ask the guest to end; the machine's end is the answer."""
         self.channel.control(PowerOff(grace=grace))
+
+    def rename(self, identity: Identity) -> None:
+        """The VM has another name from here on."""
+        self.identity = identity
+        self.channel.control(Rename(vm_id=identity.vm_id, hostname=identity.hostname))
+
+    @contextlib.asynccontextmanager
+    async def frozen(self, limit: float) -> AsyncIterator[None]:
+        """All writes to the volume are held inside. Raises GuestFailed when the guest did not hold them to the end."""
+        stream = self.channel.open(Freeze(limit=limit))
+        held = asyncio.get_running_loop().create_future()
+        stream.on_message = lambda message: None if held.done() else held.set_result(message)
+        async with _limited(stream, "freezing the volume", limit * 3):
+            ending = asyncio.ensure_future(stream.result())
+            await asyncio.wait((held, ending), return_when=asyncio.FIRST_COMPLETED)
+            if not held.done():
+                result = await ending
+                raise GuestFailed(f"the volume could not be frozen: {result}")
+            try:
+                yield
+            finally:
+                stream.send(Thaw())
+                thawed = await ending
+        assert isinstance(thawed, Thawed)
+        if thawed.expired:
+            raise GuestFailed(f"the guest thawed its volume after {thawed.duration:.1f} s, before all was done")
 
     async def read_file(self, path: str, limit: int) -> tuple[bytes, FileRead]:
         """A file's content, up to `limit` bytes. Raises what the guest says; TimedOut."""

@@ -6,7 +6,8 @@ import os
 import time
 from collections import OrderedDict
 
-from capsem.guest.files import Reader, Refused, Writer, refusal
+from capsem.guest.files import Lister, Reader, Refused, Writer, refusal
+from capsem.guest.freeze import Freezer
 from capsem.guest.loop import Loop, Timer
 from capsem.guest.memory import Memory
 from capsem.guest.port import Port
@@ -22,12 +23,15 @@ from capsem.wire.messages import (
     BootReady,
     Exec,
     Failed,
+    Freeze,
+    ListDir,
     Message,
     Ping,
     Pong,
     PowerOff,
     ReadFile,
     Ready,
+    Rename,
     ShutdownRequest,
     SuspendRequest,
     Sync,
@@ -140,14 +144,17 @@ class Agent:
     # -- events
 
     def _receive(self, data: memoryview) -> None:
-        try:
-            for event in self._mux.receive(data):
-                self._dispatch(event)
-        except ProtocolError as error:
-            # The way out of garbage, for both ends: a new epoch, from the nonce that only it can have.
-            log(f"protocol error: {error}; beginning a new epoch")
-            self._mux.decoder.hunt()
-            self._begin_epoch()
+        left: memoryview | bytes | None = data
+        while left is not None:
+            try:
+                for event in self._mux.receive(left):
+                    self._dispatch(event)
+                left = None
+            except ProtocolError as error:
+                # The way out of garbage, for both ends: a new epoch, from the nonce that only it can have.
+                log(f"protocol error: {error}; beginning a new epoch")
+                self._begin_epoch()
+                left = b""  # the host's own way out may be in what came with it
 
     def _dispatch(self, event: Event) -> None:
         if isinstance(event, EpochStarted):
@@ -193,6 +200,9 @@ class Agent:
             self._mux.control(Pong(id=message.id))
         elif isinstance(message, Pong):
             pass
+        elif isinstance(message, Rename) and self._handshake.state == DONE:
+            self._system.set_hostname(message.hostname)
+            self._env |= {"CAPSEM_VM_ID": message.vm_id, "CAPSEM_VM_NAME": message.vm_id}
         elif isinstance(message, PowerOff) and self._handshake.state == DONE:
             self._system.power_off(self._loop, message.grace)
         elif self._handshake.receive(message):
@@ -218,6 +228,11 @@ class Agent:
             self._servants[stream].credit(STDOUT)
         elif isinstance(request, WriteFile):
             self._servants[stream] = Writer(self._loop, self._mux, stream, request, self._workspace, self._finished)
+        elif isinstance(request, ListDir):
+            self._servants[stream] = Lister(self._loop, self._mux, stream, request, self._workspace, self._finished)
+        elif isinstance(request, Freeze):
+            freezer = Freezer(self._loop, self._mux, stream, request.limit, self._system.volume, self._finished)
+            self._servants[stream] = freezer
         elif isinstance(request, Sync):
             began = time.monotonic()
             self._loop.offload(os.sync, lambda _: self._mux.close(stream, Synced(duration=time.monotonic() - began)))

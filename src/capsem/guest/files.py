@@ -6,13 +6,24 @@ without following links: what is swapped in between is refused, not followed.
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 
 from capsem.guest.loop import Loop
 from capsem.guest.servant import Servant
 from capsem.wire import frames
-from capsem.wire.messages import STDIN, STDOUT, Failed, FileRead, FileWritten, ReadFile, WriteFile
+from capsem.wire.messages import (
+    STDIN,
+    STDOUT,
+    DirListed,
+    Failed,
+    FileRead,
+    FileWritten,
+    ListDir,
+    ReadFile,
+    WriteFile,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,6 +32,7 @@ if TYPE_CHECKING:
     from capsem.wire.streams import Mux
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+MAX_ENTRIES = 50_000  # of one listing
 _PIECE = 8 * frames.MAX_DATA
 
 
@@ -140,6 +152,85 @@ class Reader(Servant):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def open_directory(workspace: str, path: str) -> int:
+    """Open a directory of the workspace, which may itself be named ("", ".", "/"). Raises Refused, OSError."""
+    if os.path.normpath(os.path.join(workspace, path)) == os.path.normpath(workspace):
+        return os.open(os.path.realpath(workspace), _DIRECTORY)
+    parent, name = open_parent(workspace, path, create=False)
+    try:
+        return os.open(name, _DIRECTORY, dir_fd=parent)
+    finally:
+        os.close(parent)
+
+
+def list_directory(fd: int, depth: int) -> list[tuple[str, str, int, int]]:
+    """What ListDir describes, up to one more than MAX_ENTRIES. Takes `fd` over. What vanishes meanwhile is left out."""
+    found: list[tuple[str, str, int, int]] = []
+    pending = [(fd, "", depth)]
+    while pending:
+        here, prefix, levels = pending.pop()
+        try:
+            for entry in os.scandir(here):
+                try:
+                    info = entry.stat(follow_symlinks=False)
+                    if stat.S_ISREG(info.st_mode):
+                        found.append((prefix + entry.name, "file", info.st_size, int(info.st_mtime)))
+                    elif stat.S_ISDIR(info.st_mode):
+                        found.append((prefix + entry.name, "directory", 0, int(info.st_mtime)))
+                        if levels > 1 and len(found) <= MAX_ENTRIES:
+                            inner = os.open(entry.name, _DIRECTORY, dir_fd=here)
+                            pending.append((inner, f"{prefix}{entry.name}/", levels - 1))
+                except FileNotFoundError:
+                    continue
+                if len(found) > MAX_ENTRIES:
+                    break
+        finally:
+            os.close(here)
+        if len(found) > MAX_ENTRIES:
+            for rest, _, _ in pending:
+                os.close(rest)
+            break
+    return found
+
+
+class Lister(Servant):
+    """Serves a ListDir request: collects on a thread, then sends as there is credit."""
+
+    def __init__(
+        self, loop: Loop, mux: Mux, stream: int, request: ListDir, workspace: str, done: Callable[[int], None]
+    ) -> None:
+        """Open the directory. Raises Refused, OSError."""
+        self._mux = mux
+        self._stream = stream
+        self._path = request.path
+        self._done = done
+        self._text = memoryview(b"")
+        self._result: DirListed | None = None
+        fd = open_directory(workspace, request.path)
+        loop.offload(lambda: list_directory(fd, request.depth), self._listed)
+
+    def _listed(self, result: list[tuple[str, str, int, int]] | BaseException) -> None:
+        if isinstance(result, BaseException):
+            self._mux.close(self._stream, refusal(result, self._path))
+            self._done(self._stream)
+            return
+        entries = result[:MAX_ENTRIES]
+        self._text = memoryview(json.dumps(entries).encode("ascii"))
+        self._result = DirListed(entries=len(entries), truncated=len(result) > MAX_ENTRIES)
+        self.credit(STDOUT)
+
+    def credit(self, channel: int) -> None:
+        """Send as much as the host takes."""
+        if self._result is None:
+            return
+        while self._text and (room := self._mux.room(self._stream, STDOUT)):
+            self._mux.send(self._stream, STDOUT, self._text[:room])
+            self._text = self._text[room:]
+        if not self._text:
+            self._mux.close(self._stream, self._result)
+            self._done(self._stream)
 
 
 class Writer(Servant):

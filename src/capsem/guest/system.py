@@ -38,6 +38,8 @@ echo "$request" > /run/capsem/lifecycle
 class Bystander:
     """An agent that is a plain process on somebody's computer leaves that computer alone."""
 
+    volume = ""  # where the VM's own file system is mounted; "": there is none
+
     def set_clock(self, now: float) -> float:
         """How many seconds the clock would have been stepped."""
         return now - time.time()
@@ -55,6 +57,8 @@ class Bystander:
 
 class Machine(Bystander):
     """The real thing: the agent runs as root in a guest of its own."""
+
+    volume = "/mnt/system"
 
     def set_clock(self, now: float) -> float:
         """Step the wall clock if it is off; returns by how many seconds."""

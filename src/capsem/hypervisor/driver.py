@@ -93,6 +93,16 @@ class Machine(Protocol):
     async def pause(self) -> None:
         """Stop the vCPUs; memory stays. Raises MachineFailed."""
 
+    @property
+    def top_layer(self) -> Layer:
+        """The layer that is written to."""
+
+    async def add_layer(self, layer: Layer) -> None:
+        """Go on writing to `layer`, an existing empty one; the present top is flushed and never written again.
+
+        Raises MachineFailed; the machine then goes on with the top it had.
+        """
+
     async def kill(self) -> None:
         """End the VMM at once and reap it. Safe to call again."""
 

@@ -106,6 +106,10 @@ class Unavailable(CapsemError):
         super().__init__(message, hint=hint)
         self.retry_after = retry_after
 
+    def to_dict(self) -> dict[str, Any]:
+        """See CapsemError; `retry_after` travels too."""
+        return {**super().to_dict(), "retry_after": self.retry_after}
+
 
 class TimedOut(CapsemError):
     """A time limit ran out."""
@@ -155,4 +159,8 @@ def from_dict(body: dict[str, Any]) -> CapsemError:
     cls = BY_CODE.get(str(body.get("code", "")), CapsemError)
     message = body.get("message") or body.get("error") or "unknown error"
     hint = body.get("hint")
-    return cls(str(message), hint=str(hint) if hint else None)
+    error = cls(str(message), hint=str(hint) if hint else None)
+    retry_after = body.get("retry_after")
+    if isinstance(error, Unavailable) and isinstance(retry_after, (int, float)):
+        error.retry_after = retry_after
+    return error

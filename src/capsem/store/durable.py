@@ -16,7 +16,10 @@ TEMPORARY = ".tmp-"
 
 
 def write(path: Path, data: bytes, *, mode: int = 0o600) -> None:
-    """Replace the content of `path` atomically and durably. Raises OSError; then `path` is as it was."""
+    """Replace the content of `path` atomically and durably.
+
+    Raises OSError; then `path` is as it was, or, when only the last step (the directory's sync) failed, new.
+    """
     temporary = path.with_name(f"{TEMPORARY}{path.name}.{os.getpid()}")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
@@ -63,11 +66,11 @@ def rename(old: Path, new: Path) -> None:
 
 def remove_tree(path: Path) -> None:
     """Remove a file or directory tree; one that is not there is no error. Symbolic links are removed, not followed."""
-    if path.is_symlink() or path.is_file():
-        path.unlink(missing_ok=True)
-    else:
+    # rmtree gives up at an entry that vanishes under it: that one is gone, so going on ends.
+    while path.is_dir() and not path.is_symlink():
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 def allocated_bytes(path: Path) -> int:

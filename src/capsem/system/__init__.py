@@ -89,8 +89,14 @@ class Processes(Protocol):
         (mode 0600), standard output is ours, the descriptors in `keep` are inherited. Raises OSError.
         """
 
+    def own_pid(self) -> int:
+        """The id of this process."""
+
     def signal(self, pid: int, number: int) -> None:
         """Send a signal; a process that is gone is no error."""
+
+    async def gone(self, pid: int) -> None:
+        """Return when a process has ended (need not be our child); at once when there is none."""
 
     def start_time(self, pid: int) -> int | None:
         """When a process started, in clock ticks since boot: with the pid it is one process for sure. None: gone."""

@@ -123,12 +123,30 @@ class RealProcesses:
         process.stdin.close()
         return RealChild(process)
 
+    def own_pid(self) -> int:
+        """See Processes."""
+        return os.getpid()
+
     def signal(self, pid: int, number: int) -> None:
         """See Processes."""
         try:
             os.kill(pid, number)
         except ProcessLookupError:
             return
+
+    async def gone(self, pid: int) -> None:
+        """See Processes."""
+        try:
+            fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(fd, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(fd)
+            os.close(fd)
 
     def start_time(self, pid: int) -> int | None:
         """See Processes; field 22 of /proc/<pid>/stat (proc_pid_stat(5)), counted after the command's last ")"."""

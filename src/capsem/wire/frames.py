@@ -21,7 +21,7 @@ import struct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 HEADER = struct.Struct(">BBHII")
 TRAILER = b"\n"
@@ -145,65 +145,80 @@ class FrameDecoder:
         self._searched = 0
 
     def hunt(self) -> None:
-        """Drop what is buffered and everything that comes, up to a marker: the way out after a ProtocolError."""
-        self._buffer.clear()
-        self._searched = 0
+        """Drop everything, from what is buffered on, up to a marker: the way out after a ProtocolError."""
         self._hunting = True
 
-    def feed(self, data: bytes | bytearray | memoryview) -> list[Frame | Marker]:
-        """Take received bytes; return what is complete. Raises ProtocolError; then only `hunt` makes sense."""
+    @property
+    def hunting(self) -> bool:
+        """Whether nothing counts but a marker."""
+        return self._hunting
+
+    def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Frame | Marker]:
+        """Take received bytes; return what is complete, found one by one as it is asked for.
+
+        What the caller does with one (`arm`, `hunt`) holds for the next. Raises ProtocolError; then only `hunt` makes
+        sense, and feeding nothing goes on with what is left.
+        """
         self._buffer += data
-        found: list[Frame | Marker] = []
+        return self._items()
+
+    def _items(self) -> Iterator[Frame | Marker]:
         while True:
             at, marker = self._find()
-            if marker is None:
-                break
             if not self._hunting:
-                self._parse(found, at, final=True)
-            del self._buffer[: at + NONCE_SIZE]
-            self._searched = 0
+                frame = self._frame(at, final=marker is not None)
+                if frame is not None:
+                    self._drop(HEADER.size + len(frame.payload) + len(TRAILER))
+                    yield frame
+                    continue
+            if marker is None:
+                if self._hunting:
+                    self._drop(max(0, len(self._buffer) - NONCE_SIZE + 1))
+                return
+            self._drop(at + NONCE_SIZE)
             self._hunting = False
-            found.append(marker)
-        if self._hunting:
-            del self._buffer[: max(0, len(self._buffer) - NONCE_SIZE + 1)]
-            self._searched = 0
-        else:
-            self._parse(found, len(self._buffer), final=False)
-        return found
+            yield marker
+
+    def _drop(self, size: int) -> None:
+        del self._buffer[:size]
+        self._searched = max(0, self._searched - size)
 
     def _find(self) -> tuple[int, Marker | None]:
+        """The first marker in the buffer and where it is; without one, where the buffer ends."""
         start = max(0, self._searched - NONCE_SIZE + 1)
-        self._searched = len(self._buffer)
         first, marker = len(self._buffer), None
         for text, each in self._markers.items():
             at = self._buffer.find(text, start, first + NONCE_SIZE)
             if 0 <= at < first:
                 first, marker = at, each
+        self._searched = first
         return first, marker
 
-    def _parse(self, found: list[Frame | Marker], end: int, *, final: bool) -> None:
-        """Append the whole frames in the first `end` bytes to `found`; with `final`, a marker follows and excuses the rest."""
-        buffer, at = self._buffer, 0
-        error = None
-        while end - at >= HEADER.size:
-            kind, channel, zero, stream, length = HEADER.unpack_from(buffer, at)
-            if zero or length > _MAX_PAYLOAD.get(kind, -1):
-                error = f"bad frame header {bytes(buffer[at : at + HEADER.size]).hex()}"
-                break
-            body = at + HEADER.size
-            if end - body <= length:
-                break
-            if buffer[body + length] != TRAILER[0]:
-                error = "frame without its trailer"
-                break
-            found.append(Frame(kind, stream, channel, bytes(memoryview(buffer)[body : body + length])))
-            at = body + length + 1
-        # What looks wrong may be a marker of which the rest is still to come.
-        if error and not final and not self._marker_begins():
-            raise ProtocolError(error)
-        del buffer[:at]
-        self._searched = max(0, self._searched - at)
+    def _frame(self, end: int, *, final: bool) -> Frame | None:
+        """The frame at the beginning of the buffer, if all of it is in the first `end` bytes.
 
-    def _marker_begins(self) -> bool:
-        tail = bytes(self._buffer[-NONCE_SIZE + 1 :])
-        return any(tail.endswith(text[:size]) for text in self._markers for size in range(1, NONCE_SIZE))
+        With `final`, a marker follows there and excuses what makes no sense.
+        """
+        buffer = self._buffer
+        if end < HEADER.size:
+            return None
+        kind, channel, zero, stream, length = HEADER.unpack_from(buffer)
+        size = HEADER.size + length + len(TRAILER)
+        if zero or length > _MAX_PAYLOAD.get(kind, -1):
+            error, wrong = f"bad frame header {bytes(buffer[: HEADER.size]).hex()}", HEADER.size
+        elif end < size:
+            return None
+        elif buffer[size - 1] != TRAILER[0]:
+            error, wrong = "frame without its trailer", size
+        else:
+            return Frame(kind, stream, channel, bytes(memoryview(buffer)[HEADER.size : size - 1]))
+        # What looks wrong may be a marker, begun no later than there, of which the rest is still to come.
+        if not final and not self._marker_begins(wrong):
+            raise ProtocolError(error)
+        return None
+
+    def _marker_begins(self, end: int) -> bool:
+        """Whether the buffer ends with a part of a marker that begins before `end`."""
+        size = len(self._buffer)
+        tails = (bytes(self._buffer[start:]) for start in range(max(0, size - NONCE_SIZE + 1), min(size, end)))
+        return any(text.startswith(tail) for tail in tails for text in self._markers)

@@ -33,6 +33,7 @@ class HostHandshake:
         self.state = WAITING
         self.ready: Ready | None = None
         self.boot_ready: BootReady | None = None
+        self._offered = 0
 
     def receive(self, message: Message) -> None:
         """Take a control message. Raises ProtocolError when it does not belong here, or the versions do not match."""
@@ -43,14 +44,16 @@ class HostHandshake:
                 )
             self.ready = message
         elif self.state == OFFERED and isinstance(message, BootReady):
-            self.boot_ready = message
-            self.state = DONE
+            if message.epoch == self._offered:  # else it is an older offer's, of an agent that died since
+                self.boot_ready = message
+                self.state = DONE
         else:
             raise ProtocolError(f"{message.tag} while {self.state}")
 
     def offer(self, config: BootConfig, env: dict[str, str]) -> list[Message]:
         """The answer to Ready."""
         self.state = OFFERED
+        self._offered = config.epoch
         return [config, *(SetEnv(name=name, value=value) for name, value in env.items()), BootConfigDone()]
 
 

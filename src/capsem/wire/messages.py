@@ -43,6 +43,13 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
+def _in_bounds(value: Any) -> bool:
+    """Integers fit 64 bits, other numbers are finite: what comes from a peer can be computed with."""
+    if isinstance(value, int):
+        return -(1 << 63) <= value < 1 << 63
+    return not isinstance(value, float) or value - value == 0.0
+
+
 def _checker(annotation: str) -> Any:
     """A predicate for values of one annotated type, written as in the classes below."""
     alternatives = [part.strip() for part in annotation.split("|")]
@@ -57,8 +64,9 @@ def _checker(annotation: str) -> Any:
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             return False
         if inner and isinstance(value, (list, dict)):
-            return all(isinstance(item, inner) for item in (value.values() if isinstance(value, dict) else value))
-        return True
+            items = value.values() if isinstance(value, dict) else value
+            return all(isinstance(item, inner) and _in_bounds(item) for item in items)
+        return _in_bounds(value)
 
     return check
 
@@ -229,6 +237,23 @@ class FileWritten(Message, tag="file-written"):
     size: int
 
 
+class ListDir(Message, tag="list-dir"):
+    """What is in a directory of the workspace, `depth` levels deep; JSON comes on STDOUT: a list of
+    [path relative to the directory, "file" or "directory", size in bytes, mtime in seconds] in no certain order.
+    Links and other special files are left out.
+    """
+
+    path: str
+    depth: int = 1
+
+
+class DirListed(Message, tag="dir-listed"):
+    """Closes a ListDir stream. `truncated`: there were more entries than the agent lists."""
+
+    entries: int
+    truncated: bool = False
+
+
 class Sync(Message, tag="sync"):
     """Flush all file systems of the guest."""
 
@@ -239,18 +264,55 @@ class Synced(Message, tag="synced"):
     duration: float
 
 
+class Freeze(Message, tag="freeze"):
+    """Flush the volume and hold all writes to it. `Frozen` on the stream says that they are held, `Thaw` ends it.
+
+    After `limit` seconds the guest thaws by itself.
+    """
+
+    limit: float = 2.0
+
+
+class Frozen(Message, tag="frozen"):
+    """On a Freeze stream, from the guest: nothing reaches the volume now."""
+
+
+class Thaw(Message, tag="thaw"):
+    """On a Freeze stream, from the host: go on."""
+
+
+class Thawed(Message, tag="thawed"):
+    """Closes a Freeze stream. `expired`: the guest did not wait any longer; what was done meanwhile may be torn."""
+
+    duration: float
+    expired: bool = False
+
+
+class Rename(Message, tag="rename"):
+    """Host: the VM has another name from here on."""
+
+    vm_id: str
+    hostname: str
+
+
 def _by_tag(*classes: type[Message]) -> dict[str, type[Message]]:
     return {cls.tag: cls for cls in classes}
 
 
 CONTROL_MESSAGES = _by_tag(
-    Ready, BootConfig, SetEnv, BootConfigDone, BootReady, Ping, Pong, PowerOff, ShutdownRequest, SuspendRequest
+    Ready, BootConfig, SetEnv, BootConfigDone, BootReady, Ping, Pong, PowerOff, Rename, ShutdownRequest, SuspendRequest
 )
 # request -> what closes its stream when all goes well; every stream may also be closed by Failed
-STREAMS: dict[type[Message], type[Message]] = {Exec: Exited, ReadFile: FileRead, WriteFile: FileWritten, Sync: Synced}
+STREAMS: dict[type[Message], type[Message]] = {
+    Exec: Exited,
+    ReadFile: FileRead,
+    WriteFile: FileWritten,
+    Sync: Synced,
+    Freeze: Thawed,
+}
 # Tags that later versions will use to open streams, so that nothing else takes them.
 RESERVED_STREAMS = ("egress", "resolve", "bulk-in", "bulk-out", "watch", "forward", "terminal")
-MESSAGES = {**CONTROL_MESSAGES, **_by_tag(*STREAMS, *STREAMS.values(), Signal, Failed)}
+MESSAGES = {**CONTROL_MESSAGES, **_by_tag(*STREAMS, *STREAMS.values(), Signal, Frozen, Thaw, Failed)}
 
 
 def _no_constant(text: str) -> float:

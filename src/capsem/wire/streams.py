@@ -17,12 +17,16 @@ from collections import deque
 
 from capsem.wire import frames
 from capsem.wire.frames import Frame, FrameDecoder, Marker, ProtocolError
-from capsem.wire.messages import MESSAGES, STREAMS, Message, decode_message, encode_message
+from capsem.wire.messages import MESSAGES, STREAMS, Failed, Message, decode_message, encode_message
 
 WINDOW = 256 * 1024  # bytes a channel may have under way; egress.md section 3 has the measurement
 MAX_STREAMS = 1024
 CHANNELS = 3
 _OFFSET = struct.Struct(">Q")
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class Event:
@@ -143,7 +147,8 @@ class _Stream:
 class Mux:
     """One end of a connection. `initiator` is the host (or the client of a supervisor); the other end is the guest.
 
-    `messages` and `requests` are the tables of what may travel: by default those of the control channel.
+    `messages` and `requests` (what opens a stream -> what closes it, if not `Failed`) are the tables of what may
+    travel: by default those of the control channel.
     """
 
     def __init__(
@@ -156,7 +161,7 @@ class Mux:
     ) -> None:
         self.decoder = decoder
         self._messages = messages
-        self._requests = tuple(requests)
+        self._requests = requests
         self._first = 1 if initiator else 2
         self._next = self._first
         self._peer_last = 0
@@ -168,8 +173,12 @@ class Mux:
     # -- sending
 
     def begin_epoch(self, nonce: bytes) -> None:
-        """Forget every stream and all that is queued, and announce an epoch to the peer."""
+        """Forget every stream and all that is queued, and announce an epoch to the peer.
+
+        What the peer has under way belongs to the old epoch, and is dropped up to its answer.
+        """
         self.forget()
+        self.decoder.hunt()
         self._urgent.append(frames.check_nonce(nonce))
         self._begun = nonce
 
@@ -186,6 +195,7 @@ class Mux:
 
     def open(self, request: Message) -> int:
         """Open a stream; returns its id. Raises ProtocolError when there are too many or the request is too large."""
+        assert type(request) in self._requests, f"{request.tag} does not open a stream"
         if len(self._streams) >= MAX_STREAMS:
             raise ProtocolError(f"more than {MAX_STREAMS} streams at once")
         payload = encode_message(request)
@@ -296,6 +306,7 @@ class Mux:
                     out.queue.appendleft(head[size:])
                 out.sent += size
                 out.queued -= size
+                state.outgoing[channel] = state.outgoing.pop(channel)  # the other channels come first next time
                 return frames.encode(frames.DATA, state.id, channel, head[:size])
             if out.end and not out.end_sent:
                 out.end_sent = True
@@ -307,9 +318,11 @@ class Mux:
 
     # -- receiving
 
-    def receive(self, data: bytes | bytearray | memoryview) -> list[Event]:
-        """Take received bytes; return what happened. Raises ProtocolError: begin a new epoch, or hang up."""
-        events: list[Event] = []
+    def receive(self, data: bytes | bytearray | memoryview) -> Iterator[Event]:
+        """Take received bytes; return what happened, step by step, so that what the caller does about one event comes
+        before the next. Raises ProtocolError: hang up, or begin a new epoch and receive b"" (a marker may be among
+        what is left).
+        """
         for item in self.decoder.feed(data):
             if isinstance(item, Marker):
                 if not item.answer:
@@ -318,12 +331,11 @@ class Mux:
                 elif item.nonce != self._begun:
                     self.forget()
                 self._begun = b""
-                events.append(EpochStarted(item.nonce, answer=item.answer))
+                yield EpochStarted(item.nonce, answer=item.answer)
             else:
                 event = self._event(item)
                 if event is not None:
-                    events.append(event)
-        return events
+                    yield event
 
     def _event(self, frame: Frame) -> Event | None:
         kind, stream = frame.kind, frame.stream
@@ -338,13 +350,16 @@ class Mux:
         state = self._streams.get(stream)
         if state is None:
             # It may have been given up on this side while the frame was under way; one never opened is an error.
-            if (stream % 2 == self._first % 2 and stream < self._next) or 0 < stream <= self._peer_last:
+            if stream < self._next if self._is_ours(stream) else stream <= self._peer_last:
                 return None
             raise ProtocolError(f"{frame!r} on a stream that was never opened")
         if kind == frames.DATA:
             return self._data(state, frame)
         if kind == frames.EOF:
-            state.incoming.setdefault(frame.channel, _In()).ended = True
+            into = state.incoming.setdefault(frame.channel, _In())
+            if into.ended:
+                raise ProtocolError(f"{frame!r} after the end")
+            into.ended = True
             return EndReceived(stream, frame.channel)
         if kind == frames.CREDIT:
             if len(frame.payload) != _OFFSET.size:
@@ -358,17 +373,23 @@ class Mux:
             return ResetReceived(stream)
         message = decode_message(frame.payload, self._messages)
         if kind == frames.CLOSE:
+            if not self._is_ours(stream) or not isinstance(message, (self._requests[type(state.request)], Failed)):
+                raise ProtocolError(f"{message.tag} does not close this stream")
             del self._streams[stream]
             return Closed(stream, message)
         return MessageReceived(stream, message)
 
+    def _is_ours(self, stream: int) -> bool:
+        """Whether this end opens streams of that id."""
+        return stream % 2 == self._first % 2
+
     def _opened(self, frame: Frame) -> Event:
-        if frame.stream % 2 == self._first % 2 or frame.stream <= self._peer_last:
+        if self._is_ours(frame.stream) or frame.stream <= self._peer_last:
             raise ProtocolError(f"stream {frame.stream} is not the peer's to open")
         if len(self._streams) >= MAX_STREAMS:
             raise ProtocolError(f"more than {MAX_STREAMS} streams at once")
         request = decode_message(frame.payload, self._messages)
-        if not isinstance(request, self._requests):
+        if type(request) not in self._requests:
             raise ProtocolError(f"{request.tag} does not open a stream")
         self._peer_last = frame.stream
         self._streams[frame.stream] = _Stream(frame.stream, request)

@@ -1,0 +1,22 @@
+.PHONY: test lint demo docs bench lock
+
+test:
+	./scripts/test
+
+demo:
+	./scripts/demo
+
+lint:
+	./scripts/lint
+
+# Regenerates the pages that are made from tables; a test fails when they are out of date.
+docs:
+	.venv/bin/python -m capsem.model.lifecycle > docs/lifecycle.md
+
+bench:
+	.venv/bin/python -m bench
+
+# Pins every dependency with hashes. The file names no registry.
+lock:
+	.venv/bin/pip-compile -q --generate-hashes --allow-unsafe --strip-extras --no-emit-index-url --no-emit-find-links --no-header --no-annotate -o requirements/runtime.txt --extra build pyproject.toml
+	.venv/bin/pip-compile -q --generate-hashes --allow-unsafe --strip-extras --no-emit-index-url --no-emit-find-links --no-header --no-annotate -o requirements/dev.txt --extra build --extra dev pyproject.toml

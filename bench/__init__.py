@@ -1,0 +1,1 @@
+"""Benchmarks: ours beside the floor, in one run, interleaved. `python -m bench` prints the tables."""

@@ -1,0 +1,161 @@
+"""The protocol between service and supervisor: the wire's frames and streams, with these messages.
+
+Bootstrap: the service starts `capsem-process --id ID --session-dir DIR` and writes one `Bootstrap` (JSON) to its
+standard input. The supervisor answers with one line on its standard output when its socket is bound (`BOUND`), or ends
+with an error in its log. From then on the service, or one that comes after it, speaks over the socket:
+
+1. Both ends send `Hello`. A supervisor also sends `State`, at once and whenever it changes.
+2. The service opens streams: a command (`Exec`), what follows it (`Attach`), a file (`ReadFile`, `WriteFile`), the end
+   (`Stop`). Streams are independent and may be opened at any time; what the state does not allow is refused.
+3. A stream that the service resets is given up: its command is killed. A connection that is lost is not: commands go
+   on, and what they write is kept for an `Attach`, as far as `RETAINED` goes.
+
+`PROTOCOL` counts up with every change that an older peer would misunderstand; a service speaks to N and N-1.
+"""
+
+from __future__ import annotations
+
+from capsem.wire.messages import (
+    DirListed,
+    Exec,
+    Exited,
+    Failed,
+    FileRead,
+    FileWritten,
+    ListDir,
+    Message,
+    ReadFile,
+    Signal,
+    WriteFile,
+)
+
+PROTOCOL = 1
+OLDEST_PROTOCOL = 1
+BOUND = b"bound\n"
+RETAINED = 10 * 1024 * 1024  # bytes kept of each output of a command
+
+
+class Bootstrap(Message, tag="bootstrap"):
+    """Everything a supervisor needs beside the VM's record. Paths are absolute."""
+
+    protocol: int
+    run_dir: str
+    socket: str
+    ready_file: str
+    kernel: str
+    initrd: str
+    root: str
+    volume: str
+    ram_file: str
+    kernel_command_line: str
+    accelerator: str
+    hypervisor: str
+    parent_pid: int | None = None
+    log_level: str = "info"
+
+
+class Hello(Message, tag="hello"):
+    """First word of both ends."""
+
+    protocol: int
+    version: str
+    pid: int
+
+
+class State(Message, tag="state"):
+    """Where the VM is: `state` of model.lifecycle, and whether its guest may be spoken to now."""
+
+    state: str
+    ready: bool
+    vmm_pid: int = 0
+    boot_kind: str | None = None
+    reason: str | None = None
+
+
+class ShutdownAsked(Message, tag="shutdown-asked"):
+    """Somebody in the guest asked for the VM to be stopped or suspended: the service decides."""
+
+    action: str
+
+
+class Attach(Message, tag="attach"):
+    """Follow a job of this VM from these offsets of its outputs; what is no longer kept is skipped and counted."""
+
+    job: str
+    stdout: int = 0
+    stderr: int = 0
+
+
+class JobEnded(Message, tag="job-ended"):
+    """Closes an Exec or Attach stream. `dropped`: bytes of output that were not kept."""
+
+    job: str
+    exit_code: int
+    signal: int | None = None
+    timed_out: bool = False
+    duration: float = 0.0
+    dropped: int = 0
+
+
+class Jobs(Message, tag="jobs"):
+    """Which commands run or ran in this VM?"""
+
+
+class JobList(Message, tag="job-list"):
+    """Closes a Jobs stream: the ids, oldest first, then those that still run."""
+
+    jobs: list[str]
+    running: list[str]
+
+
+class Stop(Message, tag="stop"):
+    """End the machine: power off with `grace` seconds for the guest's processes, or kill it at once if `kill`."""
+
+    grace: float = 2.0
+    kill: bool = False
+
+
+class Stopping(Message, tag="stopping"):
+    """Closes a Stop stream: it is under way; the supervisor's exit is the end."""
+
+
+class Persist(Message, tag="persist"):
+    """Become persistent under another name while running: the session directory moves, the socket gets another path."""
+
+    name: str
+    session_dir: str
+    socket: str
+    ready_file: str
+
+
+class Persisted(Message, tag="persisted"):
+    """Closes a Persist stream: record and directory are durable under the new name, the new socket is bound."""
+
+
+class AddLayer(Message, tag="add-layer"):
+    """Freeze the volume's top layer for others to build on, and go on in the new, empty layer `layer`."""
+
+    layer: str
+
+
+class LayerAdded(Message, tag="layer-added"):
+    """Closes an AddLayer stream. `quiesced`: the guest's file system was flushed and held still at that instant."""
+
+    quiesced: bool
+    pause: float
+
+
+# request -> what closes its stream
+REQUESTS: dict[type[Message], type[Message]] = {
+    Exec: JobEnded,
+    Attach: JobEnded,
+    Jobs: JobList,
+    ReadFile: FileRead,
+    WriteFile: FileWritten,
+    ListDir: DirListed,
+    Stop: Stopping,
+    Persist: Persisted,
+    AddLayer: LayerAdded,
+}
+_ALL: tuple[type[Message], ...] = (Hello, State, ShutdownAsked, Signal, Failed, Exited, *REQUESTS, *REQUESTS.values())
+MESSAGES: dict[str, type[Message]] = {cls.tag: cls for cls in _ALL}

@@ -1,0 +1,261 @@
+"""Every operation of the service, once: routes, clients, state checks and docs are derived from OPERATIONS.
+
+An operation names its HTTP method and path, the types of its request and answer (by name, in `api.types`: the command
+line reads this table and has no time to import msgspec), the errors that a caller should expect, and the states of a
+VM in which it is legal. In any other state it is refused with `otherwise`; a VM that is being deleted is gone for
+everyone, so there it is NotFound.
+
+`retry_safe`: doing it twice is as good as once. `on_disconnect`: what becomes of it when the client hangs up; a
+lifecycle transition is FINISHed, what somebody only waits for is ABANDONed. `answer_within` is how many seconds a
+client should wait for the answer, None for as long as it takes. `body_limit` is in bytes.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from capsem.model.errors import (
+    AlreadyExists,
+    CapsemError,
+    Corrupt,
+    GuestFailed,
+    HostNotReady,
+    Interrupted,
+    InvalidInput,
+    LimitReached,
+    MachineFailed,
+    NotFound,
+    NotRunning,
+    PayloadTooLarge,
+    TimedOut,
+    Unavailable,
+)
+from capsem.model.lifecycle import State
+
+if TYPE_CHECKING:
+    import msgspec
+
+JSON_LIMIT: Final = 1024 * 1024
+FILE_LIMIT: Final = 4 * 1024 * 1024  # 512 KiB of text, were every character escaped as \u00xx
+ENV_LIMIT: Final = 12 * 1024 * 1024  # the contract allows 10 MiB of environment
+
+QUICK: Final = 30.0
+FILE_CALL: Final = 120.0  # waiting for the guest to be ready, then the operation
+TRANSITION: Final = 240.0  # waiting for its turn, one try, another try
+
+
+class OnDisconnect(Enum):
+    """What becomes of an operation whose client hangs up."""
+
+    ABANDON = "abandon"
+    FINISH = "finish"
+
+
+ABANDON, FINISH = OnDisconnect.ABANDON, OnDisconnect.FINISH
+
+_GONE: Final = frozenset({State.DELETING, State.DELETED})
+_KNOWN: Final = frozenset(State) - _GONE
+_AWAKE: Final = frozenset({State.STARTING, State.RUNNING})
+
+
+class Operation(NamedTuple):
+    """One row of the table; see the module."""
+
+    name: str
+    method: str
+    path: str
+    summary: str
+    response: str
+    request: str | None = None
+    errors: tuple[type[CapsemError], ...] = ()
+    legal: frozenset[State] | None = None  # None: not about one VM
+    otherwise: type[CapsemError] = NotRunning
+    retry_safe: bool = False
+    on_disconnect: OnDisconnect = ABANDON
+    answer_within: float | None = QUICK
+    body_limit: int = JSON_LIMIT
+
+    @property
+    def takes_id(self) -> bool:
+        """Whether the path holds a VM's id."""
+        return "{id}" in self.path
+
+    def request_type(self) -> type[msgspec.Struct] | None:
+        """The type of the request's body, None if it has none."""
+        return None if self.request is None else _type(self.request)
+
+    def response_type(self) -> type[msgspec.Struct]:
+        """The type of the answer."""
+        return _type(self.response)
+
+    def refusal(self, state: State) -> type[CapsemError] | None:
+        """The error that answers this operation in `state`; None if it is legal there."""
+        if self.legal is None or state in self.legal:
+            return None
+        return NotFound if state in _GONE else self.otherwise
+
+    def require(self, state: State, vm_id: str) -> None:
+        """Check that the VM may be asked for this in `state`. Raises what `refusal` says, with a hint."""
+        refusal = self.refusal(state)
+        if refusal is None:
+            return
+        if refusal is NotFound:
+            raise unknown_vm(vm_id)
+        if refusal is NotRunning:
+            raise NotRunning(f"{vm_id} is not running", hint=f"capsem resume {vm_id}")
+        raise refusal(f"{vm_id} is {state}: cannot {self.name} it now", hint="try again in a moment")
+
+
+def unknown_vm(vm_id: str) -> NotFound:
+    """The error for an id that no VM has."""
+    return NotFound(f"no VM is called {vm_id}", hint="capsem list shows those there are")
+
+
+def _type(name: str) -> type[msgspec.Struct]:
+    from capsem.api import types
+
+    found: type[msgspec.Struct] = getattr(types, name)
+    return found
+
+
+_BOOT: Final = (LimitReached, HostNotReady, MachineFailed, Corrupt, Unavailable)
+_GUEST: Final = (NotFound, NotRunning, GuestFailed, Interrupted, TimedOut)
+
+_TABLE: Final = (
+    Operation("version", "GET", "/version", "the version of the service", "VersionResponse", retry_safe=True),
+    Operation(
+        "provision",
+        "POST",
+        "/provision",
+        "create a VM and boot it",
+        "ProvisionResponse",
+        request="ProvisionRequest",
+        errors=(InvalidInput, AlreadyExists, NotFound, *_BOOT),
+        on_disconnect=FINISH,
+        answer_within=TRANSITION,
+        body_limit=ENV_LIMIT,
+    ),
+    Operation("list", "GET", "/list", "every VM", "ListResponse", retry_safe=True),
+    Operation(
+        "info",
+        "GET",
+        "/info/{id}",
+        "one VM",
+        "SandboxInfo",
+        errors=(InvalidInput, NotFound),
+        legal=_KNOWN,
+        otherwise=NotFound,
+        retry_safe=True,
+    ),
+    Operation(
+        "exec_stream",
+        "POST",
+        "/exec/{id}/stream",
+        "run a command in a VM; its input and output are streamed both ways",
+        "ExecResult",
+        request="ExecRequest",
+        errors=(InvalidInput, *_GUEST),
+        legal=_AWAKE,
+        answer_within=None,
+    ),
+    Operation(
+        "exec",
+        "POST",
+        "/exec/{id}",
+        "run a command in a VM and wait for its end",
+        "ExecResponse",
+        request="ExecRequest",
+        errors=(InvalidInput, *_GUEST),
+        legal=_AWAKE,
+        answer_within=None,
+    ),
+    Operation(
+        "write_file",
+        "POST",
+        "/write_file/{id}",
+        "write a text file in a VM",
+        "SuccessResponse",
+        request="WriteFileRequest",
+        errors=(InvalidInput, PayloadTooLarge, *_GUEST),
+        legal=_AWAKE,
+        retry_safe=True,
+        answer_within=FILE_CALL,
+        body_limit=FILE_LIMIT,
+    ),
+    Operation(
+        "read_file",
+        "POST",
+        "/read_file/{id}",
+        "read a text file in a VM",
+        "ReadFileResponse",
+        request="ReadFileRequest",
+        errors=(InvalidInput, PayloadTooLarge, *_GUEST),
+        legal=_AWAKE,
+        retry_safe=True,
+        answer_within=FILE_CALL,
+    ),
+    Operation(
+        "stop",
+        "POST",
+        "/stop/{id}",
+        "power a VM off; one that is not persistent is destroyed",
+        "StopResponse",
+        errors=(InvalidInput, NotFound, NotRunning, MachineFailed),
+        # A VM that is stopping by itself is waited for: the caller wants it stopped, and that is what it gets.
+        legal=_AWAKE | {State.STOPPING},
+        on_disconnect=FINISH,
+        answer_within=TRANSITION,
+    ),
+    Operation(
+        "resume",
+        "POST",
+        "/resume/{id}",
+        "start a VM that does not run; one that runs is left alone",
+        "ProvisionResponse",
+        errors=(InvalidInput, NotFound, *_BOOT),
+        legal=_KNOWN - {State.STOPPING},
+        otherwise=Unavailable,
+        retry_safe=True,
+        on_disconnect=FINISH,
+        answer_within=TRANSITION,
+    ),
+    Operation(
+        "delete",
+        "DELETE",
+        "/delete/{id}",
+        "destroy a VM and all its data",
+        "SuccessResponse",
+        errors=(InvalidInput, NotFound),
+        legal=frozenset(State) - {State.DELETED},
+        otherwise=NotFound,
+        on_disconnect=FINISH,
+        answer_within=TRANSITION,
+    ),
+    Operation(
+        "run",
+        "POST",
+        "/run",
+        "run a command in a VM made for it and destroyed after it",
+        "ExecResponse",
+        request="RunRequest",
+        errors=(InvalidInput, GuestFailed, Interrupted, TimedOut, *_BOOT),
+        answer_within=None,
+        body_limit=ENV_LIMIT,
+    ),
+    Operation(
+        "logs",
+        "GET",
+        "/logs/{id}",
+        "the console and the logs of a VM, running or not",
+        "LogsResponse",
+        errors=(InvalidInput, NotFound),
+        # A VM that crashed and was swept away still has logs; the service looks for them before it says NotFound.
+        legal=_KNOWN,
+        otherwise=NotFound,
+        retry_safe=True,
+    ),
+)
+
+OPERATIONS: Final = MappingProxyType({operation.name: operation for operation in _TABLE})

@@ -1,0 +1,225 @@
+"""What travels between clients and the service: every request and every answer, once.
+
+Requests are lenient where the contract is: unknown keys are ignored, an optional key may be null. They are strict
+about types and names; what is wrong raises InvalidInput while decoding (see codec.py). In answers an optional key
+that has nothing to say is left out, never null. Sizes are in MiB (`*_mb`) or bytes (`*_bytes`), times in seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from capsem.model.errors import InvalidInput, PayloadTooLarge
+from capsem.model.ids import check_name
+from capsem.model.lifecycle import Status
+from capsem.model.spec import DEFAULT_DISK_MB, check_env
+
+CONTENT_LIMIT = 512 * 1024  # bytes of text in one file call
+LONGEST_TIMEOUT = 10 * 365 * 86400  # beyond this a number of seconds is a mistake
+
+_POSITIVE = msgspec.Meta(gt=0, le=LONGEST_TIMEOUT)
+Seconds = Annotated[int, _POSITIVE] | Annotated[float, _POSITIVE]
+
+
+class _Body(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A JSON object. A field without a default is always there."""
+
+
+def _no_nul(key: str, text: str) -> None:
+    if "\0" in text:
+        raise InvalidInput(f"{key}: holds a NUL character", hint="remove it")
+
+
+# -- requests
+
+
+class ProvisionRequest(_Body, frozen=True):
+    """Create and boot a VM. What is None comes from the settings; `image` is another word for `from`.
+
+    A name alone does not make a VM persistent. Limits of the numbers and of `env` are `model.spec`'s.
+    """
+
+    name: str | None = None
+    ram_mb: int | None = None
+    cpus: int | None = None
+    disk_mb: int = DEFAULT_DISK_MB
+    persistent: bool = False
+    env: dict[str, str] | None = None
+    from_: str | None = msgspec.field(default=None, name="from")
+    image: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name is not None:
+            check_name(self.name)
+        if self.source is not None:
+            check_name(self.source)
+        if None not in (self.from_, self.image) and self.from_ != self.image:
+            raise InvalidInput("from and image name different VMs", hint="they mean the same: give one")
+
+    @property
+    def source(self) -> str | None:
+        """The name of the VM whose disk is cloned, or None."""
+        return self.from_ if self.from_ is not None else self.image
+
+
+class ExecRequest(_Body, frozen=True):
+    """Run `command` with `bash -c`; no time limit unless one is given.
+
+    `env` comes on top of the VM's own, `cwd` is /root unless given, `job` is the id under which the run can be found
+    again (one is made up unless given).
+    """
+
+    command: str
+    timeout_secs: Seconds | None = None
+    env: dict[str, str] | None = None
+    cwd: str | None = None
+    job: str | None = None
+
+    def __post_init__(self) -> None:
+        _no_nul("command", self.command)
+        _no_nul("cwd", self.cwd or "")
+        check_env(self.env or {})
+        if self.job is not None:
+            check_name(self.job)
+
+
+class RunRequest(_Body, frozen=True):
+    """Run `command` in a VM made for it and destroyed after it."""
+
+    command: str
+    timeout_secs: Seconds | None = None
+    ram_mb: int | None = None
+    cpus: int | None = None
+    disk_mb: int = DEFAULT_DISK_MB
+    env: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        _no_nul("command", self.command)
+
+
+class WriteFileRequest(_Body, frozen=True):
+    """Replace the content of a text file in the guest."""
+
+    path: str
+    content: str
+
+    def __post_init__(self) -> None:
+        # Counting the bytes needs a second copy; the number of characters often settles it.
+        if len(self.content) > CONTENT_LIMIT or len(self.content.encode()) > CONTENT_LIMIT:
+            raise PayloadTooLarge(
+                "content: too long for one call", hint=f"at most {CONTENT_LIMIT >> 10} KiB; send it in parts"
+            )
+
+
+class ReadFileRequest(_Body, frozen=True):
+    """Read a text file in the guest."""
+
+    path: str
+
+
+# -- answers
+
+
+class SuccessResponse(_Body, frozen=True):
+    """It is done."""
+
+    success: bool
+
+
+class VersionResponse(_Body, frozen=True):
+    """The version of the service."""
+
+    version: str
+
+
+class ProvisionResponse(_Body, frozen=True):
+    """A VM that runs; `uds_path` is its control socket, a path that no client may compute itself."""
+
+    id: str
+    uds_path: str
+
+
+class SandboxInfo(_Body, frozen=True):
+    """One VM. `pid` is its supervisor's, 0 when it does not run; `name` only for a persistent VM."""
+
+    id: str
+    pid: int
+    status: Status
+    persistent: bool
+    name: str | None = None
+    ram_mb: int | None = None
+    cpus: int | None = None
+    disk_mb: int | None = None
+    version: str | None = None
+    forked_from: str | None = None
+    description: str | None = None
+    size_bytes: int | None = None
+    created_at: str | None = None
+    uptime_secs: int | None = None
+    last_error: str | None = None
+    total_input_tokens: int | None = None
+    total_output_tokens: int | None = None
+    total_estimated_cost: float | None = None
+    total_tool_calls: int | None = None
+    total_mcp_calls: int | None = None
+    total_requests: int | None = None
+    allowed_requests: int | None = None
+    denied_requests: int | None = None
+    total_file_events: int | None = None
+    model_call_count: int | None = None
+
+
+class AssetHealth(_Body, frozen=True):
+    """Whether there is an image to boot, its version, and what is missing."""
+
+    ready: bool
+    missing: list[str]
+    version: str | None = None
+
+
+class ListResponse(_Body, frozen=True):
+    """Every VM: those that run, and the persistent ones that do not."""
+
+    sandboxes: list[SandboxInfo]
+    asset_health: AssetHealth
+
+
+class ExecResponse(_Body, frozen=True):
+    """How a command ended. Bytes that are no UTF-8 are replaced. `truncated`: output beyond the cap was dropped."""
+
+    stdout: str
+    stderr: str
+    exit_code: int
+    truncated: bool = False
+    job: str | None = None
+
+
+class ExecResult(_Body, frozen=True):
+    """The end of an exec stream: ExecResponse without the output, which came before it."""
+
+    exit_code: int
+    truncated: bool = False
+    job: str | None = None
+
+
+class ReadFileResponse(_Body, frozen=True):
+    """The text of a file."""
+
+    content: str
+
+
+class StopResponse(_Body, frozen=True):
+    """The VM has stopped; one that is not persistent is gone."""
+
+    success: bool
+    persistent: bool
+
+
+class LogsResponse(_Body, frozen=True):
+    """The guest's console; what else there is in the way of logs."""
+
+    logs: str
+    serial_logs: str | None = None
+    process_logs: str | None = None

@@ -1,0 +1,47 @@
+"""`capsem create`."""
+
+from __future__ import annotations
+
+import click
+
+from capsem.cli.context import GIGABYTES, SESSION, Context, parse_env
+from capsem.cli.terminal import waiting
+
+
+@click.command(
+    "create",
+    epilog="\b\nExamples:\n  capsem create\n  capsem create -n box --ram 0.5 --cpu 1 -e TOKEN=abc",
+)
+@click.option("-n", "--name", metavar="N", help="Its name; a VM with a name is persistent.")
+@click.option("--ram", type=GIGABYTES, metavar="GB", help="Memory, 0.25 to 16; 4 unless the settings say otherwise.")
+@click.option("--cpu", type=int, metavar="N", help="CPUs, 1 to 8; 4 unless the settings say otherwise.")
+@click.option("--disk", type=GIGABYTES, metavar="GB", help="Room on its volume; 16. What is not used takes no space.")
+@click.option("-e", "--env", multiple=True, metavar="K=V", help="An environment variable for every command in it.")
+@click.option("--from", "--image", "source", type=SESSION, metavar="NAME", help="Begin with a copy of this VM's disk.")
+@click.pass_obj
+def create_command(
+    obj: Context,
+    name: str | None,
+    ram: int | None,
+    cpu: int | None,
+    disk: int | None,
+    env: tuple[str, ...],
+    source: str | None,
+) -> None:
+    """Create a VM, boot it, and print its id.
+
+    With a name, or made from another VM, it is persistent: it outlives a stop. Without, it is gone when it stops.
+    """
+    persistent = name is not None or source is not None
+    body = {
+        "name": name,
+        "ram_mb": ram,
+        "cpus": cpu,
+        "disk_mb": disk,
+        "env": parse_env(env),
+        "from": source,
+        "persistent": persistent,
+    }
+    with waiting(f"creating {name or 'a VM'}"):
+        answer = obj.client().call("provision", body=body)
+    click.echo(f"{answer['id']} (persistent)" if persistent else answer["id"])

@@ -1,0 +1,123 @@
+"""`capsem image`: guest images, made, listed, checked and removed on this host, without the service."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from capsem.cli.context import Context
+from capsem.cli.terminal import Line, table, waiting
+from capsem.image.build import build
+from capsem.image.catalog import Catalog, Image
+from capsem.image.recipe import DEFAULT
+from capsem.store import durable
+
+_SHORT = 12  # hexadecimal digits that tell digests apart
+
+
+@click.group("image", epilog="\b\nExamples:\n  capsem image build\n  capsem image list")
+@click.option("--assets-dir", type=click.Path(path_type=Path), metavar="DIR", help="Look here first, and write here.")
+@click.pass_context
+def image_command(ctx: click.Context, assets_dir: Path | None) -> None:
+    """Make and look after the images that VMs are started from."""
+    obj = ctx.find_object(Context)
+    assert obj is not None
+    ctx.obj = Catalog.from_environment(obj.environ, assets_dir)
+
+
+@image_command.command("build", epilog="\b\nExample:\n  capsem image build --mirror http://deb.debian.org/debian")
+@click.option("--mirror", metavar="URL", help="A Debian mirror; else it is found out.")
+@click.option("--force", is_flag=True, help="Make it anew though nothing has changed.")
+@click.pass_obj
+def image_build(catalog: Catalog, mirror: str | None, force: bool) -> None:
+    """Make the default image; nothing is done if it is there and its recipe has not changed."""
+    began = time.time()
+    with Steps() as steps:
+        image = build(DEFAULT, catalog.write_to, mirror=mirror, force=force, progress=steps.show)
+    done = "is up to date" if image.manifest.created_at < began else "built"
+    click.echo(f"{image.name} {image.digest[:_SHORT]} {done}: {image.directory}")
+
+
+@image_command.command("list", epilog="\b\nExample:\n  capsem image list --json")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_obj
+def image_list(catalog: Catalog, as_json: bool) -> None:
+    """List the images on this host; where a name comes twice, the first one counts."""
+    images = catalog.list()
+    if as_json:
+        click.echo(json.dumps([_describe(image) for image in images], indent=2))
+    elif not images:
+        click.echo("No images.")
+    else:
+        rows = [
+            (image.name, image.digest[:_SHORT], f"{_size(image) >> 20}M", _date(image), str(image.directory))
+            for image in images
+        ]
+        for line in table(("NAME", "DIGEST", "SIZE", "BUILT", "DIRECTORY"), rows):
+            click.echo(line)
+
+
+@image_command.command("rm", epilog="\b\nExample:\n  capsem image rm default")
+@click.argument("name")
+@click.pass_obj
+def image_rm(catalog: Catalog, name: str) -> None:
+    """Remove every image of a name."""
+    for image in catalog.remove(name):
+        click.echo(f"{image.name} {image.digest[:_SHORT]} removed")
+
+
+@image_command.command("verify", epilog="\b\nExample:\n  capsem image verify")
+@click.argument("name", default=DEFAULT.name)
+@click.pass_obj
+def image_verify(catalog: Catalog, name: str) -> None:
+    """Read an image as a whole and compare it with its manifest."""
+    image = catalog.find(name)
+    with waiting(f"reading {name}"):
+        catalog.verify(image)
+    click.echo(f"{image.name} {image.digest[:_SHORT]} ok")
+
+
+class Steps:
+    """What a build is at: a line for each step; on a terminal also how far it is, in place."""
+
+    def __init__(self) -> None:
+        self._line = Line()
+        self._step = ""
+        self._terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> Steps:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._line.clear()
+
+    def show(self, step: str, fraction: float | None) -> None:
+        """Take note of progress."""
+        if self._terminal:
+            self._line.show(step if fraction is None else f"{step} {fraction:4.0%}")
+        elif step != self._step:
+            click.echo(step, err=True)
+        self._step = step
+
+
+def _describe(image: Image) -> dict[str, object]:
+    return {
+        "name": image.name,
+        "digest": image.digest,
+        "size_bytes": _size(image),
+        "created_at": image.manifest.created_at,
+        "kernel_version": image.manifest.kernel_version,
+        "directory": str(image.directory),
+    }
+
+
+def _size(image: Image) -> int:
+    return durable.allocated_bytes(image.directory)
+
+
+def _date(image: Image) -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime(image.manifest.created_at))

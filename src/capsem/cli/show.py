@@ -1,0 +1,93 @@
+"""`capsem list`, `info`, `logs`: what there is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from capsem.cli.context import SESSION, Context
+from capsem.cli.terminal import duration, memory, printable, table
+
+HEADER = ("ID", "NAME", "STATUS", "RAM", "CPUs", "UPTIME")
+
+
+@click.command("list", epilog="\b\nExamples:\n  capsem list\n  capsem list -q | xargs -n1 capsem stop")
+@click.option("-q", "--quiet", is_flag=True, help="Only the ids, one on a line.")
+@click.option("--json", "as_json", is_flag=True, help="The service's answer, as JSON.")
+@click.pass_obj
+def list_command(obj: Context, quiet: bool, as_json: bool) -> None:
+    """List the VMs (alias: ls)."""
+    answer = obj.client().call("list")
+    boxes = answer["sandboxes"]
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+    elif quiet:
+        for box in boxes:
+            click.echo(box["id"])
+    elif not boxes:
+        click.echo("No sessions.")
+    else:
+        head, *lines = table(HEADER, [_row(box) for box in boxes])
+        click.echo(head)
+        for line, box in zip(lines, boxes, strict=True):
+            click.echo(line)
+            if error := _last_line(box.get("last_error")):
+                click.echo(f"  last error: {error}")
+
+
+@click.command("info", epilog="\b\nExamples:\n  capsem info box\n  capsem info box --json")
+@click.argument("session", type=SESSION)
+@click.option("--json", "as_json", is_flag=True, help="The service's answer, as JSON.")
+@click.pass_obj
+def info_command(obj: Context, session: str, as_json: bool) -> None:
+    """Show what is known about a VM."""
+    box = obj.client().call("info", vm_id=session)
+    if as_json:
+        click.echo(json.dumps(box, indent=2))
+        return
+    width = max(len(key) for key in box)
+    for key, value in box.items():
+        text = json.dumps(value) if isinstance(value, (bool, dict, list)) else printable(str(value))
+        first, *more = text.splitlines() or [""]
+        click.echo(f"{key.ljust(width)}  {first}".rstrip())
+        for line in more:
+            click.echo(f"{' ' * width}  {line}")
+
+
+@click.command("logs", epilog="\b\nExample:\n  capsem logs box --tail 20")
+@click.argument("session", type=SESSION)
+@click.option("--tail", type=click.IntRange(min=1), metavar="N", help="Only the last N lines of each.")
+@click.pass_obj
+def logs_command(obj: Context, session: str, tail: int | None) -> None:
+    """Show the console of a VM, and the log of the process that ran it."""
+    answer = obj.client().call("logs", vm_id=session)
+    _section("console", answer["logs"], tail)
+    if process := answer.get("process_logs"):
+        _section("process.log", process, tail)
+
+
+def _section(title: str, text: str, tail: int | None) -> None:
+    lines = text.splitlines()
+    click.echo(f"== {title} ==")
+    for line in lines if tail is None else lines[-tail:]:
+        click.echo(printable(line))
+
+
+def _row(box: Mapping[str, Any]) -> tuple[str, ...]:
+    ram, uptime = box.get("ram_mb"), box.get("uptime_secs")
+    return (
+        box["id"],
+        box.get("name") or "-",
+        box["status"],
+        "-" if ram is None else memory(ram),
+        str(box.get("cpus", "-")),
+        "-" if uptime is None else duration(uptime),
+    )
+
+
+def _last_line(error: str | None) -> str:
+    lines = printable(error or "").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")

@@ -1,0 +1,252 @@
+"""The blocking client: one connection to the service's Unix socket for each call."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Final, Protocol
+
+from capsem.api import stream
+from capsem.client import request
+from capsem.client.http import Answer, BadAnswer, encode_chunk
+from capsem.model.errors import CapsemError, Interrupted, TimedOut, Unavailable, from_dict
+
+_RECEIVE: Final = 256 * 1024
+_LONGEST_ADDRESS: Final = 107  # bytes that fit a sockaddr_un
+_CONNECT_WITHIN: Final = 5.0  # seconds
+# A signal that comes just before a blocking call does not interrupt it: Python's handler would wait as long as that
+# does. So nothing here blocks for longer than this many seconds at a time.
+_TURN: Final = 0.5
+
+
+class Input(Protocol):
+    """Where standard input is read from, such as an unbuffered binary file."""
+
+    def read(self, size: int, /) -> bytes:
+        """What is there, up to `size` bytes; blocks until there is something; b"" at the end."""
+
+
+class Client:
+    """Calls the operations of `api.operations` at the socket `uds_path`.
+
+    `start` is called once when nobody listens there, to bring the service up; it returns when that listens, or raises.
+    `timeout`, in seconds, takes the place of the limits in the table. A client may be used from several threads.
+    """
+
+    def __init__(
+        self, uds_path: str | os.PathLike[str], *, timeout: float | None = None, start: Callable[[], None] | None = None
+    ) -> None:
+        self.uds_path = os.fspath(uds_path)
+        self._timeout = timeout
+        self._start = start
+
+    def call(
+        self, operation_name: str, *, vm_id: str | None = None, body: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Do an operation and return its answer. Blocks.
+
+        Raises the CapsemError that the service answers with; Unavailable when there is no service, TimedOut when it
+        does not answer in time, Interrupted when it goes away in the middle.
+        """
+        row = request.operation(operation_name)
+        data = request.encode_request(row, vm_id, body)
+        timeout = self._timeout if self._timeout is not None else row.answer_within
+        with self._connect() as connection:
+            connection.settimeout(timeout)
+            answer, parts = Answer(), []
+            # A service that refuses a large body answers and closes before it has read it: the answer is there.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError), _said(timeout):
+                connection.sendall(data)
+            while not answer.done:
+                with _said(timeout):
+                    parts.append(_receive(connection, answer, timeout))
+        return request.decode_answer(answer.status, answer.headers, b"".join(parts))
+
+    def stream(self, vm_id: str, body: Mapping[str, Any], stdin: Input | None = None) -> ExecStream:
+        """Run a command; iterate over the result for its output. `body` is an ExecRequest. Raises as `call` does, but
+        an error of the service comes when iterating.
+        """
+        row = request.operation("exec_stream")
+        connection = self._connect()
+        connection.settimeout(None)
+        return ExecStream(connection, request.encode_stream_head(row, vm_id), request.encode_body(body), stdin)
+
+    def _connect(self) -> socket.socket:
+        try:
+            return _connect(self.uds_path)
+        except (FileNotFoundError, ConnectionRefusedError) as exc:
+            if self._start is None:
+                raise self._unreachable(exc) from exc
+        except OSError as exc:
+            raise self._unreachable(exc) from exc
+        self._start()
+        try:
+            return _connect(self.uds_path)
+        except OSError as exc:
+            raise self._unreachable(exc) from exc
+
+    def _unreachable(self, exc: OSError) -> Unavailable:
+        reason = exc.strerror or str(exc)
+        return Unavailable(
+            f"cannot connect to the service at {self.uds_path}: {reason}", hint="is capsem-service running?"
+        )
+
+
+class ExecStream:
+    """A running command. Iterating yields (channel, bytes), STDOUT or STDERR, as they come; then `result` is there.
+
+    The first piece is usually empty, and says that the command has begun.
+
+    Leaving it (`with`) before the end hangs up, which ends the command. Standard input is sent by a thread of its own,
+    at most WINDOW bytes ahead of the command.
+    """
+
+    def __init__(self, connection: socket.socket, head: bytes, body: bytes, stdin: Input | None) -> None:
+        self.result: dict[str, Any] = {}
+        self._connection = connection
+        self._answer = Answer()
+        self._decoder = stream.Decoder()
+        self._credit = _Credit()
+        first = head + encode_chunk(stream.encode(stream.REQUEST, body))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.sendall(first if stdin is not None else first + encode_chunk(b""))
+        if stdin is not None:
+            # A daemon: nothing can wake a thread that reads from a terminal.
+            threading.Thread(target=self._send_input, args=(stdin,), name="stdin", daemon=True).start()
+
+    def __enter__(self) -> ExecStream:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up; a command that still runs is ended."""
+        self._credit.end()
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)  # a thread that is sending notices this, not a close
+        self._connection.close()
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        """Yields output until the command has ended. Raises the CapsemError that ended it, or Interrupted."""
+        answer = self._answer
+        refusal: list[bytes] = []
+        while not answer.done:
+            data = _receive(self._connection, answer, None)
+            if answer.status == 200:
+                yield from self._frames(data)
+            else:
+                refusal.append(data)
+        self._credit.end()
+        if answer.status != 200:
+            raise request.decode_error(answer.status, answer.headers, b"".join(refusal))
+        if not self.result:
+            raise Interrupted("the service broke off before it said how the command ended")
+
+    def _frames(self, data: bytes) -> Iterator[tuple[int, bytes]]:
+        for channel, payload in self._decoder.feed(data):
+            if channel in (stream.STDOUT, stream.STDERR):
+                yield channel, payload
+            elif channel == stream.RESULT:
+                self.result = request.decode_object(payload)
+            elif channel == stream.ERROR:
+                raise from_dict(request.decode_object(payload))
+            elif channel == stream.CREDIT:
+                self._credit.add(stream.decode_credit(payload))
+
+    def _send_input(self, stdin: Input) -> None:
+        with contextlib.suppress(OSError, ValueError):  # the command ended, or the input was closed
+            while self._credit.take(stream.CHUNK):
+                data = stdin.read(stream.CHUNK)
+                self._credit.add(stream.CHUNK - len(data))
+                if not data:
+                    break
+                self._connection.sendall(encode_chunk(stream.encode(stream.STDIN, data)))
+            self._connection.sendall(encode_chunk(stream.encode(stream.STDIN)) + encode_chunk(b""))
+
+
+class _Credit:
+    """How much input may still be sent."""
+
+    def __init__(self) -> None:
+        self._left = stream.WINDOW
+        self._ended = False
+        self._changed = threading.Condition()
+
+    def take(self, size: int) -> bool:
+        """Wait for, and use, `size` bytes of credit; False when the stream has ended."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or self._left >= size)
+            self._left -= size
+            return not self._ended
+
+    def add(self, size: int) -> None:
+        """Give credit back."""
+        with self._changed:
+            self._left += size
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """Nothing more is to be sent."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+
+def _connect(path: str) -> socket.socket:
+    """A connection to a Unix socket, by whatever path. Raises OSError."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(_CONNECT_WITHIN)
+        address = os.fsencode(path)
+        if len(address) <= _LONGEST_ADDRESS:
+            connection.connect(address)
+        else:
+            # Too long for an address, but not for the kernel: reach it from its directory.
+            directory, name = os.path.split(path)
+            fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                connection.connect(f"/proc/self/fd/{fd}/{name}")
+            finally:
+                os.close(fd)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _receive(connection: socket.socket, answer: Answer, timeout: float | None) -> bytes:
+    """Wait for bytes and return those of the answer's body. Raises Interrupted, and TimeoutError after `timeout` seconds."""
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while not poll.poll(1000 * (_TURN if deadline is None else max(0.0, min(_TURN, deadline - time.monotonic())))):
+        if deadline is not None and time.monotonic() >= deadline:
+            raise TimeoutError
+    try:
+        data = connection.recv(_RECEIVE)
+        if data:
+            return answer.feed(data)
+        answer.eof()
+    except (BadAnswer, ConnectionError) as exc:
+        raise Interrupted(f"the service went away before it had answered: {exc}") from exc
+    return b""
+
+
+@contextlib.contextmanager
+def _said(timeout: float | None) -> Iterator[None]:
+    """Says it in our words when the service does not answer."""
+    try:
+        yield
+    except TimeoutError as exc:
+        hint = "it may be done all the same: capsem list shows how things stand"
+        error: CapsemError = TimedOut(f"the service did not answer within {timeout:g} s", hint=hint)
+        raise error from exc

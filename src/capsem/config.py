@@ -1,0 +1,203 @@
+"""Where things are (`Paths`) and what the user may set (`SETTINGS`). The environment is passed in.
+
+A setting's value is, from weak to strong: its default; the user's file, $CAPSEM_USER_CONFIG or else
+$CAPSEM_HOME/config.toml; its environment variable; the corporate file, $CAPSEM_CORP_CONFIG. A file that is not there
+says nothing. The files are TOML, a setting's dotted name is its place in the tables:
+
+    [vm.resources]
+    ram_gb = 2
+
+The command line reads this module on every call: there are no dataclasses here, and `pathlib` is imported when a Path
+is wanted, which `capsem list` never does; together they would cost a quarter of its time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from capsem.model.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SOCKET_NAME: Final = "service.sock"
+
+
+class Setting(NamedTuple):
+    """One row of the table: a number between `low` and `high`, an int unless the default is a float."""
+
+    name: str
+    default: float
+    env: str
+    help: str
+    low: float
+    high: float
+
+    def check(self, value: object, where: str) -> float:
+        """`value` as this setting's; raises InvalidInput that begins with `where`."""
+        whole = isinstance(self.default, int)
+        fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        if not fits or not self.low <= value <= self.high:  # type: ignore[operator]
+            kind = "a whole number" if whole else "a number"
+            raise InvalidInput(
+                f"{where}: {self.name} is {value!r}", hint=f"it has to be {kind} from {self.low:g} to {self.high:g}"
+            )
+        return value  # type: ignore[return-value]
+
+
+SETTINGS: Final = (
+    Setting(
+        "vm.resources.max_concurrent_vms",
+        10,
+        "CAPSEM_MAX_CONCURRENT_VMS",
+        "how many VMs may run at once",
+        1,
+        1000,
+    ),
+    Setting("vm.resources.ram_gb", 4.0, "CAPSEM_RAM_GB", "memory of a new VM, in GiB", 0.25, 16),
+    Setting("vm.resources.cpu_count", 4, "CAPSEM_CPU_COUNT", "CPUs of a new VM", 1, 8),
+)
+
+
+_DEFAULTS: Final = MappingProxyType({row.name: row.default for row in SETTINGS})
+
+
+class Settings(NamedTuple):
+    """The values in force, and what there was to complain about, one sentence each."""
+
+    values: Mapping[str, float] = _DEFAULTS
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def max_concurrent_vms(self) -> int:
+        """How many VMs may run at once."""
+        return int(self.values["vm.resources.max_concurrent_vms"])
+
+    @property
+    def ram_mb(self) -> int:
+        """Memory of a new VM, in MiB."""
+        return int(self.values["vm.resources.ram_gb"] * 1024)
+
+    @property
+    def cpu_count(self) -> int:
+        """CPUs of a new VM."""
+        return int(self.values["vm.resources.cpu_count"])
+
+
+def load(environ: Mapping[str, str]) -> Settings:
+    """Read the settings. Unknown names become warnings; raises InvalidInput naming file (or variable) and setting."""
+    rows = {row.name: row for row in SETTINGS}
+    values = dict(_DEFAULTS)
+    warnings: list[str] = []
+
+    def take(path: str) -> None:
+        for name, value in _flatten(_read(path), ""):
+            if name in rows:
+                values[name] = rows[name].check(value, path)
+            else:
+                warnings.append(f"{path}: there is no setting {name}; it is ignored")
+
+    take(environ.get("CAPSEM_USER_CONFIG") or os.path.join(_home(environ), "config.toml"))
+    for row in SETTINGS:
+        if text := environ.get(row.env):
+            values[row.name] = row.check(_number(text), f"environment variable {row.env}")
+    if corporate := environ.get("CAPSEM_CORP_CONFIG"):
+        take(corporate)
+    return Settings(values, tuple(warnings))
+
+
+def _read(path: str) -> dict[str, Any]:
+    import tomllib
+    from pathlib import Path
+
+    if not Path(path).exists():
+        return {}
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as exc:
+        raise InvalidInput(f"{path} cannot be read: {exc}", hint="correct the file, or move it away") from exc
+
+
+def _flatten(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, object]]:
+    for key, value in table.items():
+        name = prefix + key
+        if isinstance(value, dict) and not any(row.name == name for row in SETTINGS):
+            yield from _flatten(value, name + ".")
+        else:
+            yield name, value
+
+
+def _number(text: str) -> float | str:
+    """An environment variable's text as a number; what is none stays text, to be refused by `check`."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+class Paths(NamedTuple):
+    """Where this user's Capsem lives: absolute, with symbolic links resolved once and for all.
+
+    The fields are the paths as text; the properties are the same as Path. `socket` is the service's; `explicit` is
+    whether the caller named it, and so means that service and no other.
+    """
+
+    home_text: str
+    run_text: str
+    socket: str
+    explicit: bool = False
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str], uds_path: str | os.PathLike[str] | None = None) -> Paths:
+        """Resolve CAPSEM_HOME, CAPSEM_RUN_DIR, CAPSEM_UDS_PATH; empty values count as unset.
+
+        With `uds_path` (the option --uds-path) the run directory is that socket's. Raises InvalidInput when there is
+        neither HOME nor CAPSEM_HOME.
+        """
+        home = _home(environ)
+        if uds_path is not None:
+            socket = _socket(os.fspath(uds_path))
+            return cls(home, os.path.dirname(socket), socket, explicit=True)
+        run = os.path.realpath(environ.get("CAPSEM_RUN_DIR") or os.path.join(home, "run"))
+        uds = environ.get("CAPSEM_UDS_PATH")
+        return cls(home, run, _socket(uds) if uds else os.path.join(run, SOCKET_NAME))
+
+    @property
+    def home(self) -> Path:
+        """CAPSEM_HOME: settings and images of this user."""
+        return _path(self.home_text)
+
+    @property
+    def run_dir(self) -> Path:
+        """CAPSEM_RUN_DIR: VMs, sockets and logs."""
+        return _path(self.run_text)
+
+    @property
+    def uds_path(self) -> Path:
+        """The service's socket."""
+        return _path(self.socket)
+
+
+def _home(environ: Mapping[str, str]) -> str:
+    if chosen := environ.get("CAPSEM_HOME"):
+        return os.path.realpath(chosen)
+    if home := environ.get("HOME"):
+        return os.path.realpath(os.path.join(home, ".capsem"))
+    raise InvalidInput("neither CAPSEM_HOME nor HOME is set", hint="set CAPSEM_HOME to a directory of yours")
+
+
+def _socket(path: str) -> str:
+    """The directory is resolved, the socket itself is not: it may not be there yet, or be a link to another one."""
+    directory, name = os.path.split(path)
+    return os.path.join(os.path.realpath(directory), name)
+
+
+def _path(text: str) -> Path:
+    from pathlib import Path
+
+    return Path(text)

@@ -1,0 +1,205 @@
+"""A running QEMU as a `Machine`.
+
+How it ended is put together from three sources, in this order: what we did to it (kill), what it said before it went
+(QMP events), how the kernel says it went (exit status, with its last complaint).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Awaitable, Sequence
+from typing import Final
+
+from capsem.hypervisor.driver import Ending, Layer
+from capsem.hypervisor.qemu.command import TOP_NODE, layer_nodes
+from capsem.hypervisor.qemu.process import Process, complaint
+from capsem.hypervisor.qemu.qmp import Event, Monitor
+from capsem.model.errors import MachineFailed
+
+DRAIN_LIMIT: Final = 2.0  # seconds from QEMU's exit to the end of what it had written to its socket
+
+# Reasons of the SHUTDOWN event (QAPI type ShutdownCause) -> (clean?, what to tell people)
+SHUTDOWNS: Final = {
+    "guest-shutdown": (True, "the guest powered off"),
+    "host-qmp-quit": (True, "QEMU was asked to quit"),
+    # We start QEMU with -no-reboot. A guest that means to restart is made to power off by our agent; what is left is a
+    # kernel that panicked before it could say so, or a triple fault.
+    "guest-reset": (False, "the guest reset itself: a kernel panic, or a reboot that went around the guest agent"),
+    "guest-panic": (False, "the guest's kernel panicked"),
+    "host-signal": (False, "QEMU was terminated from outside"),
+    "host-error": (False, "QEMU met an error of the host"),
+}
+
+log = logging.getLogger("capsem.qemu")
+
+
+class Record:
+    """What QEMU told unasked, as far as it matters later."""
+
+    def __init__(self) -> None:
+        self.shutdown: str | None = None
+        self.panicked = False
+
+    def note(self, event: Event) -> None:
+        """Take in one event."""
+        if event.name == "SHUTDOWN":
+            self.shutdown = str(event.data.get("reason", ""))
+        elif event.name == "GUEST_PANICKED":
+            self.panicked = True
+            log.error("the guest's kernel panicked")
+        elif event.name == "BLOCK_IO_ERROR" and event.data.get("nospace"):
+            log.error("the host's disk is full: the VM is stopped until there is room and it is told to run again")
+        elif event.name in {"BLOCK_IO_ERROR", "BLOCK_IMAGE_CORRUPTED", "MEMORY_FAILURE"}:
+            log.error("QEMU: %s %s", event.name, dict(event.data))
+
+
+def ending(status: int, *, killed: bool, record: Record, words: str) -> Ending:
+    """How a QEMU ended: `status` is its exit status (negative for a signal), `killed` whether we did it."""
+    if killed:
+        return Ending(clean=False, reason="the machine was killed on request")
+    if status < 0:
+        name = signal.strsignal(-status) or "unknown"
+        return Ending(clean=False, reason=_with(f"QEMU was killed by signal {-status} ({name})", words))
+    if record.panicked:
+        return Ending(clean=False, reason="the guest's kernel panicked")
+    if status == 0 and record.shutdown in SHUTDOWNS:
+        clean, reason = SHUTDOWNS[record.shutdown]
+        return Ending(clean=clean, reason=reason)
+    return Ending(clean=False, reason=_with(f"QEMU exited with status {status}", words))
+
+
+def _with(what: str, words: str) -> str:
+    return f"{what}: {words}" if words else what
+
+
+class QemuMachine:
+    """See `Machine` for the contract."""
+
+    def __init__(
+        self,
+        process: Process,
+        monitor: Monitor,
+        record: Record,
+        volume: Sequence[Layer],
+        *,
+        control: socket.socket,
+        console: socket.socket,
+    ) -> None:
+        self._process = process
+        self._monitor = monitor
+        self._record = record
+        self._top = volume[-1]
+        self._top_node = TOP_NODE
+        self._top_place = len(volume) - 1
+        self._next_place = len(volume)
+        self._layering = asyncio.Lock()
+        self._control = control
+        self._console = console
+        self._killed = False
+        self._ended = asyncio.create_task(self._conclude(), name=f"qemu {process.pid}")
+
+    @property
+    def pid(self) -> int:
+        """See Machine."""
+        return self._process.pid
+
+    @property
+    def control(self) -> socket.socket:
+        """See Machine."""
+        return self._control
+
+    @property
+    def console(self) -> socket.socket:
+        """See Machine."""
+        return self._console
+
+    @property
+    def qemu_version(self) -> str:
+        """Version of the QEMU that runs; a device state can only be restored by one that is compatible."""
+        return self._monitor.version
+
+    async def run(self) -> None:
+        """See Machine."""
+        await self._command(self._monitor.cont())
+
+    async def pause(self) -> None:
+        """See Machine."""
+        await self._command(self._monitor.stop())
+
+    @property
+    def top_layer(self) -> Layer:
+        """See Machine."""
+        return self._top
+
+    async def add_layer(self, layer: Layer) -> None:
+        """See Machine. A caller that is cancelled meanwhile does not cut the change in two."""
+        await self._command(asyncio.shield(self._add_layer(layer)))
+
+    async def _add_layer(self, layer: Layer) -> None:
+        async with self._layering:
+            place = self._next_place
+            self._next_place += 1  # also when this fails: names are not used twice
+            file, node = layer_nodes(layer, place, name=f"volume-{place}", backing=None, top=True)
+            await self._monitor.blockdev_add(file)
+            try:
+                await self._monitor.blockdev_add(node)
+                try:
+                    await self._monitor.blockdev_snapshot(self._top_node, node["node-name"])
+                except MachineFailed:
+                    await self._monitor.blockdev_del(node["node-name"])
+                    raise
+            except MachineFailed:
+                await self._monitor.blockdev_del(file["node-name"])
+                raise
+            frozen, _ = layer_nodes(self._top, self._top_place, name=self._top_node, backing=None, top=False)
+            self._top, self._top_node, self._top_place = layer, node["node-name"], place
+            # The snapshot made the frozen layer's qcow2 node read-only, not its file, which says so explicitly. Its write
+            # lock must go too, or no fork could open the layer while this machine runs.
+            try:
+                await self._monitor.blockdev_reopen(frozen)
+            except MachineFailed as error:
+                log.error(
+                    "the frozen layer %s stays open for writing, though nothing writes: %s", self._top.path, error
+                )
+
+    async def kill(self) -> None:
+        """See Machine."""
+        if not self._ended.done():
+            self._killed = True
+            await self._process.end()
+        await self.wait()
+
+    async def wait(self) -> Ending:
+        """See Machine."""
+        return await asyncio.shield(self._ended)
+
+    async def _command(self, command: Awaitable[None]) -> None:
+        """Carry out a QMP command; if it fails because the machine is gone, say how that went. Raises MachineFailed."""
+        try:
+            await command
+        except MachineFailed as error:
+            if self._monitor.connected:
+                raise
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DRAIN_LIMIT):
+                    how = await self.wait()
+                    raise MachineFailed(f"the machine has ended: {how.reason}", hint="start it again") from error
+            raise
+
+    async def _conclude(self) -> Ending:
+        """Wait for the process to end, then for its last events."""
+        status = await self._process.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_LIMIT):
+                await self._monitor.closed()
+        await self._monitor.close()
+        return ending(
+            status,
+            killed=self._killed and status == -signal.SIGKILL,
+            record=self._record,
+            words=complaint(self._process.stderr()),
+        )

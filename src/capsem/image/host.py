@@ -1,0 +1,99 @@
+"""The host's tools that an image is made with, behind one small door.
+
+Everything in this package that starts a program does it through a `Host` that it was given, so that the order of work
+can be tested without root, network or the tools themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+from capsem.model.errors import HostNotReady, MachineFailed
+
+# Which Debian or Ubuntu package brings a tool, for the hint of HostNotReady.
+PACKAGE_OF: Final[Mapping[str, str]] = {
+    "mmdebstrap": "mmdebstrap",
+    "mkfs.erofs": "erofs-utils",
+    "mke2fs": "e2fsprogs",
+    "debugfs": "e2fsprogs",
+    "zstd": "zstd",
+    "lz4": "lz4",
+    "tar": "tar",
+    "chroot": "coreutils",
+    "unshare": "util-linux",
+    "newuidmap": "uidmap",
+}
+_LAST_LINES: Final = 8
+
+
+class Host:
+    """Runs programs on this machine, in the caller's environment."""
+
+    def require(self, *tools: str) -> None:
+        """Check that all `tools` can be found. Raises HostNotReady, with the command that installs what is missing."""
+        path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+        missing = [tool for tool in tools if shutil.which(tool, path=path) is None]
+        if missing:
+            packages = " ".join(dict.fromkeys(PACKAGE_OF.get(tool, tool) for tool in missing))
+            raise HostNotReady(
+                f"building an image needs {', '.join(missing)}, which this host does not have",
+                hint=f"apt-get install -y {packages}",
+            )
+
+    def is_root(self) -> bool:
+        """Whether this process may change owners and roots without further ado."""
+        return os.geteuid() == 0
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        env: Mapping[str, str] | None = None,
+        on_line: Callable[[str], None] | None = None,
+    ) -> bytes:
+        """Run `argv` to its end and return its stdout; `env` is added to the environment.
+
+        `on_line` is called with each line of stderr as it comes. Blocks until the program ends. Raises HostNotReady
+        when it cannot be started, MachineFailed with its last words when it exits with anything but 0.
+        """
+        environment = {**os.environ, "LC_ALL": "C.UTF-8", **(env or {})}
+        environment["PATH"] = environment.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+        try:
+            if on_line is None:
+                done = subprocess.run(argv, input=stdin, env=environment, capture_output=True, check=False)
+                code, stdout, lines = done.returncode, done.stdout, done.stderr.decode(errors="replace").splitlines()
+            else:
+                code, stdout, lines = _follow(argv, environment, on_line)
+        except FileNotFoundError as exc:
+            hint = f"apt-get install -y {PACKAGE_OF.get(argv[0], argv[0])}"
+            raise HostNotReady(f"{argv[0]} was not found", hint=hint) from exc
+        if code != 0:
+            words = "; ".join(line.strip() for line in lines[-_LAST_LINES:] if line.strip()) or "it said nothing"
+            raise MachineFailed(f"{argv[0]} failed with exit status {code}: {words}")
+        return stdout
+
+
+def _follow(
+    argv: Sequence[str], environment: Mapping[str, str], on_line: Callable[[str], None]
+) -> tuple[int, bytes, list[str]]:
+    """Run with stderr read line by line; stdout, stdin are not used, so that one pipe is enough and cannot block."""
+    lines: list[str] = []
+    with subprocess.Popen(
+        argv, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stderr is not None
+        try:
+            for raw in process.stderr:
+                line = raw.decode(errors="replace").rstrip()
+                lines = [*lines[-50:], line]
+                on_line(line)
+        except BaseException:
+            # SIGTERM, not SIGKILL: mmdebstrap then takes down what it mounted and removes its temporary tree.
+            process.terminate()
+            raise
+    return process.returncode, b"", lines

@@ -1,0 +1,113 @@
+"""What an image is made of, as a value, and the digest that says whether an image is still what its recipe makes.
+
+The digest covers everything that decides the content of the image: the recipe itself, the code that goes into the
+guest, and the modules of this package that put the image together. Versions of Debian packages are not part of it:
+they are taken as they are when the base system is fetched, and recorded in the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import capsem
+from capsem.model.ids import check_name
+
+FORMAT: Final = 1  # of the image directory and its manifest
+
+ARCHITECTURES: Final = {"x86_64": "amd64", "aarch64": "arm64"}  # the kernel's name for it: Debian's
+
+# The tools of interface.md 6.2, a complete Python, and what an agent would otherwise miss first.
+_PACKAGES: Final = (
+    "bash busybox-static ca-certificates coreutils curl debianutils file gawk git hostname iproute2 iptables iputils-ping "
+    "kmod less mount nftables procps python3 python3-venv unzip util-linux xz-utils"
+).split()
+
+# What the root file system needs: loaded by the initramfs. Modules that are built into the kernel are passed over.
+_EARLY_MODULES: Final = "virtio_pci virtio_blk erofs ext4 overlay".split()
+
+# Loaded in the background, then no module can be loaded any more. The network ones are the tested list of egress.md,
+# section 2: capture of connections, rules by iptables-nft, and what `ss` asks for.
+_LATE_MODULES: Final = (
+    "virtio_rng vmgenid pvpanic_pci virtio_console fuse "
+    "dummy nfnetlink nf_tables nf_defrag_ipv6 nf_defrag_ipv4 nf_conntrack nf_nat nft_chain_nat nft_redir nf_reject_ipv4 "
+    "nf_reject_ipv6 nft_reject nft_reject_inet nft_ct "
+    "x_tables nft_compat xt_REDIRECT xt_owner xt_tcpudp xt_addrtype "
+    "nft_limit nft_log nf_log_syslog inet_diag tcp_diag"
+).split()
+
+_COMMAND_LINE: Final = "ro quiet init_on_alloc=1 slab_nomerge page_alloc.shuffle=1"
+
+# The modules beside this one whose text decides what is in an image.
+_MAKERS: Final = ("initramfs.py", "kernel.py", "modules.py", "rootfs.py", "volume.py")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """All choices that make an image; `volume_mb` in MiB. Raises InvalidInput for a name that cannot be a file name."""
+
+    name: str = "default"
+    suite: str = "trixie"
+    architecture: str = "amd64"  # Debian's name
+    variant: str = "apt"  # mmdebstrap's: the essential packages and apt
+    packages: tuple[str, ...] = tuple(_PACKAGES)
+    kernel_package: str = "linux-image-cloud-amd64"
+    early_modules: tuple[str, ...] = tuple(_EARLY_MODULES)
+    late_modules: tuple[str, ...] = tuple(_LATE_MODULES)
+    volume_mb: int = 16 * 1024
+    kernel_command_line: str = _COMMAND_LINE
+    format_version: int = FORMAT
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as the manifest holds it."""
+        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]  # tuples become lists, as when read
+
+    def digest(self) -> str:
+        """Digest over all inputs, in hexadecimal."""
+        here = Path(__file__).parent
+        inputs = {
+            "recipe": self.to_dict(),
+            "guest": {path: _sha256(data) for path, data in guest_files().items()},
+            "makers": {name: _sha256((here / name).read_bytes()) for name in _MAKERS},
+        }
+        return _sha256(json.dumps(inputs, sort_keys=True).encode())
+
+    def base_digest(self, mirror: str | None, procedure: str) -> str:
+        """Digest over what decides the base system alone; `procedure` is what else is done to it."""
+        inputs = [self.suite, self.architecture, self.variant, self.packages, self.kernel_package, mirror, procedure]
+        return _sha256(json.dumps(inputs).encode())
+
+
+def for_machine(machine: str) -> Recipe:
+    """The default recipe for a kind of machine as `platform.machine()` names it; an unknown one counts as x86_64."""
+    architecture = ARCHITECTURES.get(machine, "amd64")
+    return replace(Recipe(), architecture=architecture, kernel_package=f"linux-image-cloud-{architecture}")
+
+
+def guest_files() -> dict[str, bytes]:
+    """What of our own code goes into the guest, by path relative to /usr/lib/capsem.
+
+    The agent is the package `capsem` with nothing but `wire` and `guest` in it; init scripts lie beside it.
+    """
+    package = Path(capsem.__file__).parent
+    sources = [
+        package / "__init__.py",
+        *(file for part in ("wire", "guest") for file in (package / part).rglob("*.py")),
+    ]
+    files = {f"capsem/{source.relative_to(package).as_posix()}": source.read_bytes() for source in sorted(sources)}
+    scripts = Path(__file__).parent / "guestfs"
+    return files | {script.name: script.read_bytes() for script in sorted(scripts.iterdir()) if script.is_file()}
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+DEFAULT: Final = for_machine(platform.machine())

@@ -1,0 +1,106 @@
+"""A VM's record: what it is, what it was told to be, and how its last run ended. Versioned JSON in `vm.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Final
+
+from capsem.model.errors import Corrupt
+from capsem.model.ids import check_name
+from capsem.model.lifecycle import Event, State, step
+from capsem.model.spec import VmSpec
+
+FORMAT: Final = 1
+THIS_HOST: Final = 0  # owner epoch: which host may run the VM, counted up when it moves
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a run ended, written by the supervisor before it exits."""
+
+    how: str  # clean, failed
+    reason: str
+    log_tail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class VmRecord:
+    """Frozen; a change is a new record, written whole."""
+
+    id: str
+    persistent: bool
+    spec: VmSpec
+    image: str  # name of the image it was made from
+    image_digest: str
+    layers: tuple[str, ...]  # ids of the volume's own layers, bottom first; below them lies the image's volume
+    created_at: float  # seconds since 1970
+    state: State = State.CREATED
+    version: str = ""  # of the Capsem that made it
+    hardware: int = 1
+    owner_epoch: int = THIS_HOST
+    forked_from: str | None = None
+    description: str | None = None
+    started_at: float | None = None
+    host_boot_id: str | None = None  # of the run that `state` speaks of
+    boot_kind: str | None = None
+    last_exit: Exit | None = None
+    extra: MappingProxyType[str, Any] = field(default_factory=lambda: MappingProxyType({}))  # keys of a newer version
+
+    def after(self, event: Event, **changes: Any) -> VmRecord:
+        """The record after a lifecycle event, with other changes. Raises WrongState."""
+        return replace(self, state=step(self.state, event), **changes)
+
+    @property
+    def last_error(self) -> str | None:
+        """Why the VM is Defunct, for people."""
+        if self.state != State.FAILED or self.last_exit is None:
+            return None
+        return "\n".join(part for part in (self.last_exit.reason, self.last_exit.log_tail) if part)
+
+    def to_json(self) -> bytes:
+        """The file's content."""
+        body = {
+            name: value
+            for name in self.__dataclass_fields__
+            if name not in ("spec", "extra", "last_exit") and (value := getattr(self, name)) is not None
+        }
+        spec = {
+            "cpus": self.spec.cpus,
+            "ram_mb": self.spec.ram_mb,
+            "disk_mb": self.spec.disk_mb,
+            "env": dict(self.spec.env),
+        }
+        body |= {"format": FORMAT, "spec": spec, **self.extra}
+        if self.last_exit is not None:
+            body["last_exit"] = asdict(self.last_exit)
+        return json.dumps(body, indent=1, sort_keys=True).encode()
+
+
+def record_from_json(data: bytes, *, source: str) -> VmRecord:
+    """Read a record; keys that this version does not know are kept. Raises Corrupt naming `source`."""
+    try:
+        body = json.loads(data)
+        if body.pop("format") != FORMAT:
+            raise Corrupt(f"{source} has a format that this version does not know", hint="upgrade Capsem")
+        spec = body.pop("spec")
+        last_exit = body.pop("last_exit", None)
+        known = {name: body.pop(name) for name in VmRecord.__dataclass_fields__ if name in body}
+        return VmRecord(
+            **{
+                **known,
+                "id": check_name(known["id"]),
+                "layers": tuple(known["layers"]),
+                "state": State(known["state"]),
+                "spec": VmSpec(spec["cpus"], spec["ram_mb"], spec["disk_mb"], MappingProxyType(dict(spec["env"]))),
+                "last_exit": Exit(**last_exit) if last_exit else None,
+                "extra": MappingProxyType(body),
+            }
+        )
+    except Corrupt:
+        raise
+    except Exception as error:
+        raise Corrupt(
+            f"{source} is not a VM record: {error}", hint="`capsem delete` removes what is left of it"
+        ) from error

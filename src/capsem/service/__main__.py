@@ -1,0 +1,261 @@
+"""capsem-service: one daemon per user. Start-up and shutdown as interface.md 1.2 has them."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import http.client
+import json
+import logging
+import os
+import signal
+import socket
+import stat
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from capsem import __version__, config
+from capsem import log as logs
+from capsem.config import Paths, Settings
+from capsem.hypervisor.registry import make_driver
+from capsem.image.catalog import Catalog
+from capsem.model.errors import CapsemError
+from capsem.service.app import build_app
+from capsem.service.create import Maker
+from capsem.service.fleet import Fleet
+from capsem.service.handlers import Handlers
+from capsem.service.launch import Launcher, find_process_binary
+from capsem.store import durable
+from capsem.store.layout import Layout
+from capsem.store.locks import try_lock
+from capsem.system.process import set_process_name
+from capsem.system.real import real_system
+
+PROBE_LIMIT = 0.5  # seconds
+START_LOCK_LIMIT = 30.0  # seconds
+LOCK_TURN = 0.05
+PARENT_TURN = 0.1
+DRAIN_LIMIT = 1.0  # seconds for requests under way when the service stops
+
+log = logging.getLogger("capsem_service")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line of the contract."""
+    parser = argparse.ArgumentParser(
+        prog="capsem-service", description="Runs virtual machines for the user who started it."
+    )
+    parser.add_argument("--foreground", action="store_true", help="stay in the foreground (it always does)")
+    parser.add_argument("--uds-path", type=Path, help="socket to bind (default: service.sock in the run directory)")
+    parser.add_argument("--process-binary", type=Path, help="the capsem-process program")
+    parser.add_argument("--gateway-binary", type=Path, help="accepted for compatibility; there is no gateway yet")
+    parser.add_argument("--gateway-port", type=int, help="accepted for compatibility")
+    parser.add_argument("--tray-binary", type=Path, help="accepted and ignored")
+    parser.add_argument("--assets-dir", type=Path, help="directory of guest images")
+    parser.add_argument("--parent-pid", type=int, help="end as soon as this process is no longer our parent")
+    parser.add_argument("--version", action="version", version=f"capsem-service {__version__}")
+    return parser.parse_args(argv)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=PROBE_LIMIT)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(PROBE_LIMIT)
+        self.sock.connect(str(self._path))
+
+
+def running_version(path: Path) -> str | None:
+    """The version of the service that answers on a socket, None when nobody does within half a second."""
+    connection = _UnixConnection(path)
+    try:
+        connection.request("GET", "/version")
+        return str(json.loads(connection.getresponse().read())["version"])
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+        return None
+    finally:
+        connection.close()
+
+
+async def bind(path: Path) -> socket.socket | int:
+    """The listening socket, or an exit status when another service is there: 0 for the same version, 1 for another."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if (status := _already_running(path)) is not None:
+        return status
+    try:
+        async with asyncio.timeout(START_LOCK_LIMIT):
+            while (lock := try_lock(path.with_suffix(".lock"))) is None:
+                await asyncio.sleep(LOCK_TURN)
+    except TimeoutError:
+        sys.stderr.write(f"error: another capsem-service has been starting on {path} for {START_LOCK_LIMIT:.0f} s\n")
+        return 1
+    try:
+        if (status := _already_running(path)) is not None:
+            return status
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISDIR(path.lstat().st_mode):
+                sys.stderr.write(f"error: {path} is a directory; give --uds-path another path\n")
+                return 1
+            path.unlink()
+        listener = socket.socket(socket.AF_UNIX)
+        before = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        except OSError as error:
+            sys.stderr.write(f"error: cannot bind {path}: {error}; use a shorter path with --uds-path\n")
+            return 1
+        finally:
+            os.umask(before)
+        listener.listen(128)
+        return listener
+    finally:
+        lock.release()
+
+
+def _already_running(path: Path) -> int | None:
+    version = running_version(path)
+    if version is None:
+        return None
+    if version == __version__:
+        log.info("a service of this version is already running on %s", path)
+        return 0
+    sys.stderr.write(
+        f"error: capsem-service {version} is running on {path}, this is {__version__}; stop that one first\n"
+    )
+    return 1
+
+
+@dataclass
+class Service:
+    """The daemon's parts, put together."""
+
+    arguments: argparse.Namespace
+    paths: Paths
+    settings: Settings
+
+    async def run(self) -> int:
+        """Serve until told to stop; returns the exit status."""
+        arguments = self.arguments
+        layout = Layout(self.paths.run_dir)
+        path = arguments.uds_path.absolute() if arguments.uds_path else layout.socket
+        if arguments.parent_pid is not None and os.getppid() != arguments.parent_pid:
+            return 0
+        listener = await bind(path)
+        if isinstance(listener, int):
+            return listener
+        owner = await self._own(layout)
+        if owner is None:
+            path.unlink(missing_ok=True)
+            sys.stderr.write(
+                f"error: another capsem-service owns {layout.run_dir}; set CAPSEM_RUN_DIR to another directory\n"
+            )
+            return 1
+        identity = path.stat().st_ino
+        pid_file = layout.run_dir / "service.pid"
+        durable.write(pid_file, f"{os.getpid()}\n".encode())
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        fleet = self._fleet(layout)
+        handlers = self._handlers(fleet)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                build_app(handlers, __version__),
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                timeout_graceful_shutdown=int(DRAIN_LIMIT),
+                http="httptools",
+            )
+        )
+        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+        log.info("capsem_service %s serves %s", __version__, path)
+        await fleet.reconcile()
+        serving = asyncio.create_task(_serve(server, listener))
+        watching = asyncio.create_task(_watch_parent(arguments.parent_pid, stop))
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+        log.info("stopping")
+        fleet.stopping = True
+        server.should_exit = True
+        await fleet.stop_all()
+        await asyncio.wait((serving,), timeout=DRAIN_LIMIT + 1)
+        watching.cancel()
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino == identity:  # not the socket of a service that took our place
+                path.unlink()
+        pid_file.unlink(missing_ok=True)
+        log.info("stopped")
+        return 0
+
+    async def _own(self, layout: Layout) -> object | None:
+        """The lock that makes this service the one of its run directory; an earlier one may be about to go."""
+        layout.create()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5.0):
+                while (lock := try_lock(layout.run_dir / "owner.lock")) is None:
+                    await asyncio.sleep(LOCK_TURN)
+                return lock
+        return None
+
+    def _fleet(self, layout: Layout) -> Fleet:
+        return Fleet(real_system(), layout, self.settings.max_concurrent_vms)
+
+    def _handlers(self, fleet: Fleet) -> Handlers:
+        hypervisor = os.environ.get("CAPSEM_HYPERVISOR") or "qemu"
+        launcher = Launcher(
+            system=fleet.system,
+            layout=fleet.layout,
+            environ=os.environ,
+            process_binary=self.arguments.process_binary or find_process_binary(),
+            hypervisor=hypervisor,
+            parent_pid=self.arguments.parent_pid,
+            log_level=os.environ.get("RUST_LOG") or "info",
+        )
+        driver = make_driver(hypervisor, fleet.layout.run_dir)
+        catalog = Catalog.from_environment(os.environ, self.arguments.assets_dir)
+        return Handlers(fleet, Maker(fleet, driver, catalog, launcher), self.settings)
+
+
+async def _serve(server: uvicorn.Server, listener: socket.socket) -> None:
+    await server.serve(sockets=[listener])
+
+
+async def _watch_parent(pid: int | None, stop: asyncio.Event) -> None:
+    """The contract's watch: a parent that is no longer ours ends us, whether it died or not."""
+    while pid is not None:
+        if os.getppid() != pid:
+            log.info("process %d is no longer our parent", pid)
+            stop.set()
+            return
+        await asyncio.sleep(PARENT_TURN)
+
+
+def main() -> int:
+    """Entry point."""
+    set_process_name("capsem-service")
+    os.umask(0o077)
+    arguments = parse_arguments()
+    try:
+        paths = Paths.from_environment(os.environ)
+        settings = config.load(os.environ)
+        paths.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        logs.setup(os.environ, paths.run_dir / "service.log")
+        for warning in settings.warnings:
+            log.warning("%s", warning)
+        return asyncio.run(Service(arguments, paths, settings).run())
+    except CapsemError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

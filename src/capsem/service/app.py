@@ -1,0 +1,204 @@
+"""The HTTP face of the service: OPERATIONS as routes in front of a Manager.
+
+Bodies are decoded and answers encoded here, and every error becomes a status with {"error": ...}; what a Manager does
+is none of this module's business. A client that hangs up ends what it only waited for, and has no influence on a
+lifecycle transition, which runs to its end on its own (see `OnDisconnect`; those still running are in
+`app.state.transitions`, for a service that wants to let them finish).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections.abc import Awaitable, Callable, Coroutine
+from types import MappingProxyType
+from typing import Any, Final, TypeVar
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from capsem.api.codec import decode, encode
+from capsem.api.operations import FINISH, OPERATIONS, Operation
+from capsem.api.types import SuccessResponse, VersionResponse
+from capsem.model.errors import CapsemError, InvalidInput, NotFound, PayloadTooLarge, TimedOut, Unavailable
+from capsem.model.ids import check_name
+from capsem.service.exec_stream import ExecStream
+from capsem.service.manager import Manager
+
+T = TypeVar("T")
+Handler = Callable[[Manager, str, Any], Awaitable[Any]]  # manager, id ("" if there is none), request
+
+log = logging.getLogger("capsem_service.http")
+
+_OK: Final = SuccessResponse(success=True)
+_CLIENT_GONE: Final = 499  # nobody will read it
+
+
+async def _write_file(manager: Manager, vm_id: str, request: Any) -> SuccessResponse:
+    await manager.write_file(vm_id, request)
+    return _OK
+
+
+async def _delete(manager: Manager, vm_id: str, _request: Any) -> SuccessResponse:
+    await manager.delete(vm_id)
+    return _OK
+
+
+# All but `version`, which needs no manager, and `exec_stream`, which is no request with one answer.
+HANDLERS: Final = MappingProxyType[str, Handler](
+    {
+        "provision": lambda manager, _id, request: manager.provision(request),
+        "list": lambda manager, _id, _request: manager.list(),
+        "info": lambda manager, vm_id, _request: manager.info(vm_id),
+        "exec": lambda manager, vm_id, request: manager.execute(vm_id, request),
+        "write_file": _write_file,
+        "read_file": lambda manager, vm_id, request: manager.read_file(vm_id, request),
+        "stop": lambda manager, vm_id, _request: manager.stop(vm_id),
+        "resume": lambda manager, vm_id, _request: manager.resume(vm_id),
+        "delete": _delete,
+        "run": lambda manager, _id, request: manager.run(request),
+        "logs": lambda manager, vm_id, _request: manager.logs(vm_id),
+    }
+)
+
+
+def build_app(manager: Manager, version: str) -> Starlette:
+    """The ASGI application that serves `manager`; `version` is what GET /version says."""
+    transitions: set[asyncio.Task[Any]] = set()
+
+    def endpoint(operation: Operation) -> Callable[[Request], Coroutine[Any, Any, Response]] | ExecStream:
+        if operation.name == "exec_stream":
+            return ExecStream(operation, manager, error_response)
+
+        async def answer(request: Request) -> Response:
+            try:
+                if operation.name == "version":
+                    return _json(200, encode(VersionResponse(version=version)))
+                vm_id = check_name(request.path_params["id"]) if operation.takes_id else ""
+                body = await _request_body(request, operation)
+                work = HANDLERS[operation.name](manager, vm_id, body)
+                result: msgspec.Struct = await _attend(request, operation, work, transitions)
+                return _json(200, encode(result))
+            except ClientDisconnect:
+                return Response(status_code=_CLIENT_GONE)
+            except Exception as exc:  # noqa: BLE001  this is the edge: everything becomes an answer
+                return error_response(exc, operation)
+
+        return answer
+
+    # A path as the convertor lets a bad id, even an empty one, come as far as the check that says what is wrong
+    # with it; hence the longer path first.
+    ordered = sorted(OPERATIONS.values(), key=lambda operation: -operation.path.count("/"))
+    app = Starlette(
+        routes=[
+            Route(operation.path.replace("{id}", "{id:path}"), endpoint(operation), methods=[operation.method])
+            for operation in ordered
+        ],
+        exception_handlers={HTTPException: _routing_error},
+    )
+    app.router.redirect_slashes = False
+    app.state.transitions = transitions
+    return app
+
+
+def error_response(exc: Exception, operation: Operation) -> Response:
+    """The answer that tells of an error; one that is not ours is logged with its traceback, and only there."""
+    if not isinstance(exc, CapsemError):
+        log.error("%s failed: %r", operation.name, exc, exc_info=exc)
+        exc = CapsemError("internal error in the service", hint="capsem's service.log has the details")
+    elif exc.status >= 500 and not isinstance(exc, TimedOut):
+        log.warning("%s: %s", operation.name, exc, extra={"fields": {"code": exc.code, "status": exc.status}})
+    response = _json(exc.status, msgspec.json.encode(exc.to_dict()))
+    if isinstance(exc, Unavailable):
+        response.headers["Retry-After"] = str(max(1, math.ceil(exc.retry_after)))
+    if isinstance(exc, PayloadTooLarge):
+        response.headers["Connection"] = "close"  # else the server would go on to read what nobody wants
+    return response
+
+
+def _json(status: int, body: bytes) -> Response:
+    return Response(body, status, media_type="application/json")
+
+
+async def _routing_error(request: Request, exc: Exception) -> Response:
+    """No such route, or not by this method."""
+    assert isinstance(exc, HTTPException)
+    where = f"{request.method} {request.url.path[:200]}"
+    error: CapsemError
+    if exc.status_code == 405:
+        error = InvalidInput(f"{where}: this route takes another method")
+    elif exc.status_code == 404:
+        error = NotFound(f"{where}: there is no such route")
+    else:
+        error = CapsemError(f"{where}: {exc.detail}")
+    response = _json(exc.status_code, msgspec.json.encode(error.to_dict()))
+    for key, value in (exc.headers or {}).items():
+        response.headers[key] = value
+    return response
+
+
+async def _request_body(request: Request, operation: Operation) -> msgspec.Struct | None:
+    """The decoded body; None where none is expected, whatever came. Raises InvalidInput, PayloadTooLarge, ClientDisconnect."""
+    too_large = PayloadTooLarge(
+        "the body is too large", hint=f"at most {operation.body_limit >> 10} KiB are taken by {operation.path}"
+    )
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > operation.body_limit:
+        raise too_large
+    kind = operation.request_type()
+    if kind is None:
+        return None
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > operation.body_limit:
+            raise too_large
+    return decode(kind, bytes(body))
+
+
+async def _attend(request: Request, operation: Operation, work: Awaitable[T], transitions: set[asyncio.Task[Any]]) -> T:
+    """The outcome of `work`, unless the client hangs up first: then ClientDisconnect, with `work` cancelled and done
+    cleaning up, or going on by itself, as the operation wants it.
+    """
+    task: asyncio.Future[T] = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_hung_up(request))
+    both: set[asyncio.Future[Any]] = {task, gone}
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnect
+    finally:
+        gone.cancel()
+        if not task.done():
+            if operation.on_disconnect is FINISH:
+                _let_finish(operation, task, transitions)
+            else:
+                task.cancel()
+                await asyncio.wait({task})
+                with contextlib.suppress(asyncio.CancelledError):
+                    task.exception()  # looked at, so that nobody complains that it never was
+
+
+async def _hung_up(request: Request) -> None:
+    """Returns when the client is gone; a body that nobody asked for is dropped meanwhile."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _let_finish(operation: Operation, task: asyncio.Future[Any], transitions: set[asyncio.Task[Any]]) -> None:
+    assert isinstance(task, asyncio.Task)
+
+    def finished(done: asyncio.Task[Any]) -> None:
+        transitions.discard(done)
+        if not done.cancelled() and (error := done.exception()) is not None:
+            log.warning("%s, whose client had hung up, failed", operation.name, exc_info=error)
+
+    transitions.add(task)
+    task.add_done_callback(finished)

@@ -1,0 +1,179 @@
+"""Commands and files of running VMs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
+
+import msgspec
+
+from capsem.api.internal import JobEnded
+from capsem.api.stream import ERROR, RESULT
+from capsem.api.types import (
+    ExecRequest,
+    ExecResponse,
+    ExecResult,
+    ReadFileRequest,
+    ReadFileResponse,
+    WriteFileRequest,
+)
+from capsem.control.channel import Stream
+from capsem.model.errors import CapsemError, GuestFailed, InvalidInput, NotRunning, TimedOut
+from capsem.service.fleet import Fleet
+from capsem.service.vm import Vm
+from capsem.wire.messages import STDERR, STDIN, STDOUT, Exec, ReadFile, WriteFile
+
+FILE_LIMIT = 30.0  # seconds
+TEXT_FILE_LIMIT = 256 * 1024  # bytes through read_file and write_file
+OUTPUT_CAP = 10 * 1024 * 1024  # bytes of a command's output in one answer
+DEADLINE_MARGIN = 10.0  # seconds that a guest may be late with a time-out it was given
+COMMAND_LIMIT = 128 * 1024 - 1  # Linux's MAX_ARG_STRLEN, less the terminating NUL
+
+
+class Commands:
+    """See service.manager.Manager."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def _running(self, vm_id: str) -> Vm:
+        vm = self._fleet.get(vm_id)
+        if not vm.running:
+            raise NotRunning(f"{vm_id} is not running ({vm.status})", hint=f"start it with `capsem resume {vm_id}`")
+        return vm
+
+    async def execute(self, vm_id: str, request: ExecRequest) -> ExecResponse:
+        """Run a command to its end; its output comes back whole, up to 10 MiB."""
+        output = {STDOUT: bytearray(), STDERR: bytearray()}
+        truncated = False
+        async with contextlib.aclosing(self._follow(vm_id, request, None)) as items:
+            async for channel, data in items:
+                if isinstance(data, JobEnded):
+                    return ExecResponse(
+                        stdout=output[STDOUT].decode("utf-8", "replace"),
+                        stderr=output[STDERR].decode("utf-8", "replace"),
+                        exit_code=data.exit_code,
+                        job=data.job,
+                        truncated=truncated or data.dropped > 0,
+                    )
+                room = OUTPUT_CAP - sum(map(len, output.values()))
+                truncated = truncated or len(data) > room
+                output[channel] += data[:room]
+        raise GuestFailed("the command's end was not reported")
+
+    async def execute_stream(
+        self, vm_id: str, request: ExecRequest, stdin: AsyncIterator[bytes] | None
+    ) -> AsyncIterator[tuple[int, bytes]]:
+        """Run a command; output as it is made, then the result (channel 3) or the error (channel 4) as JSON."""
+        begun = False
+        try:
+            async with contextlib.aclosing(self._follow(vm_id, request, stdin)) as items:
+                async for channel, data in items:
+                    begun = True
+                    if isinstance(data, JobEnded):
+                        result = ExecResult(exit_code=data.exit_code, job=data.job, truncated=data.dropped > 0)
+                        yield RESULT, msgspec.json.encode(result)
+                    else:
+                        yield channel, data
+        except CapsemError as error:
+            if not begun:
+                raise
+            yield ERROR, msgspec.json.encode(error.to_dict())
+
+    async def _follow(
+        self, vm_id: str, request: ExecRequest, stdin: AsyncIterator[bytes] | None
+    ) -> AsyncGenerator[tuple[int, bytes | JobEnded], None]:
+        """A command's output as it comes, then how it ended. Leaving early kills the command."""
+        if len(request.command.encode(errors="surrogatepass")) > COMMAND_LIMIT:
+            raise InvalidInput("the command is too long", hint="write it to a file with write_file and run that")
+        if request.timeout_secs is not None and request.timeout_secs <= 0:
+            raise InvalidInput(f"timeout_secs is {request.timeout_secs}", hint="leave it out for no limit")
+        link = await self._running(vm_id).ready_link()
+        job = request.job or self._fleet.system.entropy.token_bytes(8).hex()
+        stream = link.open(
+            Exec(
+                job=job,
+                command=request.command,
+                env=dict(request.env or {}),
+                cwd=request.cwd,
+                timeout=request.timeout_secs,
+                stdin=stdin is not None,
+            )
+        )
+        queue: asyncio.Queue[tuple[int, bytes] | None] = asyncio.Queue(maxsize=1)
+        tasks = [asyncio.create_task(_pump(stream, channel, queue)) for channel in (STDOUT, STDERR)]
+        if stdin is not None:
+            tasks.append(asyncio.create_task(_feed(stream, stdin)))
+        limit = None if request.timeout_secs is None else request.timeout_secs + DEADLINE_MARGIN
+        try:
+            yield STDOUT, b""  # admitted
+            async with asyncio.timeout(limit):
+                open_channels = 2
+                while open_channels:
+                    item = await queue.get()
+                    if item is None:
+                        open_channels -= 1
+                    else:
+                        yield item
+                result = await stream.result()
+        except TimeoutError:
+            raise TimedOut(f"command timed out after {request.timeout_secs}s and the guest did not end it") from None
+        finally:
+            stream.reset()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(result, JobEnded)
+        if result.timed_out:
+            raise TimedOut(f"command timed out after {request.timeout_secs}s", hint="give it more time with --timeout")
+        yield RESULT, result
+
+    async def write_file(self, vm_id: str, request: WriteFileRequest) -> None:
+        """Write a text file in the guest; durable on return."""
+        data = request.content.encode(errors="surrogateescape")
+        if len(data) > TEXT_FILE_LIMIT:
+            raise InvalidInput(
+                f"{len(data)} bytes, more than {TEXT_FILE_LIMIT}", hint="copy large files with `capsem cp`"
+            )
+        link = await self._running(vm_id).ready_link()
+        stream = link.open(WriteFile(path=request.path))
+        async with _file_operation(stream, f"writing {request.path}"):
+            await stream.write(STDIN, data)
+            stream.end(STDIN)
+            await stream.result()
+
+    async def read_file(self, vm_id: str, request: ReadFileRequest) -> ReadFileResponse:
+        """Read a text file from the guest."""
+        link = await self._running(vm_id).ready_link()
+        stream = link.open(ReadFile(path=request.path, limit=TEXT_FILE_LIMIT))
+        content = bytearray()
+        async with _file_operation(stream, f"reading {request.path}"):
+            while data := await stream.read(STDOUT):
+                content += data
+            await stream.result()
+        return ReadFileResponse(content=content.decode("utf-8", "replace"))
+
+
+async def _pump(stream: Stream, channel: int, queue: asyncio.Queue[tuple[int, bytes] | None]) -> None:
+    while data := await stream.read(channel):
+        await queue.put((channel, data))
+    await queue.put(None)
+
+
+async def _feed(stream: Stream, stdin: AsyncIterator[bytes]) -> None:
+    async for data in stdin:
+        await stream.write(STDIN, data)
+    stream.end(STDIN)
+
+
+@contextlib.asynccontextmanager
+async def _file_operation(stream: Stream, what: str) -> AsyncIterator[None]:
+    """Bound it; whatever goes wrong, the stream is given up."""
+    try:
+        async with asyncio.timeout(FILE_LIMIT):
+            yield
+    except TimeoutError:
+        raise TimedOut(f"{what} timed out after {FILE_LIMIT:.0f}s") from None
+    finally:
+        stream.reset()

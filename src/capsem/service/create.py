@@ -1,0 +1,150 @@
+"""Making a VM on disk, and starting its supervisor: the two halves of every boot."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+
+from capsem import __version__
+from capsem.hypervisor.driver import Driver
+from capsem.image.catalog import Catalog, Image
+from capsem.image.volume import format_volume
+from capsem.model.errors import CapsemError, HostNotReady, MachineFailed, NotFound
+from capsem.model.spec import VmSpec
+from capsem.model.vm import VmRecord
+from capsem.service.fleet import Fleet
+from capsem.service.launch import Launcher
+from capsem.service.vm import Vm
+from capsem.store import durable, records
+
+log = logging.getLogger("capsem_service.create")
+
+
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """Makes VMs out of images and starts them."""
+
+    fleet: Fleet
+    driver: Driver
+    catalog: Catalog
+    launcher: Launcher
+
+    def make(self, name: str, spec: VmSpec, *, persistent: bool, image_name: str = "default") -> Vm:
+        """Volume, session directory and record of a new VM; what was begun is removed when it fails.
+
+        Raises NotFound (no image), OSError (disk full).
+        """
+        image = self.catalog.find(image_name)
+        record = VmRecord(
+            id=name,
+            persistent=persistent,
+            spec=spec,
+            image=image.name,
+            image_digest=image.digest,
+            layers=(),
+            created_at=self.fleet.system.clock.time(),
+            version=__version__,
+        )
+        return self._write(record)
+
+    def make_child(
+        self,
+        name: str,
+        source: VmRecord,
+        frozen: tuple[str, ...],
+        description: str | None,
+        *,
+        spec: VmSpec | None = None,
+        persistent: bool = True,
+    ) -> Vm:
+        """A new VM on top of another's frozen layers; it has the source's size, and not its environment.
+
+        Raises OSError (disk full).
+        """
+        record = VmRecord(
+            id=name,
+            persistent=persistent,
+            spec=spec or replace(source.spec, env=MappingProxyType({})),
+            image=source.image,
+            image_digest=source.image_digest,
+            layers=frozen,
+            created_at=self.fleet.system.clock.time(),
+            version=__version__,
+            hardware=source.hardware,
+            forked_from=source.id,
+            description=description,
+        )
+        return self._write(record)
+
+    def new_layer(self, record: VmRecord) -> str:
+        """Make an empty layer for a VM; returns its id. Raises OSError; then nothing is left of it."""
+        layer = self.fleet.system.entropy.token_bytes(16).hex()
+        path = self.fleet.layout.layer(layer)
+        try:
+            self.driver.create_layer(path, size_mb=record.spec.disk_mb, vm_id=record.id, layer_id=layer)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        return layer
+
+    def _write(self, record: VmRecord) -> Vm:
+        """Make the VM's own layer and directory; the record makes it a VM."""
+        layer = self.new_layer(record)
+        session = self.fleet.layout.session(record.id, persistent=record.persistent)
+        try:
+            session.path.mkdir(mode=0o700)
+            record = replace(record, layers=(*record.layers, layer))
+            records.write(session, record)
+            durable.sync_directory(session.path.parent)
+        except BaseException:
+            durable.remove_tree(session.path)
+            self.fleet.layout.layer(layer).unlink(missing_ok=True)
+            raise
+        return self.fleet.add(session, record)
+
+    def image_of(self, record: VmRecord) -> Image:
+        """The very image that a VM was made from. Raises NotFound with the way out."""
+        for image in self.catalog.list():
+            if image.digest == record.image_digest:
+                return image
+        raise NotFound(
+            f"the image {record.image} ({record.image_digest[:12]}) of {record.id} is not on this host",
+            hint="put it back where it was; a VM's volume lies on top of its image and cannot move to another",
+        )
+
+    async def _volume(self, image: Image, size_mb: int) -> Path:
+        """The empty volume below a VM's layers; of another size than the image's it is formatted when first needed."""
+        if size_mb == image.volume_mb:
+            return image.volume
+        path = self.fleet.layout.volume(size_mb)
+        if not path.exists():
+            temporary = path.with_name(f"{durable.TEMPORARY}{path.name}.{os.getpid()}")
+            await asyncio.to_thread(format_volume, temporary, size_mb)
+            durable.rename(temporary, path)
+        return path
+
+    async def start(self, vm: Vm) -> None:
+        """Start a VM's supervisor; the caller holds the VM's turn. Returns when the machine is about to run.
+
+        Raises NotFound (image gone), HostNotReady, MachineFailed.
+        """
+        image = self.image_of(vm.record)
+        accelerator = await self.driver.accelerator()
+        volume = await self._volume(image, vm.record.spec.disk_mb)
+        if self.fleet.stopping:
+            raise HostNotReady("the service is stopping", hint="try again when it is back")
+        try:
+            child, link = await self.launcher.start(vm.record, vm.session, image, volume, accelerator)
+        except (CapsemError, OSError) as error:
+            vm.settle()
+            if vm.record.last_error is None:
+                raise
+            # The supervisor came up, and ended before we could speak to it: its record says why.
+            raise MachineFailed(
+                f"{vm.id} did not start: {vm.record.last_error}", hint=f"`capsem logs {vm.id}` shows more"
+            ) from error
+        vm.begin(child, link)

@@ -1,0 +1,250 @@
+"""All VMs of a service: making, finding, adopting and removing them. What the disk says is the truth; this is its index."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Iterable
+
+from capsem.model.errors import AlreadyExists, CapsemError, Corrupt, LimitReached, NotFound
+from capsem.model.ids import generate_id
+from capsem.model.lifecycle import State
+from capsem.model.vm import VmRecord
+from capsem.service.link import Link
+from capsem.service.vm import Vm
+from capsem.store import durable, records
+from capsem.store.layout import Layout, SessionDir
+from capsem.store.locks import is_locked
+from capsem.system import System
+
+FAILED_KEPT = 32
+ADOPT_LIMIT = 10.0  # seconds for a living supervisor to answer
+TERMINATE_LIMIT = 2.0  # seconds between SIGTERM and SIGKILL when the service stops
+
+log = logging.getLogger("capsem_service.fleet")
+
+
+class Fleet:
+    """The VMs by id."""
+
+    def __init__(self, system: System, layout: Layout, limit: int) -> None:
+        self.system = system
+        self.layout = layout
+        self._limit = limit
+        self._vms: dict[str, Vm] = {}
+        self._reserved: set[str] = set()  # names that are being given
+        self._starting: set[str] = set()  # those of them whose VMs are about to run
+        self.stopping = False
+
+    # -- finding
+
+    def all(self) -> list[Vm]:
+        """Every VM that has a status, oldest first."""
+        listed = [vm for vm in self._vms.values() if vm.status is not None and not vm.deleted]
+        return sorted(listed, key=lambda vm: (vm.record.created_at, vm.id))
+
+    def get(self, vm_id: str) -> Vm:
+        """Raises NotFound."""
+        vm = self._vms.get(vm_id)
+        if vm is None or vm.deleted or vm.status is None:
+            raise NotFound(f"no VM is named {vm_id}", hint="`capsem list` shows all")
+        return vm
+
+    # -- making
+
+    def reserve(self, name: str | None) -> str:
+        """Take a name, or a generated id, for a VM about to be made and run. Raises AlreadyExists, LimitReached."""
+        self.check_limit()
+        if name is None:
+            name = generate_id(self.system.entropy.choose, {*self._vms, *self._reserved})
+        self.take_name(name)
+        self._starting.add(name)
+        return name
+
+    def take_name(self, name: str) -> None:
+        """Keep a name from being taken by anybody else, until `release`. Raises AlreadyExists."""
+        if name in self._vms or name in self._reserved:
+            raise AlreadyExists(f"a VM named {name} already exists", hint="choose another name, or delete that one")
+        self._reserved.add(name)
+
+    def release(self, name: str) -> None:
+        """The VM was made, or will not be."""
+        self._reserved.discard(name)
+        self._starting.discard(name)
+
+    def check_limit(self) -> None:
+        """Raises LimitReached when as many VMs run as may."""
+        running = sum(vm.running for vm in self._vms.values() if vm.id not in self._starting) + len(self._starting)
+        if running >= self._limit:
+            raise LimitReached(
+                f"{running} VMs are running, the maximum is {self._limit}",
+                hint="stop one, or raise vm.resources.max_concurrent_vms in the settings",
+            )
+
+    def add(self, session: SessionDir, record: VmRecord) -> Vm:
+        """A VM whose record is on disk."""
+        vm = Vm(self.system, session, record)
+        vm.on_ended = self._ended
+        self._vms[record.id] = vm
+        self.write_index()
+        return vm
+
+    def renamed(self, vm: Vm, session: SessionDir) -> None:
+        """A VM lies elsewhere under another name."""
+        self._vms.pop(vm.id, None)
+        vm.session = session
+        vm.reload()
+        self._vms[vm.id] = vm
+        self.write_index()
+
+    def chain_bytes(self, record: VmRecord) -> int:
+        """Allocated bytes of a VM's layers, shared ones included; the image below them does not count."""
+        return sum(durable.allocated_bytes(self.layout.layer(layer)) for layer in record.layers)
+
+    def write_index(self) -> None:
+        """Bring the contract's registry file up to date."""
+        persistent = [vm for vm in self.all() if vm.record.persistent]
+        try:
+            records.write_registry(self.layout, [(vm.record, vm.session.path) for vm in persistent])
+        except OSError as error:  # an index can be made anew; a full disk must not fail what it describes
+            log.error("the registry file cannot be written: %s", error)
+
+    # -- ending
+
+    def _ended(self, vm: Vm) -> None:
+        if vm.deleted:
+            return
+        log.info("%s ended: %s", vm.id, vm.record.state)
+        if not vm.record.persistent:
+            if vm.record.state == State.FAILED:
+                self.keep_failed(vm)
+            else:
+                self.remove(vm)
+        self.write_index()
+
+    def remove(self, vm: Vm) -> None:
+        """Remove a VM that does not run, with its files. Doing it again is no error."""
+        vm.deleted = True
+        self._vms.pop(vm.id, None)
+        self._remove_session(vm.session, vm.record)
+        self.layout.instance_socket(vm.id).unlink(missing_ok=True)
+        self.layout.ready_file(vm.id).unlink(missing_ok=True)
+        self.write_index()
+
+    def _remove_session(self, session: SessionDir, record: VmRecord | None) -> None:
+        """The record goes first: without it a directory is no VM, whatever else is still there."""
+        confined = session.path.resolve().parent in (self.layout.sessions.resolve(), self.layout.persistent.resolve())
+        if session.path.is_symlink() or not confined:
+            raise Corrupt(f"{session.path} does not lie where VMs lie; it is left alone")
+        session.record.unlink(missing_ok=True)
+        durable.remove_tree(session.path)
+        if record is not None:
+            self._remove_layers(record.layers)
+
+    def _remove_layers(self, layers: Iterable[str]) -> None:
+        used = {layer for vm in self._vms.values() if not vm.deleted for layer in vm.record.layers}
+        for layer in layers:
+            if layer not in used:
+                self.layout.layer(layer).unlink(missing_ok=True)
+
+    def keep_failed(self, vm: Vm) -> None:
+        """Keep the logs of an ephemeral VM that failed, without its disk; the oldest beyond the bound go."""
+        vm.deleted = True
+        self._vms.pop(vm.id, None)
+        self._remove_layers(vm.record.layers)
+        suffix = self.system.entropy.token_bytes(4).hex()
+        kept = self.layout.sessions / f"{vm.id}-failed-{suffix}"
+        try:
+            durable.rename(vm.session.path, kept)
+        except FileNotFoundError:
+            return
+        failed = sorted(self.layout.sessions.glob("*-failed-*"), key=lambda path: path.stat().st_mtime)
+        for old in failed[:-FAILED_KEPT]:
+            durable.remove_tree(old)
+
+    def failed_session(self, vm_id: str) -> SessionDir | None:
+        """The newest kept directory of a failed ephemeral VM."""
+        found = sorted(self.layout.sessions.glob(f"{vm_id}-failed-*"), key=lambda path: path.stat().st_mtime)
+        return SessionDir(found[-1]) if found else None
+
+    # -- the service's own start and end
+
+    async def reconcile(self) -> None:
+        """Take over what an earlier service left: adopt living supervisors, settle the rest, sweep remains."""
+        found: list[Vm] = []
+        unreadable = 0
+        for session in records.sessions(self.layout):
+            try:
+                found.append(self._found(session))
+            except (CapsemError, OSError) as error:
+                unreadable += 1
+                log.error("%s is skipped: %s", session.path, error)
+        await asyncio.gather(*(self._take_over(vm) for vm in found))
+        self._sweep()
+        if not unreadable:  # whose layers nobody knows
+            self._sweep_layers()
+
+    def _found(self, session: SessionDir) -> Vm:
+        record = records.read(session)
+        target = self.layout.session(record.id, persistent=record.persistent)
+        if record.persistent and session.path.parent == self.layout.sessions:
+            # Its supervisor ended between the record and the move (Supervisor.persist).
+            durable.rename(session.path, target.path)
+        return self.add(target, record)
+
+    async def _take_over(self, vm: Vm) -> None:
+        if is_locked(vm.session.claim) and await self._adopt(vm):
+            return
+        try:
+            vm.settle()
+        except (CapsemError, OSError) as error:
+            log.error("%s: %s", vm.id, error)
+            return
+        if vm.record.state == State.DELETING:
+            self.remove(vm)
+        else:
+            self._ended(vm)
+
+    async def _adopt(self, vm: Vm) -> bool:
+        """Connect to a supervisor that outlived the service that started it."""
+        link = Link()
+        try:
+            async with asyncio.timeout(ADOPT_LIMIT):
+                await link.connect(self.system.network, self.layout.instance_socket(vm.id))
+        except (CapsemError, OSError) as error:
+            log.error("the supervisor of %s does not answer: %s", vm.id, error)
+            return False
+        log.info("adopted %s, supervised by process %d", vm.id, link.pid)
+        vm.begin(None, link)
+        return True
+
+    def _sweep(self) -> None:
+        """Remove what belongs to no VM: sockets, ready files, half-made session directories."""
+        known = set(self._vms)
+        for path in self.layout.instances.iterdir():
+            if path.stem not in known or not self._vms[path.stem].running:
+                path.unlink(missing_ok=True)
+        for parent in (self.layout.sessions, self.layout.persistent):
+            for path in parent.iterdir():
+                if "-failed-" not in path.name and not SessionDir(path).record.exists() and path.is_dir():
+                    log.warning("removing half-made session directory %s", path)
+                    durable.remove_tree(path)
+
+    def _sweep_layers(self) -> None:
+        used = {layer for vm in self._vms.values() for layer in vm.record.layers}
+        for path in self.layout.layers.glob("*.qcow2"):
+            if path.stem not in used:
+                log.warning("removing unreferenced layer %s", path.name)
+                path.unlink(missing_ok=True)
+
+    async def stop_all(self) -> None:
+        """End every supervisor: SIGTERM, two seconds, SIGKILL; ephemeral VMs go with it."""
+        self.stopping = True
+        running = [vm for vm in self._vms.values() if vm.running]
+        for vm in running:
+            vm.terminate(signal.SIGTERM)
+        await asyncio.gather(*(vm.ended(TERMINATE_LIMIT) for vm in running))
+        for vm in running:
+            vm.terminate(signal.SIGKILL)
+        await asyncio.gather(*(vm.ended(TERMINATE_LIMIT) for vm in running))

@@ -1,0 +1,71 @@
+"""All operations of the contract (api/operations.py is the table they stand in), on a fleet."""
+
+from __future__ import annotations
+
+from capsem.api.types import AssetHealth, ListResponse, LogsResponse, SandboxInfo
+from capsem.model.errors import NotFound
+from capsem.model.lifecycle import Status
+from capsem.service.lifecycle import Lifecycle
+from capsem.service.vm import Vm
+from capsem.store import durable
+from capsem.store.lines import read_tail
+
+LOG_LIMIT = 1024 * 1024  # bytes of each log in one answer
+
+
+class Handlers(Lifecycle):
+    """Implements service.manager.Manager."""
+
+    async def list(self) -> ListResponse:
+        """Every VM, and whether there is an image to make more."""
+        images = self._maker.catalog.list()
+        health = AssetHealth(
+            ready=bool(images),
+            version=images[0].digest[:12] if images else "",
+            missing=[] if images else ["default image"],
+        )
+        return ListResponse(sandboxes=[self._info(vm) for vm in self._fleet.all()], asset_health=health)
+
+    async def info(self, vm_id: str) -> SandboxInfo:
+        """One VM; a persistent one that does not run also tells its size."""
+        vm = self._fleet.get(vm_id)
+        size = None
+        if vm.record.persistent and not vm.running:
+            size = durable.allocated_bytes(vm.session.path) + self._fleet.chain_bytes(vm.record)
+        return self._info(vm, size)
+
+    def _info(self, vm: Vm, size_bytes: int | None = None) -> SandboxInfo:
+        record, status = vm.record, vm.status
+        assert status is not None
+        uptime = None
+        if vm.running and record.started_at is not None:
+            uptime = max(0, int(self._fleet.system.clock.time() - record.started_at))
+        return SandboxInfo(
+            id=vm.id,
+            name=vm.id if record.persistent else None,
+            pid=vm.pid,
+            status=status,
+            persistent=record.persistent,
+            ram_mb=record.spec.ram_mb,
+            cpus=record.spec.cpus,
+            disk_mb=record.spec.disk_mb,
+            version=record.version,
+            forked_from=record.forked_from,
+            description=None if vm.running else record.description,
+            size_bytes=size_bytes,
+            created_at=str(int(record.created_at)),
+            uptime_secs=uptime,
+            last_error=record.last_error if status == Status.DEFUNCT else None,
+        )
+
+    async def logs(self, vm_id: str) -> LogsResponse:
+        """Console and supervisor log of a VM, also of one that is gone because it failed."""
+        try:
+            session = self._fleet.get(vm_id).session
+        except NotFound:
+            kept = self._fleet.failed_session(vm_id)
+            if kept is None:
+                raise
+            session = kept
+        console = read_tail(session.serial_log, LOG_LIMIT)
+        return LogsResponse(logs=console, serial_logs=console, process_logs=read_tail(session.process_log, LOG_LIMIT))

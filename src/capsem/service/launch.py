@@ -1,0 +1,130 @@
+"""How a supervisor is started: its command line, its parameters, and the little environment it gets."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from capsem.api.internal import BOUND, PROTOCOL, Bootstrap
+from capsem.hypervisor.driver import Accelerator
+from capsem.image.catalog import Image
+from capsem.model.errors import HostNotReady, MachineFailed
+from capsem.model.vm import VmRecord
+from capsem.service.link import Link
+from capsem.store.layout import Layout, SessionDir
+from capsem.store.lines import last_lines
+from capsem.system import Child, System
+from capsem.wire.messages import encode_message
+
+# Nothing else of the service's environment reaches a supervisor: a user's secrets stay here (interface.md 1.3).
+PASSED_ON = (
+    "HOME PATH USER TMPDIR CAPSEM_HOME CAPSEM_USER_CONFIG CAPSEM_CORP_CONFIG RUST_LOG "
+    "CAPSEM_VM_ID CAPSEM_TRACE_ID TRACEPARENT CAPSEM_QEMU"
+).split()
+BIND_LIMIT = 15.0  # seconds for a supervisor to come up
+LOG_LINES = 20
+
+log = logging.getLogger("capsem_service.launch")
+
+
+@dataclass(frozen=True, slots=True)
+class Launcher:
+    """Starts supervisors."""
+
+    system: System
+    layout: Layout
+    environ: Mapping[str, str]
+    process_binary: Path
+    hypervisor: str
+    parent_pid: int | None = None
+    log_level: str = "info"
+
+    async def start(
+        self, record: VmRecord, session: SessionDir, image: Image, volume: Path, accelerator: Accelerator
+    ) -> tuple[Child, Link]:
+        """Start a supervisor and connect to it; the machine is then about to be started.
+
+        Raises HostNotReady, MachineFailed with the end of its log; OSError when it ended while we connected.
+        """
+        socket, ready = self.layout.instance_socket(record.id), self.layout.ready_file(record.id)
+        socket.parent.mkdir(mode=0o700, exist_ok=True)
+        # Left over from an earlier run, they would be taken for this one's.
+        socket.unlink(missing_ok=True)
+        ready.unlink(missing_ok=True)
+        bootstrap = Bootstrap(
+            protocol=PROTOCOL,
+            run_dir=str(self.layout.run_dir),
+            socket=str(socket),
+            ready_file=str(ready),
+            kernel=str(image.kernel),
+            initrd=str(image.initrd),
+            root=str(image.root),
+            volume=str(volume),
+            ram_file=str(empty_ram(self.layout, record.spec.ram_mb)),
+            kernel_command_line=image.kernel_command_line,
+            accelerator=accelerator,
+            hypervisor=self.hypervisor,
+            parent_pid=self.parent_pid,
+            log_level=self.log_level,
+        )
+        env = {name: self.environ[name] for name in PASSED_ON if self.environ.get(name)}
+        argv = [str(self.process_binary), "--id", record.id, "--session-dir", str(session.path)]
+        try:
+            child = await self.system.processes.spawn(
+                argv, env=env, stdin=encode_message(bootstrap), log=session.process_log
+            )
+        except OSError as error:
+            raise HostNotReady(
+                f"{self.process_binary} cannot be started: {error.strerror}",
+                hint="reinstall Capsem, or give --process-binary",
+            ) from error
+        try:
+            async with asyncio.timeout(BIND_LIMIT):
+                word = await child.read_line()
+                if word != BOUND:
+                    await child.wait()
+                    raise MachineFailed(
+                        f"the supervisor of {record.id} ended at once: {last_lines(session.process_log, LOG_LINES)}",
+                        hint=f"capsem logs {record.id}",
+                    )
+                link = Link()
+                await link.connect(self.system.network, socket)
+        except BaseException as error:
+            self.system.processes.signal(child.pid, 9)
+            await child.wait()
+            if isinstance(error, TimeoutError):
+                raise MachineFailed(
+                    f"the supervisor of {record.id} did not come up within {BIND_LIMIT:.0f} s"
+                ) from error
+            raise
+        return child, link
+
+
+def empty_ram(layout: Layout, size_mb: int) -> Path:
+    """The sparse file that machines of this size map privately when they boot cold; made when missing."""
+    path = layout.empty_ram(size_mb)
+    if not path.exists():
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        with temporary.open("wb") as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.truncate(size_mb << 20)
+        temporary.rename(path)
+    return path
+
+
+def find_process_binary(name: str = "capsem-process") -> Path:
+    """The supervisor's program: beside this one, else in PATH. Raises HostNotReady."""
+    beside = Path(sys.argv[0]).resolve().parent / name
+    for candidate in (beside, Path(sys.executable).parent / name):
+        if os.access(candidate, os.X_OK):
+            return candidate
+    found = shutil.which(name)
+    if found is None:
+        raise HostNotReady(f"{name} is not installed beside capsem-service nor in PATH", hint="reinstall Capsem")
+    return Path(found)

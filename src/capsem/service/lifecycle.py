@@ -1,0 +1,222 @@
+"""VMs come, go, and are copied. Every transition takes the VM's turn."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from dataclasses import replace
+from types import MappingProxyType
+
+from capsem.api.internal import AddLayer, LayerAdded, Persist, Stop
+from capsem.api.types import (
+    ExecRequest,
+    ExecResponse,
+    ProvisionRequest,
+    ProvisionResponse,
+    RunRequest,
+    StopResponse,
+)
+from capsem.config import Settings
+from capsem.model.errors import CapsemError, InvalidInput, MachineFailed, NotFound, NotRunning, TimedOut
+from capsem.model.ids import check_name
+from capsem.model.lifecycle import State
+from capsem.model.spec import DEFAULT_DISK_MB, VmSpec
+from capsem.service.commands import Commands
+from capsem.service.create import Maker
+from capsem.service.fleet import Fleet
+from capsem.service.vm import READY_LIMIT, Vm
+
+PROVISION_WAIT = 5.0  # seconds
+
+log = logging.getLogger("capsem_service.lifecycle")
+
+
+class Lifecycle(Commands):
+    """See service.manager.Manager."""
+
+    def __init__(self, fleet: Fleet, maker: Maker, settings: Settings) -> None:
+        super().__init__(fleet)
+        self._maker = maker
+        self._settings = settings
+
+    async def provision(self, request: ProvisionRequest) -> ProvisionResponse:
+        """Create and boot; returns when the guest is ready or after 5 s. Raises what went wrong before that."""
+        vm = await self._create(request.name, request.persistent, self._spec(request), request.source)
+        try:
+            await self._wait_ready(vm, PROVISION_WAIT)
+        except TimedOut:
+            log.info("%s is still booting after %.0f s", vm.id, PROVISION_WAIT)
+        return self._provisioned(vm)
+
+    def _spec(self, request: ProvisionRequest | RunRequest) -> VmSpec:
+        return VmSpec(
+            cpus=self._settings.cpu_count if request.cpus is None else request.cpus,
+            ram_mb=self._settings.ram_mb if request.ram_mb is None else request.ram_mb,
+            disk_mb=request.disk_mb,
+            env=MappingProxyType(dict(request.env or {})),
+        )
+
+    async def _create(self, name: str | None, persistent: bool, spec: VmSpec, source: str | None) -> Vm:
+        name = self._fleet.reserve(None if name is None else check_name(name))
+        try:
+            if source is None:
+                vm = self._maker.make(name, spec, persistent=persistent)
+            else:
+                vm = await self._clone(name, spec, source, persistent=persistent)
+            async with vm.turn:
+                await self._start(vm)
+        except OSError as error:
+            raise MachineFailed(
+                f"{name} could not be created: {error}", hint="`capsem doctor` checks this host"
+            ) from error
+        finally:
+            self._fleet.release(name)
+        return vm
+
+    async def _clone(self, name: str, spec: VmSpec, source_id: str, *, persistent: bool) -> Vm:
+        """A VM of its own size and environment on a copy of a persistent VM's disk."""
+        source = self._fleet.get(source_id)
+        if not source.record.persistent:
+            raise InvalidInput(f"{source_id} is not persistent", hint=f"`capsem persist {source_id} NAME` makes it so")
+        if spec.disk_mb not in (DEFAULT_DISK_MB, source.record.spec.disk_mb):
+            raise InvalidInput(
+                "a copy has the disk size of its source", hint=f"that is {source.record.spec.disk_mb} MiB"
+            )
+        async with source.turn:
+            frozen = await self._freeze_top(source)
+            spec = replace(spec, disk_mb=source.record.spec.disk_mb)
+            return self._maker.make_child(name, source.record, frozen, None, spec=spec, persistent=persistent)
+
+    async def _start(self, vm: Vm) -> None:
+        """Start a VM; an ephemeral one that cannot be started is removed."""
+        try:
+            await self._maker.start(vm)
+        except BaseException:
+            if not vm.record.persistent:
+                (self._fleet.keep_failed if vm.record.state == State.FAILED else self._fleet.remove)(vm)
+            raise
+
+    async def _wait_ready(self, vm: Vm, limit: float) -> None:
+        """Raises TimedOut, MachineFailed with the end of the VM's log."""
+        try:
+            await vm.ready_link(limit)
+        except (MachineFailed, NotRunning) as error:
+            raise MachineFailed(f"{vm.id} did not start: {error.message}", hint=f"capsem logs {vm.id}") from error
+
+    def _provisioned(self, vm: Vm) -> ProvisionResponse:
+        return ProvisionResponse(id=vm.id, uds_path=str(self._fleet.layout.instance_socket(vm.id)))
+
+    async def resume(self, name: str) -> ProvisionResponse:
+        """Start a VM that does not run; one that runs is left alone."""
+        vm = self._fleet.get(name)
+        async with vm.turn:
+            if vm.deleted:
+                raise NotFound(f"no VM is named {name}")
+            if not vm.running:
+                self._fleet.check_limit()
+                try:
+                    await self._start(vm)
+                except CapsemError as error:
+                    raise type(error)(f"resume failed: {error.message}", hint=error.hint) from error
+        await self._wait_ready(vm, READY_LIMIT)
+        return self._provisioned(vm)
+
+    async def stop(self, vm_id: str) -> StopResponse:
+        """Power off and wait until every process and socket is gone. Raises NotRunning."""
+        vm = self._running(vm_id)
+        async with vm.turn:
+            self._running(vm_id)
+            await vm.stop(Stop())
+        return StopResponse(success=True, persistent=vm.record.persistent)
+
+    async def delete(self, vm_id: str) -> None:
+        """Kill and remove, at once."""
+        vm = self._fleet.get(vm_id)
+        async with vm.turn:
+            if vm.deleted:
+                raise NotFound(f"no VM is named {vm_id}")
+            vm.deleted = True
+            await vm.stop(Stop(kill=True))
+            self._fleet.remove(vm)
+
+    async def persist(self, vm_id: str, name: str) -> None:
+        """A running ephemeral VM becomes persistent under `name`, without a pause; its old id is unknown afterwards."""
+        vm = self._fleet.get(vm_id)
+        check_name(name)
+        if vm.record.persistent:
+            raise InvalidInput(f"{vm_id} is persistent already")
+        self._fleet.take_name(name)
+        try:
+            async with vm.turn:
+                link = await self._running(vm_id).ready_link()
+                layout = self._fleet.layout
+                request = Persist(
+                    name=name,
+                    session_dir=str(layout.session(name, persistent=True).path),
+                    socket=str(layout.instance_socket(name)),
+                    ready_file=str(layout.ready_file(name)),
+                )
+                await link.open(request).result()
+                self._fleet.renamed(vm, layout.session(name, persistent=True))
+        finally:
+            self._fleet.release(name)
+
+    async def purge(self, *, everything: bool) -> tuple[int, int]:
+        """Delete all ephemeral VMs, and with `everything` the persistent ones; how many of each (persistent first)."""
+        doomed = [vm for vm in self._fleet.all() if everything or not vm.record.persistent]
+        gone = await asyncio.gather(*(self.delete(vm.id) for vm in doomed), return_exceptions=True)
+        for error in gone:
+            if isinstance(error, BaseException) and not isinstance(error, NotFound):
+                raise error
+        deleted = [vm for vm, error in zip(doomed, gone, strict=True) if error is None]
+        persistent = sum(vm.record.persistent for vm in deleted)
+        return persistent, len(deleted) - persistent
+
+    async def fork(self, vm_id: str, name: str, description: str | None = None) -> int:
+        """A new, stopped, persistent VM on a copy of this one's disk; returns the bytes of its chain above the image.
+
+        Nothing is copied: the layer that was on top is frozen, and source and child each go on in one of their own.
+        """
+        source = self._fleet.get(vm_id)
+        check_name(name)
+        self._fleet.take_name(name)
+        try:
+            async with source.turn:
+                frozen = await self._freeze_top(source)
+                child = self._maker.make_child(name, source.record, frozen, description)
+        finally:
+            self._fleet.release(name)
+        return self._fleet.chain_bytes(child.record)
+
+    async def _freeze_top(self, source: Vm) -> tuple[str, ...]:
+        """Put a new layer on top of a VM's volume; returns the layers below it, which nothing writes to any more."""
+        if source.deleted:
+            raise NotFound(f"no VM is named {source.id}")
+        frozen = source.record.layers
+        layer = self._maker.new_layer(source.record)
+        try:
+            if source.running:
+                link = await source.ready_link()
+                added = await link.open(AddLayer(layer=layer)).result()
+                assert isinstance(added, LayerAdded)
+                log.info("%s went on in a new layer, paused for %.3f s", source.id, added.pause)
+                source.reload()
+            else:
+                source.rewrite(layers=(*frozen, layer))
+        except BaseException:
+            source.reload()
+            if layer not in source.record.layers:
+                self._fleet.layout.layer(layer).unlink(missing_ok=True)
+            raise
+        return frozen
+
+    async def run(self, request: RunRequest) -> ExecResponse:
+        """A command in a VM made for it alone."""
+        vm = await self._create(None, False, self._spec(request), None)
+        try:
+            await self._wait_ready(vm, READY_LIMIT)
+            return await self.execute(vm.id, ExecRequest(command=request.command, timeout_secs=request.timeout_secs))
+        finally:
+            with contextlib.suppress(NotFound):
+                await asyncio.shield(self.delete(vm.id))

@@ -1,0 +1,106 @@
+"""The service's connection to one supervisor."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from capsem import __version__
+from capsem.api.internal import MESSAGES, OLDEST_PROTOCOL, PROTOCOL, REQUESTS, Hello, ShutdownAsked, State
+from capsem.control.channel import Channel, Stream
+from capsem.model.errors import Interrupted, MachineFailed, TimedOut
+from capsem.system import Network
+from capsem.wire.frames import FrameDecoder, ProtocolError
+from capsem.wire.messages import Message
+from capsem.wire.streams import Mux
+
+HELLO_LIMIT = 5.0  # seconds
+
+log = logging.getLogger("capsem_service.link")
+
+
+class Link:
+    """Speaks with a supervisor; knows where its VM is as of its last word."""
+
+    def __init__(self) -> None:
+        self.pid = 0
+        self.state: State | None = None
+        self.lost = asyncio.Event()
+        self.on_state: Callable[[State], None] = lambda _state: None
+        self.on_shutdown_asked: Callable[[str], None] = lambda _action: None
+        self._changed = asyncio.Event()
+        self._refused: str | None = None
+        self.channel = Channel(Mux(FrameDecoder(hunting=False), initiator=True, messages=MESSAGES, requests=REQUESTS))
+        self.channel.on_control = self._control
+        self.channel.on_lost = self._lost
+        self.channel.on_garbage = self._garbage
+
+    async def connect(self, network: Network, path: Path) -> None:
+        """Connect and exchange hellos. Raises OSError, MachineFailed (it speaks another protocol), TimedOut."""
+        await network.connect(path, lambda: self.channel)
+        self.channel.control(Hello(protocol=PROTOCOL, version=__version__, pid=os.getpid()))
+        try:
+            async with asyncio.timeout(HELLO_LIMIT):
+                while self.state is None:
+                    if self._refused or self.lost.is_set():
+                        raise MachineFailed(
+                            self._refused or "the supervisor hung up",
+                            hint="stop the VM with `capsem stop` and resume it",
+                        )
+                    await self._changed.wait()
+        except TimeoutError:
+            self.channel.hang_up()
+            raise TimedOut(f"the supervisor at {path} did not say hello within {HELLO_LIMIT:.0f} s") from None
+
+    def _notify(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def _garbage(self, error: ProtocolError) -> None:
+        log.error("the supervisor does not speak the protocol, hanging up: %s", error)
+        self._refused = f"the supervisor does not speak our protocol: {error}"
+        self.channel.hang_up()
+
+    def _lost(self) -> None:
+        self.lost.set()
+        self._notify()
+
+    def _control(self, message: Message) -> None:
+        if isinstance(message, Hello):
+            self.pid = message.pid
+            if not OLDEST_PROTOCOL <= message.protocol <= PROTOCOL + 1:
+                self._refused = (
+                    f"the supervisor ({message.version}) speaks protocol {message.protocol}, this service {PROTOCOL}"
+                )
+        elif isinstance(message, State):
+            self.state = message
+            self.on_state(message)
+        elif isinstance(message, ShutdownAsked):
+            self.on_shutdown_asked(message.action)
+        else:
+            raise ProtocolError(f"unexpected {message.tag}")
+        self._notify()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the guest may be spoken to."""
+        return self.state is not None and self.state.ready and not self.lost.is_set()
+
+    async def wait_ready(self, limit: float) -> bool:
+        """Wait until the guest is ready; False when `limit` seconds were not enough. Raises Interrupted: it ended."""
+        try:
+            async with asyncio.timeout(limit):
+                while not self.ready:
+                    if self.lost.is_set():
+                        raise Interrupted("the VM ended before its guest was ready")
+                    await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def open(self, request: Message) -> Stream:
+        """Open a stream. Raises Interrupted when the supervisor is gone."""
+        return self.channel.open(request)

@@ -1,0 +1,78 @@
+"""What the HTTP application asks of the rest of the service: one method per operation of `api.operations`.
+
+Every method raises CapsemError subclasses only; which ones, the table says. The ids that it is given are valid names.
+All may be called at once and for the same VM; the implementation orders transitions.
+
+Cancelling a call is a client that hung up. `provision`, `stop`, `resume` and `delete` are never cancelled by the
+application. A cancelled `execute` or `execute_stream` ends the command in the guest; a cancelled `run` also destroys
+its VM, before the cancellation is passed on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from capsem.api.types import (
+    ExecRequest,
+    ExecResponse,
+    ListResponse,
+    LogsResponse,
+    ProvisionRequest,
+    ProvisionResponse,
+    ReadFileRequest,
+    ReadFileResponse,
+    RunRequest,
+    SandboxInfo,
+    StopResponse,
+    WriteFileRequest,
+)
+
+
+class Manager(Protocol):
+    """The VMs of this user."""
+
+    async def provision(self, request: ProvisionRequest) -> ProvisionResponse:
+        """Create and boot a VM; returns when the guest is ready or after 5 s."""
+
+    async def list(self) -> ListResponse:
+        """Every VM, and whether there is an image to boot."""
+
+    async def info(self, vm_id: str) -> SandboxInfo:
+        """One VM."""
+
+    async def execute(self, vm_id: str, request: ExecRequest) -> ExecResponse:
+        """Run a command to its end; waits up to 30 s for a VM that is still booting. A command's non-zero exit code is
+        an answer, not an error; its time limit raises TimedOut.
+        """
+
+    def execute_stream(
+        self, vm_id: str, request: ExecRequest, stdin: AsyncIterator[bytes] | None
+    ) -> AsyncIterator[tuple[int, bytes]]:
+        """Run a command, yielding (channel, bytes) of `api.stream`: STDOUT and STDERR as they come, best begun with an
+        empty STDOUT as soon as the command is admitted, and at last RESULT with the JSON of an ExecResult, or ERROR.
+
+        `stdin` is read as the command takes it; None is an empty one. A CapsemError raised instead of yielding an
+        ERROR is as good; before the first item it becomes a plain HTTP error.
+        """
+
+    async def write_file(self, vm_id: str, request: WriteFileRequest) -> None:
+        """Replace a text file; it is durable when this returns."""
+
+    async def read_file(self, vm_id: str, request: ReadFileRequest) -> ReadFileResponse:
+        """The text of a file."""
+
+    async def stop(self, vm_id: str) -> StopResponse:
+        """Power off; when this returns process and sockets are gone."""
+
+    async def resume(self, name: str) -> ProvisionResponse:
+        """Start a VM that does not run, and wait until its guest is ready; nothing happens to one that runs."""
+
+    async def delete(self, vm_id: str) -> None:
+        """Destroy a VM and its data; its name is free when this returns."""
+
+    async def run(self, request: RunRequest) -> ExecResponse:
+        """Run a command in a VM made for it; the VM is gone when this returns or raises."""
+
+    async def logs(self, vm_id: str) -> LogsResponse:
+        """The guest's console and the supervisor's log."""

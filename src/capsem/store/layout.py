@@ -1,0 +1,139 @@
+"""Every file name under the run directory, once. docs/state-directory.md describes them for people.
+
+<run_dir>/service.sock, service.lock, service.log, service.pid
+<run_dir>/persistent_registry.json     an index for other tools; the truth is each VM's vm.json
+<run_dir>/instances/<id>.sock          a running VM's supervisor, mode 0600
+<run_dir>/instances/<id>.ready         empty; there while the guest is ready
+<run_dir>/sessions/<id>/               session directory of an ephemeral VM, mode 0700
+<run_dir>/sessions/<id>-failed-<x>/    kept for a post-mortem
+<run_dir>/persistent/<name>/           session directory of a persistent VM
+<run_dir>/store/layers/<object id>.qcow2   layers of volumes; never renamed, never rewritten once committed
+<run_dir>/store/volumes/<MiB>.raw      empty formatted volumes of other than the image's size
+<run_dir>/store/ram/empty-<MiB>.ram    sparse, shared by all machines of that size that boot cold
+<session_dir>/vm.json                  the VM's record
+<session_dir>/claim                    flock: held by the one supervisor (or a service at rest) that owns the VM
+<session_dir>/vmm.lock                 flock: held by the VMM process through an inherited descriptor
+<session_dir>/process.log, serial.log  the supervisor's log; the guest's console
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+SOCKET_PATH_LIMIT = 90  # bytes; sockaddr_un has 108, and the contract promises less
+
+
+@dataclass(frozen=True, slots=True)
+class SessionDir:
+    """The files of one VM's session directory."""
+
+    path: Path
+
+    @property
+    def record(self) -> Path:
+        """The VM's record."""
+        return self.path / "vm.json"
+
+    @property
+    def claim(self) -> Path:
+        """The claim's lock file."""
+        return self.path / "claim"
+
+    @property
+    def vmm_lock(self) -> Path:
+        """The VMM's lock file."""
+        return self.path / "vmm.lock"
+
+    @property
+    def process_log(self) -> Path:
+        """The supervisor's log."""
+        return self.path / "process.log"
+
+    @property
+    def serial_log(self) -> Path:
+        """The guest's console."""
+        return self.path / "serial.log"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The files of one run directory (canonical, absolute)."""
+
+    run_dir: Path
+
+    @property
+    def socket(self) -> Path:
+        """Default socket of the service."""
+        return self.run_dir / "service.sock"
+
+    @property
+    def registry(self) -> Path:
+        """Index of the persistent VMs."""
+        return self.run_dir / "persistent_registry.json"
+
+    @property
+    def instances(self) -> Path:
+        """Directory of sockets and ready files."""
+        return self.run_dir / "instances"
+
+    @property
+    def sessions(self) -> Path:
+        """Directory of ephemeral VMs."""
+        return self.run_dir / "sessions"
+
+    @property
+    def persistent(self) -> Path:
+        """Directory of persistent VMs."""
+        return self.run_dir / "persistent"
+
+    @property
+    def layers(self) -> Path:
+        """Directory of volume layers."""
+        return self.run_dir / "store" / "layers"
+
+    @property
+    def volumes(self) -> Path:
+        """Directory of empty volumes."""
+        return self.run_dir / "store" / "volumes"
+
+    @property
+    def ram(self) -> Path:
+        """Directory of RAM files."""
+        return self.run_dir / "store" / "ram"
+
+    def session(self, vm_id: str, *, persistent: bool) -> SessionDir:
+        """The session directory of a VM."""
+        return SessionDir((self.persistent if persistent else self.sessions) / vm_id)
+
+    def instance_socket(self, vm_id: str) -> Path:
+        """The supervisor's socket; outside the run directory when that path is too long for a socket."""
+        path = self.instances / f"{vm_id}.sock"
+        if len(os.fsencode(path)) <= SOCKET_PATH_LIMIT:
+            return path
+        digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:24]
+        return Path(tempfile.gettempdir()) / f"capsem-{os.getuid()}" / f"{digest}.sock"
+
+    def ready_file(self, vm_id: str) -> Path:
+        """There while the guest is ready."""
+        return self.instances / f"{vm_id}.ready"
+
+    def layer(self, layer_id: str) -> Path:
+        """A qcow2 layer."""
+        return self.layers / f"{layer_id}.qcow2"
+
+    def volume(self, size_mb: int) -> Path:
+        """An empty formatted volume."""
+        return self.volumes / f"{size_mb}.raw"
+
+    def empty_ram(self, size_mb: int) -> Path:
+        """The sparse file behind the memory of machines that boot cold."""
+        return self.ram / f"empty-{size_mb}.ram"
+
+    def create(self) -> None:
+        """Make all directories, mode 0700."""
+        for path in (self.run_dir, self.instances, self.sessions, self.persistent, self.layers, self.volumes, self.ram):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,0 +1,234 @@
+"""What a service may ask of a supervisor, over its socket (api/internal.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Protocol
+
+from capsem import __version__
+from capsem.api.internal import (
+    MESSAGES,
+    OLDEST_PROTOCOL,
+    PROTOCOL,
+    REQUESTS,
+    AddLayer,
+    Attach,
+    Hello,
+    JobList,
+    Jobs,
+    LayerAdded,
+    Persist,
+    Persisted,
+    State,
+    Stop,
+    Stopping,
+)
+from capsem.control.channel import Channel, Stream
+from capsem.control.guest import Guest
+from capsem.model.errors import CapsemError, InvalidInput
+from capsem.supervisor.jobs import Follower, Job, JobTable
+from capsem.wire.frames import FrameDecoder, ProtocolError
+from capsem.wire.messages import STDERR, STDIN, STDOUT, Exec, Failed, ListDir, Message, ReadFile, WriteFile
+from capsem.wire.streams import Mux
+
+HELLO_LIMIT = 5.0  # seconds
+
+log = logging.getLogger("capsem_process.server")
+
+
+class Supervised(Protocol):
+    """What the server needs of the supervisor."""
+
+    guest: Guest
+    jobs: JobTable
+    pid: int
+
+    def state(self) -> State:
+        """Where the VM is now."""
+
+    async def admit(self) -> None:
+        """Wait until the guest may be spoken to. Raises when it will not be."""
+
+    def stop(self, request: Stop) -> None:
+        """Begin to end the machine."""
+
+    async def persist(self, request: Persist) -> Persisted:
+        """Take another name."""
+
+    async def add_layer(self, request: AddLayer) -> LayerAdded:
+        """Freeze the volume's top layer."""
+
+
+class Server:
+    """All connections; usually there is one."""
+
+    def __init__(self, supervised: Supervised) -> None:
+        self._supervised = supervised
+        self._connections: set[_Connection] = set()
+
+    def connection(self) -> Channel:
+        """A protocol for the listener to hand a new connection to."""
+        return _Connection(self, self._supervised).channel
+
+    def add(self, connection: _Connection) -> None:
+        """A peer said hello."""
+        self._connections.add(connection)
+
+    def remove(self, connection: _Connection) -> None:
+        """A peer went away."""
+        self._connections.discard(connection)
+
+    def broadcast(self, message: Message) -> None:
+        """Tell every peer."""
+        for connection in list(self._connections):
+            connection.channel.control(message)
+
+    def close(self) -> None:
+        """Hang up on every peer, once what is queued is out."""
+        for connection in list(self._connections):
+            connection.channel.hang_up()
+
+
+class _Connection:
+    """One service, perhaps."""
+
+    def __init__(self, server: Server, supervised: Supervised) -> None:
+        self._server = server
+        self._supervised = supervised
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._greeted = False
+        self.channel = Channel(Mux(FrameDecoder(hunting=False), initiator=False, messages=MESSAGES, requests=REQUESTS))
+        self.channel.on_control = self._control
+        self.channel.on_open = self._open
+        self.channel.on_garbage = self._garbage
+        self.channel.on_lost = self._lost
+        self._deadline = asyncio.get_running_loop().call_later(HELLO_LIMIT, self._silent)
+
+    def _silent(self) -> None:
+        log.error("a peer did not say hello within %.0f s; hanging up", HELLO_LIMIT)
+        self.channel.hang_up()
+
+    def _garbage(self, error: ProtocolError) -> None:
+        log.error("a peer does not speak the protocol, hanging up: %s", error)
+        self.channel.hang_up()
+
+    def _lost(self) -> None:
+        self._deadline.cancel()
+        self._server.remove(self)
+
+    def _control(self, message: Message) -> None:
+        if not isinstance(message, Hello) or self._greeted:
+            raise ProtocolError(f"unexpected {message.tag}")
+        self._deadline.cancel()
+        self.channel.control(Hello(protocol=PROTOCOL, version=__version__, pid=self._supervised.pid))
+        if not OLDEST_PROTOCOL <= message.protocol <= PROTOCOL + 1:
+            log.error(
+                "service %s speaks protocol %d, this supervisor (%s) %d: hanging up",
+                message.version,
+                message.protocol,
+                __version__,
+                PROTOCOL,
+            )
+            self.channel.hang_up()
+            return
+        self._greeted = True
+        self._server.add(self)
+        self.channel.control(self._supervised.state())
+
+    def _open(self, stream: Stream) -> None:
+        if not self._greeted:
+            raise ProtocolError("request before hello")
+        task = asyncio.create_task(self._serve(stream), name=f"serve {stream.request.tag}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, stream: Stream) -> None:
+        """One request; whatever goes wrong closes its stream with the reason."""
+        try:
+            stream.close(await self._answer(stream))
+        except CapsemError as error:
+            stream.close(Failed(code=error.code, message=error.message, hint=error.hint))
+        except Exception as error:
+            log.exception("%s failed", stream.request.tag)
+            stream.close(Failed(code="internal", message=f"{stream.request.tag}: {type(error).__name__}: {error}"))
+
+    async def _answer(self, stream: Stream) -> Message:
+        request, jobs = stream.request, self._supervised.jobs
+        if isinstance(request, Exec):
+            await self._supervised.admit()
+            jobs.check_new(request.job)
+            job = Job(request, self._supervised.guest.execute(request))
+            jobs.add(job)
+            stream.on_message = job.stream.send
+            return await self._follow(stream, job, Follower({STDOUT: 0, STDERR: 0}), feed=request.stdin)
+        if isinstance(request, Attach):
+            job = jobs.get(request.job)
+            stream.on_message = job.stream.send
+            return await self._follow(
+                stream, job, Follower({STDOUT: request.stdout, STDERR: request.stderr}), feed=False
+            )
+        if isinstance(request, Jobs):
+            known, running = jobs.ids()
+            return JobList(jobs=known, running=running)
+        if isinstance(request, (ReadFile, WriteFile, ListDir)):
+            await self._supervised.admit()
+            return await relay(stream, self._supervised.guest.channel.open(request))
+        if isinstance(request, Stop):
+            self._supervised.stop(request)
+            return Stopping()
+        if isinstance(request, Persist):
+            return await self._supervised.persist(request)
+        if isinstance(request, AddLayer):
+            await self._supervised.admit()
+            return await self._supervised.add_layer(request)
+        raise InvalidInput(f"{request.tag} is not served here")
+
+    async def _follow(self, stream: Stream, job: Job, follower: Follower, *, feed: bool) -> Message:
+        """Copy a job's output to a peer, and the peer's input to the job, until the job has ended.
+
+        A peer that gives the stream up kills the command; one that is gone leaves it to run.
+        """
+        following = asyncio.create_task(job.follow(follower, stream.write))
+        feeding = asyncio.create_task(copy(stream, job.stream, STDIN)) if feed else None
+        watching = asyncio.create_task(stream.result())
+        try:
+            await asyncio.wait((following, watching), return_when=asyncio.FIRST_COMPLETED)
+            if not following.done():
+                if self.channel.connected:
+                    job.cancel()
+                return Failed(code="interrupted", message="nobody follows any more")
+            return following.result()
+        finally:
+            for task in (following, watching, feeding):
+                if task is not None:
+                    task.cancel()
+            await asyncio.gather(*(task for task in (following, watching, feeding) if task), return_exceptions=True)
+
+
+async def copy(source: Stream, target: Stream, channel: int) -> None:
+    """Copy a channel until it ends, at the pace of the slower side."""
+    while data := await source.read(channel):
+        await target.write(channel, data)
+    target.end(channel)
+
+
+async def relay(stream: Stream, target: Stream) -> Message:
+    """Join a peer's stream with one to the guest, in both directions; returns the guest's result."""
+    tasks = [
+        asyncio.create_task(copy(stream, target, STDIN)),
+        asyncio.create_task(copy(target, stream, STDOUT)),
+    ]
+    ending = asyncio.create_task(target.result())
+    watching = asyncio.create_task(stream.result())
+    try:
+        await asyncio.wait((ending, watching), return_when=asyncio.FIRST_COMPLETED)
+        if ending.done():
+            await tasks[1]
+            return ending.result()
+        raise InvalidInput("the request was given up")
+    finally:
+        target.reset()
+        for task in (*tasks, ending, watching):
+            task.cancel()
+        await asyncio.gather(*tasks, ending, watching, return_exceptions=True)

@@ -1,0 +1,373 @@
+"""One VM's run, from the claim to the exit: the only writer of the VM's record while it lives.
+
+    claim -> VMM lock -> record STARTING -> socket -> machine -> handshake -> record RUNNING, .ready
+    -> ... -> machine's end -> record STOPPED or FAILED with the reason -> .ready and socket removed -> exit
+
+A step that fails ends the run through the same last three steps, so that whoever looks afterwards finds a record that
+says how it ended. If this process is killed, the VMM dies with it and the record still says RUNNING: with the claim
+free, that reads as lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from capsem.api.internal import (
+    AddLayer,
+    Bootstrap,
+    LayerAdded,
+    Persist,
+    Persisted,
+    ShutdownAsked,
+    State,
+    Stop,
+)
+from capsem.control.guest import Guest, Identity
+from capsem.hypervisor.driver import Accelerator, Driver, Ending, Layer, Machine, MachineSpec
+from capsem.model.errors import CapsemError, GuestFailed, Interrupted, MachineFailed, NotRunning, TimedOut
+from capsem.model.lifecycle import Event
+from capsem.model.lifecycle import State as Lifecycle
+from capsem.model.vm import Exit, VmRecord
+from capsem.store import durable, records
+from capsem.store.layout import Layout, SessionDir
+from capsem.store.lines import CappedLog, last_lines
+from capsem.store.locks import Lock, holders, take_lock, try_lock
+from capsem.supervisor.jobs import JobTable
+from capsem.supervisor.server import Server
+from capsem.system import Listener, System
+from capsem.wire.messages import Message, ShutdownRequest
+
+BOOT_LIMIT = 90.0  # seconds from the machine's first instruction to the guest's readiness; emulated and busy
+ADMIT_LIMIT = 30.0  # seconds that a command or file operation waits for a guest that is not ready
+POWER_OFF_MARGIN = 3.0  # seconds beyond the guest's grace until the machine is killed
+FREEZE_LIMIT = 2.0  # seconds that the guest holds its writes for a new layer
+ENDING_LIMIT = 2.0  # seconds between the loss of the control channel and the VMM's end
+ORPHAN_LIMIT = 5.0  # seconds for the VMM of an earlier, killed supervisor to die
+LOG_LINES = 20
+
+log = logging.getLogger("capsem_process")
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """The files of a run."""
+
+    session: SessionDir
+    layout: Layout
+    socket: Path
+    ready_file: Path
+
+
+class Console(asyncio.Protocol):
+    """Writes what comes from the guest's console to a capped log."""
+
+    def __init__(self, path: Path) -> None:
+        self._log = CappedLog(path)
+        self._failed = False
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol. A full disk loses console output, not the VM."""
+        try:
+            self._log.write(data)
+        except OSError as error:
+            if not self._failed:
+                log.error("the console cannot be logged: %s", error)
+            self._failed = True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio.Protocol."""
+        self._log.close()
+
+    def move(self, path: Path) -> None:
+        """The log was renamed."""
+        self._log.path = path
+
+
+class Supervisor:
+    """Owns one machine and speaks with its guest."""
+
+    def __init__(
+        self, system: System, driver: Driver, names: Names, bootstrap: Bootstrap, bound: Callable[[], None]
+    ) -> None:
+        self._system = system
+        self._driver = driver
+        self._names = names
+        self._bootstrap = bootstrap
+        self._bound = bound
+        self._record: VmRecord
+        self._machine: Machine | None = None
+        self._stop_asked: Stop | None = None
+        self._stop_changed = asyncio.Event()
+        self.guest: Guest
+        self.jobs = JobTable()
+        self.pid = system.processes.own_pid()
+        self._server = Server(self)
+        self._listener: Listener | None = None
+        self._console: Console
+
+    # -- for the server
+
+    def state(self) -> State:
+        """Where the VM is now."""
+        exit_ = self._record.last_exit
+        return State(
+            state=self._record.state,
+            ready=self._record.state == Lifecycle.RUNNING and self.guest.is_ready,
+            vmm_pid=self._machine.pid if self._machine else 0,
+            boot_kind=self._record.boot_kind,
+            reason=exit_.reason if exit_ else None,
+        )
+
+    async def admit(self) -> None:
+        """Wait until the guest may be spoken to. Raises NotRunning, TimedOut, Interrupted."""
+        if self._stop_asked is not None:
+            raise NotRunning(f"{self._record.id} is being stopped", hint=f"capsem resume {self._record.id}")
+        await self.guest.wait_ready(ADMIT_LIMIT)
+
+    def stop(self, request: Stop) -> None:
+        """Begin to end the machine; a later, harsher request takes over."""
+        self._stop_asked = request
+        self._stop_changed.set()
+
+    async def persist(self, request: Persist) -> Persisted:
+        """Take another name. The record goes first: from then on a service that finds the old directory moves it."""
+        old, session = self._names, SessionDir(Path(request.session_dir))
+        self._record = replace(self._record, id=request.name, persistent=True)
+        records.write(old.session, self._record)
+        durable.rename(old.session.path, session.path)
+        self._names = replace(old, session=session, socket=Path(request.socket), ready_file=Path(request.ready_file))
+        self._console.move(session.serial_log)
+        former = self._listener
+        self._listener = await self._listen()
+        if former is not None:
+            former.close()
+        if old.ready_file.exists():
+            self._names.ready_file.touch(mode=0o600)
+        old.ready_file.unlink(missing_ok=True)
+        old.socket.unlink(missing_ok=True)
+        self.guest.rename(self._identity())
+        log.info("%s is persistent as %s", old.session.path.name, request.name)
+        return Persisted()
+
+    async def add_layer(self, request: AddLayer) -> LayerAdded:
+        """Freeze the volume's top layer and go on in a new one, with the guest's file system held still if it can be.
+
+        The record names the new layer before the machine writes to it: a crash in between finds an empty layer on top,
+        which changes nothing, where the other order would lose what was written to a layer nobody names.
+        """
+        assert self._machine is not None
+        before = self._record
+        layer = Layer(self._names.layout.layer(request.layer), "qcow2")
+        self._record = replace(before, layers=(*before.layers, request.layer))
+        records.write(self._names.session, self._record)
+        began, quiesced = self._system.clock.monotonic(), True
+        try:
+            try:
+                async with self.guest.frozen(FREEZE_LIMIT):
+                    await self._machine.add_layer(layer)
+            except (GuestFailed, TimedOut, Interrupted) as error:
+                log.warning("the volume's layer is taken without the guest's help: %s", error)
+                quiesced = False
+                if self._machine.top_layer != layer:
+                    await self._machine.add_layer(layer)
+        except CapsemError:
+            self._record = replace(before, state=self._record.state)
+            records.write(self._names.session, self._record)
+            raise
+        return LayerAdded(quiesced=quiesced, pause=self._system.clock.monotonic() - began)
+
+    # -- the run
+
+    async def run(self) -> int:
+        """Run the VM; returns the process's exit status: 0 when it ended as it should, 1 when it failed.
+
+        Raises Unavailable when another supervisor owns the VM; then nothing was touched.
+        """
+        session = self._names.session
+        claim = take_lock(session.claim, "this VM")
+        try:
+            self._record = records.read(session)
+            self.guest = Guest(
+                Identity(self._record.id, self._record.id, self._record.spec.env),
+                self._system.clock,
+                self._system.entropy,
+            )
+            self._advance(
+                Event.START,
+                started_at=self._system.clock.time(),
+                host_boot_id=self._system.clock.boot_id(),
+                boot_kind="cold",
+                last_exit=None,
+            )
+            return await self._run_claimed()
+        finally:
+            claim.release()
+
+    def _identity(self) -> Identity:
+        return Identity(self._record.id, self._record.id, self._record.spec.env)
+
+    async def _listen(self) -> Listener:
+        self._names.socket.unlink(missing_ok=True)
+        return await self._system.network.listen(self._names.socket, self._server.connection)
+
+    async def _run_claimed(self) -> int:
+        try:
+            vmm_lock = await self._take_vmm_lock()
+            self._listener = await self._listen()
+            self._bound()
+            ending = await self._run_machine(vmm_lock)
+        except Exception as error:
+            if not isinstance(error, CapsemError):
+                log.exception("the run failed")
+            ending = Ending(clean=False, reason=str(error))
+        finally:
+            if self._machine is not None:
+                await self._machine.kill()
+            self._names.ready_file.unlink(missing_ok=True)
+        code = self._conclude(ending)
+        if self._listener is not None:
+            self._listener.close()
+        self._names.socket.unlink(missing_ok=True)
+        self._server.close()
+        return code
+
+    async def _take_vmm_lock(self) -> Lock:
+        """The VMM lock; an orphan that holds it (its supervisor was killed) is killed first. Raises MachineFailed."""
+        path = self._names.session.vmm_lock
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ORPHAN_LIMIT):
+                while (lock := try_lock(path)) is None:
+                    for pid in holders(path):
+                        log.warning("killing orphaned VMM %d", pid)
+                        self._system.processes.signal(pid, 9)
+                        await self._system.processes.gone(pid)
+                return lock
+        raise MachineFailed("an earlier VMM of this VM does not die", hint=f"look for processes that hold {path}")
+
+    def _spec(self) -> MachineSpec:
+        record, bootstrap, layout = self._record, self._bootstrap, self._names.layout
+        return MachineSpec(
+            vm_id=record.id,
+            cpus=record.spec.cpus,
+            ram_mb=record.spec.ram_mb,
+            accelerator=Accelerator(bootstrap.accelerator),
+            kernel=Path(bootstrap.kernel),
+            initrd=Path(bootstrap.initrd),
+            root=Path(bootstrap.root),
+            volume=(
+                Layer(Path(bootstrap.volume), "raw"),
+                *(Layer(layout.layer(each), "qcow2") for each in record.layers),
+            ),
+            ram_file=Path(bootstrap.ram_file),
+            command_line=bootstrap.kernel_command_line,
+            hardware=record.hardware,
+        )
+
+    async def _run_machine(self, vmm_lock: Lock) -> Ending:
+        """Start the machine, serve until it ends; returns how."""
+        network = self._system.network
+        began = self._system.clock.monotonic()
+        try:
+            self._machine = machine = await self._driver.start(self._spec(), vmm_lock=vmm_lock.fd)
+        finally:
+            vmm_lock.release()
+        self._console = Console(self._names.session.serial_log)
+        await network.attach(machine.console, lambda: self._console)
+        self.guest.on_request = self._guest_asked
+        self.guest.on_ready = lambda _ready: self._server.broadcast(self.state())
+        await network.attach(machine.control, lambda: self.guest.channel)
+        await machine.run()
+        log.info("machine %d runs after %.3f s", machine.pid, self._system.clock.monotonic() - began)
+
+        ended = asyncio.create_task(machine.wait(), name="machine")
+        others = [
+            asyncio.create_task(self._become_ready(began), name="boot"),
+            asyncio.create_task(self._end_when_asked(machine), name="stop"),
+            asyncio.create_task(self.guest.heartbeat(), name="heartbeat"),
+        ]
+        if self._bootstrap.parent_pid is not None:
+            others.append(asyncio.create_task(self._follow_parent(self._bootstrap.parent_pid), name="parent"))
+        boot = others[0]
+        try:
+            await asyncio.wait((ended, boot), return_when=asyncio.FIRST_COMPLETED)
+            if boot.done() and boot.exception() is not None and self._stop_asked is None:
+                # A machine that ended says more than the channel that it took along.
+                await asyncio.wait((ended,), timeout=ENDING_LIMIT)
+                if not ended.done():
+                    return Ending(clean=False, reason=str(boot.exception()))
+            return await ended
+        finally:
+            for task in (ended, *others):
+                task.cancel()
+            await asyncio.gather(ended, *others, return_exceptions=True)
+
+    async def _become_ready(self, began: float) -> None:
+        await self.guest.wait_ready(BOOT_LIMIT)
+        if self._stop_asked is None:
+            self._advance(Event.READY)
+            self._names.ready_file.touch(mode=0o600)
+            log.info("guest ready after %.3f s", self._system.clock.monotonic() - began)
+        self._server.broadcast(self.state())
+
+    async def _end_when_asked(self, machine: Machine) -> None:
+        """Carry out stop requests: power off, then kill when the grace is over; or kill at once."""
+        await self._stop_changed.wait()
+        if self._record.state != Lifecycle.STOPPING:
+            self._advance(Event.STOP)
+        self._names.ready_file.unlink(missing_ok=True)
+        self._server.broadcast(self.state())
+        while True:
+            request = self._stop_asked
+            assert request is not None
+            self._stop_changed.clear()
+            if request.kill or not self.guest.is_ready:
+                await machine.kill()
+                return
+            self.guest.power_off(request.grace)
+            try:
+                async with asyncio.timeout(request.grace + POWER_OFF_MARGIN):
+                    await self._stop_changed.wait()
+            except TimeoutError:
+                log.warning(
+                    "the guest did not power off within %.1f s; killing the machine", request.grace + POWER_OFF_MARGIN
+                )
+                await machine.kill()
+                return
+
+    async def _follow_parent(self, pid: int) -> None:
+        await self._system.processes.gone(pid)
+        log.warning("process %d, whom this family follows, is gone; stopping", pid)
+        self.stop(Stop(grace=1.0))
+
+    def _guest_asked(self, message: Message) -> None:
+        if isinstance(message, ShutdownRequest):
+            log.info("the guest asked for its shutdown")
+            self.stop(Stop())
+        else:
+            self._server.broadcast(ShutdownAsked(action="suspend"))
+
+    def _advance(self, event: Event, **changes: object) -> None:
+        """Move the record on, durably."""
+        self._record = self._record.after(event, **changes)
+        records.write(self._names.session, self._record)
+
+    def _conclude(self, ending: Ending) -> int:
+        """The last word in the record; returns the exit status."""
+        asked = self._stop_asked is not None
+        expected = ending.clean or asked
+        if expected:
+            reason = "stopped" if asked else ending.reason
+            self._record = replace(self._record, last_exit=Exit("clean", reason))
+            self._advance(Event.EXITED)
+            log.info("ended: %s", ending.reason)
+        else:
+            log.error("failed: %s", ending.reason)
+            tail = last_lines(self._names.session.process_log, LOG_LINES)
+            self._advance(Event.LOST, last_exit=Exit("failed", ending.reason, tail))
+        self._server.broadcast(self.state())
+        return 0 if expected else 1

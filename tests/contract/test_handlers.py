@@ -1,0 +1,404 @@
+"""The service's operations on a real fleet, real supervisors (as tasks) and the real agent (as processes)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from process_machine import InProcess, ProcessDriver
+
+from capsem.api.types import ExecRequest, ProvisionRequest, ReadFileRequest, RunRequest, WriteFileRequest
+from capsem.config import Settings
+from capsem.image.catalog import Image
+from capsem.model.errors import (
+    AlreadyExists,
+    CapsemError,
+    InvalidInput,
+    LimitReached,
+    MachineFailed,
+    NotFound,
+    NotRunning,
+    TimedOut,
+)
+from capsem.service.create import Maker
+from capsem.service.fleet import Fleet
+from capsem.service.handlers import Handlers
+from capsem.service.launch import Launcher
+from capsem.store.layout import Layout
+
+
+class OneImage:
+    """A catalogue with one image, of which nothing is read."""
+
+    def __init__(self, directory: Path) -> None:
+        path = directory / "image"
+        self.image = Image(
+            name="default",
+            digest="d" * 64,
+            directory=path,
+            kernel=path / "vmlinux",
+            initrd=path / "initrd.img",
+            root=path / "root.erofs",
+            volume=path / "volume.raw",
+            volume_mb=16384,
+            kernel_command_line="quiet",
+            manifest={},
+        )
+
+    def find(self, name: str = "default") -> Image:
+        if name != "default":
+            raise NotFound(f"no image {name}")
+        return self.image
+
+    def list(self) -> list[Image]:
+        return [self.image]
+
+
+class World:
+    """A service without its HTTP face."""
+
+    def __init__(self, directory: Path, limit: int = 10) -> None:
+        self.layout = Layout(directory / "run")
+        self.layout.create()
+        self.driver = ProcessDriver()
+        self.processes = InProcess(self.driver)
+        self.catalog = OneImage(directory)
+        self.start(limit)
+
+    def start(self, limit: int = 10) -> None:
+        """A service as it comes up: nothing in memory yet."""
+        self.fleet = Fleet(self.processes.system, self.layout, limit)
+        launcher = Launcher(self.processes.system, self.layout, {}, Path("capsem-process"), "process")
+        maker = Maker(self.fleet, self.driver, self.catalog, launcher)  # type: ignore[arg-type]
+        self.handlers = Handlers(self.fleet, maker, Settings())
+
+
+@contextlib.asynccontextmanager
+async def world(directory: Path, limit: int = 10) -> AsyncIterator[World]:
+    it = World(directory, limit)
+    try:
+        yield it
+    finally:
+        await it.fleet.stop_all()
+
+
+def play(directory: Path, scene: Callable[[World], Awaitable[None]], limit: int = 10) -> None:
+    async def run() -> None:
+        async with world(directory, limit) as it:
+            await scene(it)
+            await asyncio.sleep(0)
+
+    asyncio.run(run())
+
+
+async def status(it: World) -> dict[str, str]:
+    return {info.id: info.status for info in (await it.handlers.list()).sandboxes}
+
+
+def test_create_exec_stop_resume_delete(tmp_path: Path) -> None:
+    async def scene(it: World) -> None:
+        made = await it.handlers.provision(ProvisionRequest(name="box", persistent=True, env={"FOO": "bar"}))
+        assert made.id == "box"
+        assert Path(made.uds_path).is_socket()
+        assert it.layout.ready_file("box").exists()
+        answer = await it.handlers.execute("box", ExecRequest(command="echo $FOO; echo oops >&2; exit 3"))
+        assert (answer.stdout, answer.stderr, answer.exit_code) == ("bar\n", "oops\n", 3)
+        await it.handlers.write_file("box", WriteFileRequest(path="a/b.txt", content="hello"))
+        info = await it.handlers.info("box")
+        assert (info.status, info.persistent, info.name) == ("Running", True, "box")
+        assert info.pid > 0
+
+        stopped = await it.handlers.stop("box")
+        assert stopped.persistent
+        assert not Path(made.uds_path).exists()
+        assert not it.layout.ready_file("box").exists()
+        info = await it.handlers.info("box")
+        assert (info.status, info.pid) == ("Stopped", 0)
+        assert info.size_bytes
+        with pytest.raises(NotRunning):
+            await it.handlers.execute("box", ExecRequest(command="true"))
+        with pytest.raises(NotRunning):
+            await it.handlers.stop("box")
+
+        assert (await it.handlers.resume("box")).id == "box"
+        assert (await it.handlers.resume("box")).id == "box"
+        assert (
+            await it.handlers.read_file("box", ReadFileRequest(path="/root/a/b.txt".replace("/root/", "")))
+        ).content == "hello"
+        assert (await it.handlers.execute("box", ExecRequest(command="echo $FOO"))).stdout == "bar\n"
+
+        await it.handlers.delete("box")
+        assert await status(it) == {}
+        for call in (it.handlers.delete("box"), it.handlers.info("box"), it.handlers.resume("box")):
+            with pytest.raises(NotFound):
+                await call
+        assert not list(it.layout.persistent.iterdir())
+        assert not list(it.layout.layers.glob("*.qcow2"))
+
+    play(tmp_path, scene)
+
+
+def test_an_ephemeral_vm_is_gone_when_it_stops(tmp_path: Path) -> None:
+    async def scene(it: World) -> None:
+        made = await it.handlers.provision(ProvisionRequest())
+        assert made.id.endswith("-tmp")
+        assert not (await it.handlers.stop(made.id)).persistent
+        assert await status(it) == {}
+        assert not list(it.layout.sessions.iterdir())
+
+    play(tmp_path, scene)
+
+
+def test_run_is_a_vm_for_one_command(tmp_path: Path) -> None:
+    async def scene(it: World) -> None:
+        answer = await it.handlers.run(RunRequest(command="echo $((6*7)); exit 3", env={"A": "b"}))
+        assert (answer.stdout, answer.exit_code) == ("42\n", 3)
+        assert await status(it) == {}
+        with pytest.raises(TimedOut, match=r"timed out after 0\.2s"):
+            await it.handlers.run(RunRequest(command="sleep 9", timeout_secs=0.2))
+        assert await status(it) == {}
+
+    play(tmp_path, scene)
+
+
+def test_names_are_taken_once(tmp_path: Path) -> None:
+    async def scene(it: World) -> None:
+        results = await asyncio.gather(
+            *(it.handlers.provision(ProvisionRequest(name="box", persistent=True)) for _ in range(3)),
+            return_exceptions=True,
+        )
+        assert sum(isinstance(result, AlreadyExists) for result in results) == 2
+        await it.handlers.stop("box")
+        with pytest.raises(AlreadyExists, match="already exists"):
+            await it.handlers.provision(ProvisionRequest(name="box", persistent=True))
+
+    play(tmp_path, scene)
+
+
+def test_no_more_run_than_may(tmp_path: Path) -> None:
+    async def scene(it: World) -> None:
+        for _ in range(2):
+            await it.handlers.provision(ProvisionRequest())
+        with pytest.raises(LimitReached, match="maximum is 2"):
+            await it.handlers.provision(ProvisionRequest())
+        await it.handlers.delete((await it.handlers.list()).sandboxes[0].id)
+        await it.handlers.provision(ProvisionRequest())
+
+    play(tmp_path, scene, limit=2)
+
+
+@pytest.mark.parametrize("cpus_ram", [(0, 512), (99, 512), (1, 0), (1, 999999)])
+def test_limits_are_refused_and_leave_nothing(tmp_path: Path, cpus_ram: tuple[int, int]) -> None:
+    async def scene(it: World) -> None:
+        with pytest.raises(InvalidInput):
+            await it.handlers.provision(
+                ProvisionRequest(name="box", persistent=True, cpus=cpus_ram[0], ram_mb=cpus_ram[1])
+            )
+        assert not list(it.layout.persistent.iterdir())
+        assert not list(it.layout.layers.iterdir())
+
+    play(tmp_path, scene)
+
+
+def test_a_machine_that_does_not_start(tmp_path: Path) -> None:
+    async def scene(it: World) -> None:
+        it.driver.fail_start = MachineFailed("no such luck")
+        with pytest.raises(CapsemError, match="did not start"):
+            await it.handlers.provision(ProvisionRequest(name="box", persistent=True))
+        assert await status(it) == {"box": "Defunct"}
+        info = await it.handlers.info("box")
+        assert info.last_error
+        assert "no such luck" in info.last_error
+        with pytest.raises(CapsemError, match="did not start"):
+            await it.handlers.provision(ProvisionRequest(name="gone"))
+        assert await status(it) == {"box": "Defunct"}
+        assert [path.name.startswith("gone-failed-") for path in it.layout.sessions.iterdir()] == [True]
+        assert (await it.handlers.logs("gone")).process_logs is not None
+        it.driver.fail_start = None
+        await it.handlers.resume("box")
+        assert await status(it) == {"box": "Running"}
+
+    play(tmp_path, scene)
+
+
+def test_a_machine_that_dies_is_defunct_and_comes_back(tmp_path: Path) -> None:
+    async def scene(it: World) -> None:
+        await it.handlers.provision(ProvisionRequest(name="box", persistent=True))
+        await it.handlers.write_file("box", WriteFileRequest(path="kept", content="yes"))
+        machine = it.driver.machines[0]
+        assert machine._process is not None
+        running = asyncio.create_task(it.handlers.execute("box", ExecRequest(command="sleep 60")))
+        await asyncio.sleep(0.1)
+        machine._process.kill()
+        with pytest.raises(CapsemError):
+            await running
+        assert await it.fleet.get("box").ended(5)
+        assert await status(it) == {"box": "Defunct"}
+        await it.handlers.resume("box")
+        assert (await it.handlers.read_file("box", ReadFileRequest(path="kept"))).content == "yes"
+
+    play(tmp_path, scene)
+
+
+def test_a_new_service_adopts_what_runs(tmp_path: Path) -> None:
+    async def scene(it: World) -> None:
+        await it.handlers.provision(ProvisionRequest(name="box", persistent=True))
+        ephemeral = (await it.handlers.provision(ProvisionRequest())).id
+        pids = {info.id: info.pid for info in (await it.handlers.list()).sandboxes}
+        # The first service is gone without a word: its connections drop, its supervisors live.
+        for vm in it.fleet.all():
+            assert vm._watcher is not None
+            vm._watcher.cancel()
+            assert vm.link is not None
+            vm.link.channel.hang_up()
+        it.start()
+        await it.fleet.reconcile()
+        assert await status(it) == {"box": "Running", ephemeral: "Running"}
+        assert (await it.handlers.execute("box", ExecRequest(command="echo here"))).stdout == "here\n"
+        assert pids.keys() == {"box", ephemeral}
+        await it.handlers.delete(ephemeral)
+        assert await status(it) == {"box": "Running"}
+
+    play(tmp_path, scene)
+
+
+def test_many_commands_do_not_mix(tmp_path: Path) -> None:
+    async def scene(it: World) -> None:
+        await it.handlers.provision(ProvisionRequest(name="box"))
+        commands = [f"for i in $(seq 200); do echo {n}; echo e{n} >&2; done; exit {n}" for n in range(12)]
+        answers = await asyncio.gather(
+            *(it.handlers.execute("box", ExecRequest(command=command)) for command in commands)
+        )
+        for n, answer in enumerate(answers):
+            assert (answer.stdout, answer.stderr, answer.exit_code) == (f"{n}\n" * 200, f"e{n}\n" * 200, n)
+
+    play(tmp_path, scene)
+
+
+def test_output_is_capped_and_says_so(tmp_path: Path) -> None:
+    async def scene(it: World) -> None:
+        await it.handlers.provision(ProvisionRequest(name="box"))
+        answer = await it.handlers.execute("box", ExecRequest(command="head -c 30000000 /dev/zero | tr '\\0' x"))
+        assert len(answer.stdout) == 10 * 1024 * 1024
+        assert answer.truncated
+        assert answer.exit_code == 0
+
+    play(tmp_path, scene)
+
+
+def test_a_caller_who_goes_away_ends_the_command(tmp_path: Path) -> None:
+    async def scene(it: World) -> None:
+        await it.handlers.provision(ProvisionRequest(name="box"))
+        call = asyncio.create_task(it.handlers.execute("box", ExecRequest(command="echo $$ > pid; exec sleep 600")))
+        while (await it.handlers.execute("box", ExecRequest(command="cat pid"))).exit_code:
+            pass
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        check = "for i in $(seq 100); do kill -0 $(cat pid) 2>/dev/null || exit 0; sleep 0.05; done; exit 1"
+        assert (await it.handlers.execute("box", ExecRequest(command=check))).exit_code == 0
+
+    play(tmp_path, scene)
+
+
+def test_persist_moves_a_running_vm(tmp_path: Path) -> None:
+    async def scene(it: World) -> None:
+        old = (await it.handlers.provision(ProvisionRequest())).id
+        await it.handlers.write_file(old, WriteFileRequest(path="kept", content="yes"))
+        call = asyncio.create_task(
+            it.handlers.execute(old, ExecRequest(command="sleep 0.5; echo done; echo $CAPSEM_VM_NAME"))
+        )
+        pid = (await it.handlers.info(old)).pid
+        await it.handlers.persist(old, "kept-box")
+        with pytest.raises(NotFound):
+            await it.handlers.info(old)
+        info = await it.handlers.info("kept-box")
+        assert (info.persistent, info.name, info.pid, info.status) == (True, "kept-box", pid, "Running")
+        assert (await call).stdout == f"done\n{old}\n"
+        assert (
+            await it.handlers.execute("kept-box", ExecRequest(command="cat kept; echo $CAPSEM_VM_NAME"))
+        ).stdout == "yeskept-box\n"
+        assert not list(it.layout.sessions.iterdir())
+        assert it.layout.ready_file("kept-box").exists()
+        with pytest.raises(InvalidInput):
+            await it.handlers.persist("kept-box", "again")
+        await it.handlers.stop("kept-box")
+        await it.handlers.resume("kept-box")
+        assert (await it.handlers.read_file("kept-box", ReadFileRequest(path="kept"))).content == "yes"
+        other = (await it.handlers.provision(ProvisionRequest())).id
+        with pytest.raises(AlreadyExists):
+            await it.handlers.persist(other, "kept-box")
+        with pytest.raises(InvalidInput):
+            await it.handlers.persist(other, "../x")
+        assert (await it.handlers.info(other)).status == "Running"
+
+    play(tmp_path, scene)
+
+
+def test_purge_takes_the_ephemeral_or_all(tmp_path: Path) -> None:
+    async def scene(it: World) -> None:
+        await it.handlers.provision(ProvisionRequest(name="kept", persistent=True))
+        await it.handlers.provision(ProvisionRequest(name="also-kept", persistent=True))
+        await it.handlers.stop("also-kept")
+        for _ in range(3):
+            await it.handlers.provision(ProvisionRequest())
+        assert await it.handlers.purge(everything=False) == (0, 3)
+        assert (await status(it)).keys() == {"kept", "also-kept"}
+        assert await it.handlers.purge(everything=True) == (2, 0)
+        assert await status(it) == {}
+        assert not list(it.layout.layers.glob("*.qcow2"))
+
+    play(tmp_path, scene)
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_fork_shares_layers_and_goes_its_own_way(tmp_path: Path, running: bool) -> None:
+    async def scene(it: World) -> None:
+        await it.handlers.provision(ProvisionRequest(name="box", persistent=True, env={"SECRET": "x"}))
+        if not running:
+            await it.handlers.stop("box")
+        before = it.fleet.get("box").record.layers
+        assert await it.handlers.fork("box", "child", "a copy") > 0
+        source, child = it.fleet.get("box").record, it.fleet.get("child").record
+        assert source.layers[:-1] == child.layers[:-1] == before
+        assert source.layers[-1] != child.layers[-1]
+        assert (child.forked_from, child.description, dict(child.spec.env)) == ("box", "a copy", {})
+        info = await it.handlers.info("child")
+        assert (info.status, info.forked_from, info.description) == ("Stopped", "box", "a copy")
+        with pytest.raises(AlreadyExists):
+            await it.handlers.fork("box", "child")
+        with pytest.raises(NotFound):
+            await it.handlers.fork("nobody", "other")
+        with pytest.raises(InvalidInput):
+            await it.handlers.fork("box", "-bad")
+        # The parent may go; the child keeps what it stands on.
+        await it.handlers.delete("box")
+        assert all(it.layout.layer(layer).exists() for layer in child.layers)
+        await it.handlers.resume("child")
+        await it.handlers.delete("child")
+        assert not list(it.layout.layers.glob("*.qcow2"))
+
+    play(tmp_path, scene)
+
+
+def test_create_from_a_persistent_vm(tmp_path: Path) -> None:
+    async def scene(it: World) -> None:
+        await it.handlers.provision(ProvisionRequest(name="box", persistent=True))
+        made = await it.handlers.provision(
+            ProvisionRequest(name="copy", persistent=True, from_="box", cpus=1, env={"A": "b"})
+        )
+        assert made.id == "copy"
+        record = it.fleet.get("copy").record
+        assert (record.forked_from, record.spec.cpus, dict(record.spec.env)) == ("box", 1, {"A": "b"})
+        assert (await it.handlers.execute("copy", ExecRequest(command="echo $A"))).stdout == "b\n"
+        with pytest.raises(NotFound):
+            await it.handlers.provision(ProvisionRequest(name="more", from_="nobody"))
+        temporary = (await it.handlers.provision(ProvisionRequest())).id
+        with pytest.raises(InvalidInput):
+            await it.handlers.provision(ProvisionRequest(name="more", from_=temporary))
+        assert (await status(it)).keys() == {"box", "copy", temporary}
+
+    play(tmp_path, scene)

@@ -1,0 +1,62 @@
+"""Two ends of a connection back to back, with the bytes between them in the test's hands."""
+
+from __future__ import annotations
+
+from capsem.wire.frames import FIRST_NONCE, FrameDecoder
+from capsem.wire.streams import Event, Mux
+
+
+class End:
+    """One end: its mux, the bytes under way to it, and all that it was told."""
+
+    def __init__(self, mux: Mux) -> None:
+        self.mux = mux
+        self.inbox = bytearray()
+        self.events: list[Event] = []
+        self.peer: End = self
+
+    def send(self, pieces: int = 1 << 30) -> int:
+        """Put up to `pieces` outputs of the mux on the wire; returns how many there were."""
+        for count in range(pieces):
+            data = self.mux.output()
+            if not data:
+                return count
+            self.peer.inbox += data
+        return pieces
+
+    def take(self, size: int = 1 << 30) -> list[Event]:
+        """Receive up to `size` of the bytes under way."""
+        data = bytes(self.inbox[:size])
+        del self.inbox[:size]
+        events = list(self.mux.receive(data)) if data else []
+        self.events += events
+        return events
+
+    def told(self) -> list[Event]:
+        """What happened since this was last asked."""
+        events, self.events = self.events, []
+        return events
+
+
+def new_mux(*nonces: bytes, initiator: bool, hunting: bool = False) -> Mux:
+    """A mux that waits for the first epoch's nonce, or is already in it."""
+    return Mux(FrameDecoder(*(nonces or (FIRST_NONCE,)), hunting=hunting), initiator=initiator)
+
+
+def pair(*, hunting: bool = False) -> tuple[End, End]:
+    """Host and guest; without `hunting` they are in the same epoch already."""
+    host, guest = (End(new_mux(initiator=initiator, hunting=hunting)) for initiator in (True, False))
+    host.peer, guest.peer = guest, host
+    return host, guest
+
+
+def settle(*ends: End, limit: int = 100_000) -> int:
+    """Carry bytes until both ends are silent; returns how many turns it took. Fails when they never are."""
+    for turn in range(limit):
+        moved = sum(end.send() for end in ends)
+        moved += sum(bool(end.inbox) for end in ends)
+        if not moved:
+            return turn
+        for end in ends:
+            end.take()
+    raise AssertionError("the two ends never fall silent")
