@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from process_machine import InProcess, ProcessDriver
 
 from capsem.api.types import ExecRequest, ProvisionRequest, ReadFileRequest, RunRequest, WriteFileRequest
 from capsem.config import Settings
-from capsem.image.catalog import Image
 from capsem.model.errors import (
     AlreadyExists,
     CapsemError,
@@ -35,7 +35,7 @@ class OneImage:
 
     def __init__(self, directory: Path) -> None:
         path = directory / "image"
-        self.image = Image(
+        self.image = SimpleNamespace(
             name="default",
             digest="d" * 64,
             directory=path,
@@ -45,15 +45,14 @@ class OneImage:
             volume=path / "volume.raw",
             volume_mb=16384,
             kernel_command_line="quiet",
-            manifest={},
         )
 
-    def find(self, name: str = "default") -> Image:
+    def find(self, name: str = "default") -> SimpleNamespace:
         if name != "default":
             raise NotFound(f"no image {name}")
         return self.image
 
-    def list(self) -> list[Image]:
+    def list(self) -> list[SimpleNamespace]:
         return [self.image]
 
 

@@ -22,7 +22,10 @@ def stop_command(obj: Context, session: str) -> None:
 @click.argument("name", type=SESSION)
 @click.pass_obj
 def resume_command(obj: Context, name: str) -> None:
-    """Start a VM that does not run, wait until it is ready, and print its id (alias: attach)."""
+    """Start a VM that does not run (alias: attach).
+
+    Waits until it is ready, and prints its id; one that runs is left alone.
+    """
     with waiting(f"resuming {name}"):
         answer = obj.client().call("resume", vm_id=name)
     click.echo(answer["id"])

@@ -50,17 +50,23 @@ class Context:
         return Client(paths.socket, start=bring_up if start and not paths.explicit else None)
 
 
-class SessionType(click.ParamType[str]):
-    """The id of a VM: refused before any request when it could not be one; completed from what there is."""
+class NameType(click.ParamType[str]):
+    """A name that may become part of a path: refused at once when it could lead out of there."""
 
-    name = "session"
+    def __init__(self, name: str, hint: str) -> None:
+        self.name = name
+        self._hint = hint
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Check it. Raises InvalidInput."""
         text = str(value)
         if not text or ".." in text or any(sign in text for sign in "/\\\0"):
-            raise InvalidInput(f"bad session {text[:80]!r}", hint="capsem list shows those there are")
+            raise InvalidInput(f"bad {self.name} {text[:80]!r}", hint=self._hint)
         return text
+
+
+class SessionType(NameType):
+    """The id of a VM, completed from what there is."""
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """The ids that begin so; none when no service runs."""
@@ -94,7 +100,8 @@ class Amount(click.ParamType[float]):
         return int(number) if number.is_integer() else number
 
 
-SESSION = SessionType()
+SESSION = SessionType("session", "capsem list shows those there are")
+IMAGE = NameType("image", "capsem image list shows those there are")
 GIGABYTES = Amount("GB", 1024)
 SECONDS = Amount("S")
 

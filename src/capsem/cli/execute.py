@@ -72,7 +72,10 @@ def run_command(
     disk: int | None,
     command: tuple[str, ...],
 ) -> int:
-    """Run a command in a VM that is made for it and destroyed after it. The exit code is the command's."""
+    """Run a command in a VM of its own.
+
+    The VM is made for it and destroyed after it. The exit code is the command's.
+    """
     body = {
         "command": _line(command),
         "timeout_secs": timeout,

@@ -30,7 +30,10 @@ def version_command(as_json: bool) -> None:
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completions_command(ctx: click.Context, shell: str) -> None:
-    """Print the script that teaches a shell to complete commands, options and sessions."""
+    """Print a script for shell completion.
+
+    It completes commands, options and the ids of VMs.
+    """
     from click.shell_completion import get_completion_class
 
     kind = get_completion_class(shell)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from capsem.cli.context import Context
+from capsem.cli.context import IMAGE, Context
 from capsem.cli.terminal import Line, table, waiting
 from capsem.image.build import build
 from capsem.image.catalog import Catalog, Image
@@ -23,7 +23,7 @@ _SHORT = 12  # hexadecimal digits that tell digests apart
 @click.option("--assets-dir", type=click.Path(path_type=Path), metavar="DIR", help="Look here first, and write here.")
 @click.pass_context
 def image_command(ctx: click.Context, assets_dir: Path | None) -> None:
-    """Make and look after the images that VMs are started from."""
+    """Make and look after guest images."""
     obj = ctx.find_object(Context)
     assert obj is not None
     ctx.obj = Catalog.from_environment(obj.environ, assets_dir)
@@ -34,7 +34,10 @@ def image_command(ctx: click.Context, assets_dir: Path | None) -> None:
 @click.option("--force", is_flag=True, help="Make it anew though nothing has changed.")
 @click.pass_obj
 def image_build(catalog: Catalog, mirror: str | None, force: bool) -> None:
-    """Make the default image; nothing is done if it is there and its recipe has not changed."""
+    """Make the default image.
+
+    Nothing is done if it is there and its recipe has not changed.
+    """
     began = time.time()
     with Steps() as steps:
         image = build(DEFAULT, catalog.write_to, mirror=mirror, force=force, progress=steps.show)
@@ -46,7 +49,10 @@ def image_build(catalog: Catalog, mirror: str | None, force: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.pass_obj
 def image_list(catalog: Catalog, as_json: bool) -> None:
-    """List the images on this host; where a name comes twice, the first one counts."""
+    """List the images on this host.
+
+    Where a name comes twice, the first one counts.
+    """
     images = catalog.list()
     if as_json:
         click.echo(json.dumps([_describe(image) for image in images], indent=2))
@@ -62,19 +68,28 @@ def image_list(catalog: Catalog, as_json: bool) -> None:
 
 
 @image_command.command("rm", epilog="\b\nExample:\n  capsem image rm default")
-@click.argument("name")
+@click.argument("name", type=IMAGE)
 @click.pass_obj
 def image_rm(catalog: Catalog, name: str) -> None:
-    """Remove every image of a name."""
-    for image in catalog.remove(name):
+    """Remove every image of a name.
+
+    NAME may also be that of one image's directory, for that one alone.
+    """
+    removed = catalog.remove(name)
+    for image in removed:
         click.echo(f"{image.name} {image.digest[:_SHORT]} removed")
+    if not removed:  # there was one, but it was damaged
+        click.echo(f"{name} removed")
 
 
 @image_command.command("verify", epilog="\b\nExample:\n  capsem image verify")
-@click.argument("name", default=DEFAULT.name)
+@click.argument("name", type=IMAGE, default=DEFAULT.name)
 @click.pass_obj
 def image_verify(catalog: Catalog, name: str) -> None:
-    """Read an image as a whole and compare it with its manifest."""
+    """Compare an image with its manifest.
+
+    All of it is read, which takes a while.
+    """
     image = catalog.find(name)
     with waiting(f"reading {name}"):
         catalog.verify(image)

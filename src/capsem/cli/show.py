@@ -62,7 +62,10 @@ def info_command(obj: Context, session: str, as_json: bool) -> None:
 @click.option("--tail", type=click.IntRange(min=1), metavar="N", help="Only the last N lines of each.")
 @click.pass_obj
 def logs_command(obj: Context, session: str, tail: int | None) -> None:
-    """Show the console of a VM, and the log of the process that ran it."""
+    """Show the console and the log of a VM.
+
+    The VM need not run; one that crashed still has them.
+    """
     answer = obj.client().call("logs", vm_id=session)
     _section("console", answer["logs"], tail)
     if process := answer.get("process_logs"):

@@ -186,7 +186,7 @@ class Agent:
         """A request that fails closes its stream with the reason, and nothing else happens."""
         try:
             call()
-        except (Refused, OSError, ValueError) as error:
+        except (Refused, OSError, ValueError, OverflowError) as error:
             servant = self._servants.pop(stream, None)
             if servant is not None:
                 servant.cancelled()

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 MAX_ENTRIES = 50_000  # of one listing
 _PIECE = 8 * frames.MAX_DATA
+_QUOTED = 1000  # characters of what was asked for that an answer repeats
+_TOO_LONG = (7, 36)  # E2BIG, ENAMETOOLONG
 
 
 class Refused(Exception):
@@ -41,7 +43,7 @@ class Refused(Exception):
 
     def __init__(self, code: str, message: str, hint: str | None = None) -> None:
         super().__init__(message)
-        self.failed = Failed(code=code, message=message, hint=hint)
+        self.failed = Failed(code=code, message=message[:_QUOTED], hint=hint)
 
 
 def refusal(error: BaseException, path: str) -> Failed:
@@ -50,8 +52,8 @@ def refusal(error: BaseException, path: str) -> Failed:
         return error.failed
     if isinstance(error, FileNotFoundError):
         return Failed(code="not_found", message=f"{path}: no such file or directory")
-    if isinstance(error, (NotADirectoryError, IsADirectoryError)):
-        return Failed(code="invalid_input", message=f"{path}: {os.strerror(error.errno or 0)}")
+    if isinstance(error, (NotADirectoryError, IsADirectoryError)) or getattr(error, "errno", None) in _TOO_LONG:
+        return Failed(code="invalid_input", message=f"{path}: {os.strerror(getattr(error, 'errno', None) or 0)}")
     if isinstance(error, OSError):
         return Failed(code="guest_failed", message=f"{path}: {os.strerror(error.errno or 5)}")
     return Failed(code="guest_failed", message=f"{path}: {type(error).__name__}: {error}")

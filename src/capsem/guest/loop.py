@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 READ, WRITE = select.EPOLLIN, select.EPOLLOUT
+_LONGEST_WAIT = 86400.0  # epoll takes at most 24 days
 
 
 class Timer:
@@ -99,7 +100,7 @@ class Loop:
     def _next_due(self) -> float | None:
         while self._timers and self._timers[0].callback is None:
             heapq.heappop(self._timers)
-        return max(0.0, self._timers[0].due - time.monotonic()) if self._timers else None
+        return min(max(0.0, self._timers[0].due - time.monotonic()), _LONGEST_WAIT) if self._timers else None
 
     def _run_due(self) -> None:
         now = time.monotonic()

@@ -1,16 +1,18 @@
 """Commands: each its own bash in its own session, its output as it comes, its end exactly when it ends.
 
 Nothing polls: output, exit (a pidfd) and time-outs are events of the loop. A command has ended when its bash has, and
-its pipes are empty; a process that it left behind may keep a pipe open, which is then read and dropped.
+its pipes are closed; a process that it left behind may keep a pipe open: what that holds a moment after the end still
+belongs to the command, what comes later is read and dropped.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import time
 
-from capsem.guest.loop import READ, WRITE, Loop
+from capsem.guest.loop import READ, WRITE, Loop, Timer
 from capsem.guest.servant import Servant
 from capsem.wire.messages import STDERR, STDIN, STDOUT, Exec, Exited, Message, Signal
 
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 
 SHELL = "/bin/bash"
 _PIECE = 64 * 1024
+_PIECES_PER_TURN = 16  # then the rest of the agent gets its turn
 _LINGER = 0.1  # seconds that a background process may hold a pipe open before its command counts as ended
+_FIONREAD = 0x541B  # ioctl: how many bytes a pipe holds
 _RESET_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)  # Python ignores them, and would hand that on
 _OOM_SCORE = "/proc/self/oom_score_adj"
 
@@ -87,8 +91,9 @@ class Command(Servant):
         self._attached = True
         self._status: int | None = None
         self._timed_out = False
-        self._linger_over = False
-        self._lingering = False
+        self._lingering: Timer | None = None
+        self._rest: dict[int, int] | None = None  # when lingering is over: bytes in the pipes that are to be sent
+        self._expiry: Timer | None = None
         self._began = time.monotonic()
         self._stdin_queue: list[memoryview] = []
         self._stdin_end = False
@@ -109,7 +114,7 @@ class Command(Servant):
             self._watch_output(channel)
         loop.watch(self._pidfd, READ, self._exited)
         if request.timeout is not None:
-            loop.after(request.timeout, self._expire)
+            self._expiry = loop.after(request.timeout, self._expire)
 
     def _open_pipes(self, *, stdin: bool) -> tuple[int, int, int]:
         out_ours, out_theirs = os.pipe2(os.O_CLOEXEC)
@@ -140,11 +145,12 @@ class Command(Servant):
         fd = self._pipes.get(channel)
         if fd is None:
             return
-        while True:
-            room = self._mux.room(self.stream, channel) if self._attached else _PIECE
+        for _ in range(_PIECES_PER_TURN):
+            room = self._room(channel)
             if not room:
                 self._paused.add(channel)
                 self._loop.unwatch(fd)
+                self._settle()
                 return
             try:
                 data = os.read(fd, min(room, _PIECE))
@@ -159,13 +165,25 @@ class Command(Servant):
                 return
             if self._attached:
                 self._mux.send(self.stream, channel, data)
+                if self._rest is not None:
+                    self._rest[channel] -= len(data)
+
+    def _room(self, channel: int) -> int:
+        """How much of a pipe may be read now."""
+        if not self._attached:
+            return _PIECE
+        room = self._mux.room(self.stream, channel)
+        return room if self._rest is None else min(room, self._rest[channel])
 
     def orphaned(self) -> None:
         """The stream is gone, the command goes on: its output is dropped from here."""
+        self._detach()
+        self._close(STDIN)
+
+    def _detach(self) -> None:
         self._attached = False
         for channel in (STDOUT, STDERR):
             self.credit(channel)
-        self._close(STDIN)
 
     def _close(self, channel: int) -> None:
         fd = self._pipes.pop(channel, None)
@@ -238,21 +256,25 @@ class Command(Servant):
         self._loop.unwatch(self._pidfd)
         os.close(self._pidfd)
         _, self._status = os.waitpid(self.pid, 0)
+        if self._expiry is not None:
+            self._expiry.cancel()
         self._close(STDIN)
         for channel in (STDOUT, STDERR):
             self._pump(channel)
         self._settle()
 
     def _settle(self) -> None:
-        """Report the end once bash has exited and its pipes are closed, or were empty for a while."""
+        """Report the end once bash has exited and its pipes are closed, or what they held after a while is sent."""
         if self._status is None or not self._attached:
             return
-        held = STDOUT in self._pipes or STDERR in self._pipes
-        if held and (self._paused or not self._linger_over):
-            if not self._lingering:
-                self._lingering = True
-                self._loop.after(_LINGER, self._stop_lingering)
+        held = [channel for channel in (STDOUT, STDERR) if channel in self._pipes]
+        if held and self._rest is None:
+            self._lingering = self._lingering or self._loop.after(_LINGER, self._stop_lingering)
             return
+        if self._rest is not None and any(self._rest[channel] for channel in held):
+            return
+        if self._lingering is not None:
+            self._lingering.cancel()
         code, number = os.waitstatus_to_exitcode(self._status), None
         if code < 0:
             code, number = 1, -code
@@ -260,10 +282,15 @@ class Command(Servant):
             self.stream,
             Exited(exit_code=code, signal=number, timed_out=self._timed_out, duration=time.monotonic() - self._began),
         )
-        self._attached = False
+        self._detach()
         self._ended(self)
 
     def _stop_lingering(self) -> None:
-        self._lingering = False
-        self._linger_over = True
+        self._rest = {}
+        for channel in (STDOUT, STDERR):
+            if channel in self._pipes:
+                size = fcntl.ioctl(self._pipes[channel], _FIONREAD, bytes(4))
+                self._rest[channel] = int.from_bytes(size, "little")
+        for channel in tuple(self._rest):
+            self._pump(channel)
         self._settle()

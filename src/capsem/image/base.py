@@ -26,9 +26,15 @@ Progress = Callable[[str, float | None], None]
 
 KERNEL: Final = "capsem-kernel"  # in the archive: tree/ is the unpacked package, `package` its name and version
 
-# Run by mmdebstrap when all packages are installed, with the new root as $1. apt checks the package's signature chain.
-_KERNEL_HOOK: Final = """\
+# Run by mmdebstrap when all packages are installed, with the new root as $1. First what a guest has no use for is
+# removed (copyright files stay: they must go with the programs), then the kernel is fetched; apt checks its signature
+# chain as of any package. Removing is three times as fast as having dpkg leave it out.
+_HOOK: Final = """\
 set -eu
+cd "$1/usr/share"
+rm -rf info/* lintian locale/* man/*
+find doc ! -type d ! -path 'doc/*/copyright' -delete
+find doc -mindepth 1 -type d -empty -delete
 export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"
 package=$(apt-cache depends KERNEL_PACKAGE | sed -n 's/^ *Depends: \\(linux-image-[^ ]*\\)$/\\1/p' | head -n 1)
 mkdir "$1/capsem-kernel"
@@ -40,6 +46,7 @@ chroot "$1" sh -euc '
     dpkg-deb --extract linux-image-*.deb tree
     rm linux-image-*.deb
     [ -e tree/lib ] || ln -s usr/lib tree/lib
+    rm -r tree/usr/share
     depmod -b /capsem-kernel/tree "$(ls tree/lib/modules)"
 '
 """
@@ -73,7 +80,7 @@ def obtain(recipe: Recipe, cache: Path, host: Host, *, mirror: str | None, refre
 
     Raises HostNotReady when the mirror cannot be reached or mmdebstrap cannot work here, OSError.
     """
-    stem = f"{recipe.name}-{recipe.base_digest(mirror, _KERNEL_HOOK)[:16]}"
+    stem = f"{recipe.name}-{recipe.base_digest(mirror, _HOOK)[:16]}"
     archive, note = cache / f"{stem}.tar.zst", cache / f"{stem}.json"
     if not refresh:
         found = _cached(archive, note)
@@ -112,7 +119,7 @@ def _fetch(recipe: Recipe, archive: Path, note: Path, host: Host, mirror: str | 
     argv = [
         *("mmdebstrap", f"--variant={recipe.variant}", f"--architectures={recipe.architecture}"),
         f"--include={','.join(recipe.packages)}",
-        f"--customize-hook={_KERNEL_HOOK.replace('KERNEL_PACKAGE', recipe.kernel_package)}",
+        f"--customize-hook={_HOOK.replace('KERNEL_PACKAGE', recipe.kernel_package)}",
         *(recipe.suite, str(temporary), *([mirror] if mirror else [])),
     ]
     progress("base system: fetching Debian", 0.0)

@@ -1,37 +1,35 @@
-"""Making an image: base system, guest code, kernel, initial RAM file system, volume; then all of it appears at once.
+"""Making an image: everything happens in a temporary directory, and appears under its name in one step, or not at all.
 
-A build works in a directory with a temporary name and ends with one rename, so that an image is whole or not there.
-What an interrupted build left is removed by the next one. An unchanged recipe is recognised and nothing is done.
+<images>/cache/...                      base systems, see base.py
+<images>/default-0123456789ab/          an image, named by its digest, never changed once it has that name
+<images>/default.json                   which one is current
+<images>/.tmp-build-.../                being made; swept by the next build if nobody is making it any more
+<images>/.build.lock                    held by who builds: of two at once, the second finds the work done
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from capsem.image import base as bases
-from capsem.image import initramfs, kernel, modules, rootfs
-from capsem.image import manifest as manifests
-from capsem.image.catalog import Image, open_image, pointer
+from capsem.image import base, initramfs, kernel, manifest, modules, rootfs
+from capsem.image.base import Progress
+from capsem.image.catalog import DIGITS, Image, open_image, read_pointer, write_pointer
 from capsem.image.host import Host
 from capsem.image.manifest import ROLES, Manifest
 from capsem.image.recipe import Recipe, guest_files
 from capsem.image.volume import format_volume
-from capsem.model.errors import CapsemError, Corrupt
+from capsem.model.errors import CapsemError, Corrupt, MachineFailed, NotFound
 from capsem.store import durable
 
-Progress = Callable[[str, float | None], None]
-
-_LOCK: Final = ".build.lock"
-_INITRAMFS_SCRIPT: Final = "initramfs-init.sh"
-_MACHINES: Final = {"amd64": "x86_64", "arm64": "aarch64"}
+_TEMPORARY: Final = f"{durable.TEMPORARY}build-"
+_TOOLS: Final = ("tar", "zstd", "mkfs.erofs", "mke2fs", "debugfs", "chroot")
 
 
 def build(
@@ -43,31 +41,142 @@ def build(
     progress: Progress | None = None,
     host: Host | None = None,
 ) -> Image:
-    """The image of `recipe` in `images_dir`, made if it is not there. Blocks, for minutes when Debian is fetched.
+    """Make the image that `recipe` describes the current one of its name in `images_dir`, and return it.
 
-    `force` makes it anew, from a freshly fetched base system. `progress` is told each step and how much of it is done.
-    Raises HostNotReady (tools or mirror missing), MachineFailed, OSError (disk full).
+    When the current one was made from the same recipe and guest code, it is returned as it is, without any work; `force`
+    makes it anew, from packages fetched anew. Blocks for seconds, or for a minute or two when packages are fetched, and
+    as long as another build runs. `mirror` is a Debian mirror's address; without it, mmdebstrap finds one.
+
+    Raises HostNotReady when tools are missing or no mirror can be reached, MachineFailed when a step fails, for instance
+    for want of space. Whatever happens, what was there before stays as it was.
     """
-    host, progress = host or Host(), progress or (lambda _step, _fraction: None)
-    images_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(images_dir / _LOCK, progress):
-        _sweep(images_dir)
-        if not force and (current := _current(recipe, images_dir)) is not None:
-            return current
-        host.require("mmdebstrap", "mkfs.erofs", "mke2fs", "zstd", "tar")
-        base = bases.obtain(recipe, images_dir / "cache", host, mirror=mirror, refresh=force, progress=progress)
-        work = Path(tempfile.mkdtemp(prefix=durable.TEMPORARY, dir=images_dir))
-        try:
-            manifest = _make(recipe, base, work, host, progress)
-            return _publish(manifest, recipe, work, images_dir)
-        finally:
-            _remove(work, host)
+    progress = progress or (lambda _step, _part: None)
+    host = host or Host()
+    try:
+        images_dir.mkdir(parents=True, exist_ok=True)
+        images_dir = images_dir.resolve()
+        digest = recipe.digest()
+        with _lock(images_dir, progress):
+            current = _current(recipe.name, images_dir)
+            if current is not None and current.manifest.recipe_digest == digest and not force:
+                return current
+            _sweep(images_dir)
+            host.require(*_TOOLS, *(() if host.is_root() else ("unshare",)))
+            system = base.obtain(recipe, images_dir / "cache", host, mirror=mirror, refresh=force, progress=progress)
+            with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=images_dir) as work:
+                finished = _make(recipe, digest, system, Path(work), host, progress)
+                image = _publish(recipe.name, finished, images_dir)
+            progress("done", 1.0)
+            return image
+    except OSError as exc:
+        where = f" ({exc.filename})" if exc.filename else ""
+        raise MachineFailed(
+            f"the image could not be made: {exc.strerror or exc}{where}",
+            hint=f"check that {images_dir} can be written and has 2 GB free",
+        ) from exc
+
+
+def _make(recipe: Recipe, digest: str, system: base.Base, work: Path, host: Host, progress: Progress) -> Path:
+    """Put all files of the image into a new directory below `work`, durably, and return it."""
+    tree, image = work / "tree", work / "image"
+    image.mkdir()
+    image.chmod(0o755)
+    progress("unpacking the base system", 0.92)
+    rootfs.unpack(system, tree, host)
+    packages = rootfs.package_versions(tree)
+    version, vmlinuz, tables, module_dir = _kernel_package(tree)
+
+    progress("kernel and initramfs", 0.94)
+    early = modules.load_order(tables, recipe.early_modules)
+    late = modules.load_order(tables, recipe.late_modules, loaded=early)
+    binaries = {name: _module(module_dir / tables.files[name], host) for name in (*early, *late)}
+    (image / ROLES["kernel"]).write_bytes(kernel.unpack(vmlinuz.read_bytes(), host))
+    files = guest_files()
+    archive = initramfs.for_guest(
+        init=files.pop("initramfs-init.sh"),
+        mounts=files.pop("mounts"),
+        busybox=(tree / "usr/bin/busybox").read_bytes(),
+        modules={name: binaries[name] for name in early},
+    )
+    (image / ROLES["initrd"]).write_bytes(archive)
+
+    progress("root file system", 0.95)
+    durable.remove_tree(tree / base.KERNEL)
+    rootfs.prune(tree)
+    rootfs.install_guest(tree, files, {name: binaries[name] for name in late}, host)
+    rootfs.settle(tree)
+    newest = rootfs.fix_times(tree, system.begun)
+    rootfs.make_erofs(tree, image / ROLES["root"], host, newest=newest)
+
+    progress("volume", 0.98)
+    format_volume(image / ROLES["volume"], recipe.volume_mb, host=host)
+
+    progress("digests", 0.99)
+    for name in ROLES.values():
+        (image / name).chmod(0o644)
+        durable.sync_file(image / name)
+    record = Manifest(
+        name=recipe.name,
+        architecture=recipe.architecture,
+        recipe=recipe.to_dict(),
+        recipe_digest=digest,
+        kernel_version=version,
+        kernel_command_line=recipe.kernel_command_line,
+        packages=packages,
+        files={role: manifest.describe(image / name, sparse=role in manifest.SPARSE) for role, name in ROLES.items()},
+        created_at=time.time(),
+    )
+    durable.write(image / manifest.NAME, record.to_json(), mode=0o644)
+    return image
+
+
+def _kernel_package(tree: Path) -> tuple[str, Path, modules.Tables, Path]:
+    """Version, compressed kernel, module tables and module directory of the unpacked kernel package. Raises Corrupt."""
+    package = tree / base.KERNEL / "tree"
+    directories = [*package.glob("usr/lib/modules/*")] or [*package.glob("lib/modules/*")]
+    images = [*package.glob("boot/vmlinuz-*")]
+    if len(directories) != 1 or len(images) != 1:
+        raise Corrupt(
+            "the base system does not hold exactly one kernel", hint="fetch it anew: capsem image build --force"
+        )
+    return directories[0].name, images[0], modules.read(directories[0]), directories[0]
+
+
+def _module(path: Path, host: Host) -> bytes:
+    return modules.strip_signature(kernel.decompress(path.read_bytes(), host))
+
+
+def _publish(name: str, finished: Path, images_dir: Path) -> Image:
+    """Give a finished image its final name, unless the same image has it already, and point to it."""
+    digest = manifest.read(finished / manifest.NAME).digest
+    target = images_dir / f"{name}-{digest[:DIGITS]}"
+    try:
+        open_image(target)
+    except (NotFound, Corrupt):
+        durable.remove_tree(target)
+        durable.rename(finished, target)
+    write_pointer(images_dir, name, target)
+    return open_image(target)
+
+
+def _current(name: str, images_dir: Path) -> Image | None:
+    try:
+        target = read_pointer(images_dir, name)
+        return open_image(target) if target else None
+    except CapsemError:
+        return None  # damaged: made anew
+
+
+def _sweep(images_dir: Path) -> None:
+    """Remove what interrupted builds and removals left; safe under the lock, for nobody else builds."""
+    for place in (images_dir, images_dir / "cache"):
+        for path in place.glob(f"{durable.TEMPORARY}*"):
+            durable.remove_tree(path)
 
 
 @contextmanager
-def _locked(path: Path, progress: Progress) -> Iterator[None]:
-    """One build at a time in an images directory; a second one waits and then finds the image there."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+def _lock(images_dir: Path, progress: Progress) -> Iterator[None]:
+    fd = os.open(images_dir / ".build.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -77,110 +186,3 @@ def _locked(path: Path, progress: Progress) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
-
-
-def _sweep(images_dir: Path) -> None:
-    for left in images_dir.glob(f"{durable.TEMPORARY}*"):
-        _remove(left, Host())
-
-
-def _remove(path: Path, host: Host) -> None:
-    """Remove a work directory; files of a user namespace's other users need the namespace to be removed."""
-    try:
-        durable.remove_tree(path)
-    except PermissionError:
-        host.run(["unshare", "--map-auto", "--map-root-user", "--", "rm", "-rf", str(path)])
-
-
-def _current(recipe: Recipe, images_dir: Path) -> Image | None:
-    """The image that the pointer names, if it was made by this very recipe."""
-    try:
-        note = json.loads(pointer(images_dir, recipe.name).read_bytes())
-        image = open_image(images_dir / Path(str(note["directory"])).name)
-    except (FileNotFoundError, ValueError, KeyError, TypeError, CapsemError):
-        return None
-    return image if image.manifest.recipe_digest == recipe.digest() else None
-
-
-def _make(recipe: Recipe, base: bases.Base, work: Path, host: Host, progress: Progress) -> Manifest:
-    """All files of the image in `work`, and their description."""
-    tree = work / "tree"
-    progress("unpacking the base system", None)
-    rootfs.unpack(base, tree, host)
-    packages = rootfs.package_versions(tree)
-    boot = tree / bases.KERNEL / "tree"
-    files = guest_files()
-
-    progress("preparing the kernel", None)
-    [image] = boot.glob("boot/vmlinuz-*")
-    release = image.name.removeprefix("vmlinuz-")
-    (work / ROLES["kernel"]).write_bytes(kernel.unpack(image.read_bytes(), host))
-    directory = boot / "usr/lib/modules" / release
-    if not directory.is_dir():
-        directory = boot / "lib/modules" / release
-    tables = modules.read(directory)
-    early = modules.load_order(tables, recipe.early_modules)
-    late = modules.load_order(tables, recipe.late_modules, loaded=early)
-    content = {name: kernel.decompress((directory / tables.files[name]).read_bytes(), host) for name in (*early, *late)}
-
-    progress("making the initial RAM file system", None)
-    script = files.pop(_INITRAMFS_SCRIPT)
-    busybox = (tree / "usr/bin/busybox").read_bytes()
-    (work / ROLES["initrd"]).write_bytes(_initramfs(script, busybox, {name: content[name] for name in early}))
-
-    progress("installing the guest agent", None)
-    durable.remove_tree(tree / bases.KERNEL)
-    rootfs.prune(tree)
-    rootfs.install_guest(tree, files, {name: content[name] for name in late}, host)
-    rootfs.settle(tree)
-    newest = rootfs.fix_times(tree, base.begun)
-    progress("packing the root file system", None)
-    rootfs.make_erofs(tree, work / ROLES["root"], host, newest=newest)
-
-    progress("formatting the volume", None)
-    format_volume(work / ROLES["volume"], recipe.volume_mb, host=host)
-    progress("computing digests", None)
-    return Manifest(
-        name=recipe.name,
-        architecture=_MACHINES[recipe.architecture],
-        recipe=recipe.to_dict(),
-        recipe_digest=recipe.digest(),
-        kernel_version=release,
-        kernel_command_line=recipe.kernel_command_line,
-        packages=packages,
-        files={role: manifests.describe(work / name) for role, name in ROLES.items()},
-        created_at=time.time(),
-    )
-
-
-def _initramfs(script: bytes, busybox: bytes, early: dict[str, bytes]) -> bytes:
-    """What mounts the real root: busybox, our script, and the modules that it takes."""
-    entries = {
-        "init": initramfs.file(script, 0o755),
-        "bin/busybox": initramfs.file(busybox, 0o755),
-        "dev/console": initramfs.character_device(5, 1),
-        "modules/order": initramfs.file("".join(f"{name}\n" for name in early).encode()),
-        **{f"modules/{name}.ko": initramfs.file(data) for name, data in early.items()},
-        **{name: initramfs.directory() for name in ("proc", "dev", "lower", "volume", "new")},
-    }
-    return initramfs.pack(entries)
-
-
-def _publish(manifest: Manifest, recipe: Recipe, work: Path, images_dir: Path) -> Image:
-    """Make the image appear: its files durable first, the pointer last."""
-    if manifest.files.keys() != ROLES.keys():
-        raise Corrupt("the build did not make all files of an image")
-    staged = work / "image"
-    staged.mkdir(mode=0o755)
-    for file in manifest.files.values():
-        (work / file.name).chmod(0o644)
-        durable.sync_file(work / file.name)
-        (work / file.name).rename(staged / file.name)
-    durable.write(staged / manifests.NAME, manifest.to_json(), mode=0o644)
-    target = images_dir / f"{manifest.name}-{manifest.digest[:12]}"
-    if target.exists():  # the same content, perhaps damaged since
-        durable.rename(target, work / "replaced")
-    durable.rename(staged, target)
-    note = json.dumps({"directory": target.name, "digest": manifest.digest, "recipe_digest": manifest.recipe_digest})
-    durable.write(pointer(images_dir, recipe.name), note.encode() + b"\n", mode=0o644)
-    return open_image(target)

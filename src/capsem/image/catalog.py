@@ -1,179 +1,249 @@
-"""Which images are on this host, and where.
+"""Where images are, and which one a name means.
 
-An images directory holds, for each image, a directory `<name>-<digest12>` with its files, and a pointer `<name>.json`
-that says which of them is the current one. Directories are searched in order; the first that has the name wins.
+An images directory holds one directory for each image, `<name>-<first 12 digits of its digest>/`, and for each name a
+pointer, `<name>.json`, to the current one. Older ones stay until they are removed, for VMs made from them need them.
+A directory can also be an image itself, or hold one under the name of the machine's architecture: its manifest tells.
+
+Directories are searched in order, and one that is empty or not there counts for nothing. Assets of other programs
+(a kernel without a manifest of ours) count for nothing either.
 """
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import json
 import os
+import platform
+import pwd
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from capsem.image import manifest as manifests
 from capsem.image.manifest import Manifest
-from capsem.model.errors import Corrupt, NotFound
-from capsem.model.ids import check_name
+from capsem.model.errors import Corrupt, NotFound, WrongState
 from capsem.store import durable
 
-BUILD_HINT: Final = "make it with: capsem image build"
+DIGITS: Final = 12  # of the digest, in directory names
+_BUILD_HINT: Final = "make it with: capsem image build"
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """An image whose files are there and have the sizes that its manifest gives; their content is not looked at."""
+    """An image whose files were seen in place; sizes in MiB, `digest` 64 hexadecimal digits. All paths are absolute."""
 
+    name: str
+    digest: str
     directory: Path
+    kernel: Path
+    initrd: Path
+    root: Path
+    volume: Path
+    volume_mb: int
+    kernel_command_line: str
     manifest: Manifest
-
-    @property
-    def name(self) -> str:
-        """What it is called; several images may have had the name."""
-        return self.manifest.name
-
-    @property
-    def digest(self) -> str:
-        """Its identity, 64 hexadecimal digits."""
-        return self.manifest.digest
-
-    @property
-    def kernel(self) -> Path:
-        """The kernel, as QEMU starts it directly."""
-        return self._file("kernel")
-
-    @property
-    def initrd(self) -> Path:
-        """The initial RAM file system."""
-        return self._file("initrd")
-
-    @property
-    def root(self) -> Path:
-        """The read-only root file system."""
-        return self._file("root")
-
-    @property
-    def volume(self) -> Path:
-        """The empty, formatted volume that every VM's layers lie on."""
-        return self._file("volume")
-
-    @property
-    def volume_mb(self) -> int:
-        """Size of the volume, in MiB."""
-        return self.manifest.files["volume"].size >> 20
-
-    @property
-    def kernel_command_line(self) -> str:
-        """What the kernel is told at boot."""
-        return self.manifest.kernel_command_line
-
-    def _file(self, role: str) -> Path:
-        return self.directory / self.manifest.files[role].name
 
 
 def open_image(directory: Path) -> Image:
-    """The image in a directory. Raises NotFound, Corrupt."""
+    """The image in `directory`. Cheap, as it is done for each start of a VM: format and file sizes are checked, digests
+    are not. Raises NotFound when there is no manifest, Corrupt when a file is missing or not of its size."""
+    directory = directory.resolve()
     try:
         manifest = manifests.read(directory / manifests.NAME)
-        for file in manifest.files.values():
-            size = (directory / file.name).stat().st_size
-            if size != file.size:
-                raise Corrupt(
-                    f"{directory / file.name} has {size} bytes, the image's manifest says {file.size}",
-                    hint="make the image again: capsem image build --force",
-                )
-    except FileNotFoundError as error:
-        raise NotFound(
-            f"there is no whole image in {directory}: {error.filename} is missing", hint=BUILD_HINT
-        ) from error
-    return Image(directory, manifest)
-
-
-def pointer(images: Path, name: str) -> Path:
-    """The file that says which image of that name is the current one."""
-    return images / f"{name}.json"
+    except FileNotFoundError as exc:
+        raise NotFound(f"there is no image in {directory}", hint=_BUILD_HINT) from exc
+    paths = {role: directory / each.name for role, each in manifest.files.items()}
+    for role, each in manifest.files.items():
+        try:
+            size = paths[role].stat().st_size
+        except FileNotFoundError:
+            size = -1
+        if size != each.size:
+            found = "is missing" if size < 0 else f"has {size} bytes instead of {each.size}"
+            raise Corrupt(f"{paths[role]} {found}", hint="make the image again: capsem image build --force")
+    return Image(
+        name=manifest.name,
+        digest=manifest.digest,
+        directory=directory,
+        **paths,
+        volume_mb=manifest.files["volume"].size >> 20,
+        kernel_command_line=manifest.kernel_command_line,
+        manifest=manifest,
+    )
 
 
 class Catalog:
-    """The images directories of this host, in the order of search; new images go to `write_to`."""
+    """The images in `directories`, searched in order; new ones are written to `write_to`."""
 
     def __init__(self, directories: Sequence[Path], write_to: Path) -> None:
         self.directories = tuple(dict.fromkeys(directories))
         self.write_to = write_to
 
     @classmethod
-    def from_environment(cls, environ: Mapping[str, str], assets_dir: Path | None = None) -> Catalog:
-        """The order of design.md: --assets-dir, CAPSEM_ASSETS_DIR, `<sys.prefix>/share/capsem`, `$CAPSEM_HOME/assets`."""
-        home = Path(environ.get("CAPSEM_HOME") or Path(environ.get("HOME") or "/") / ".capsem")
+    def from_environment(
+        cls, environ: Mapping[str, str], assets_dir: Path | None = None, *, prefix: Path | None = None
+    ) -> Catalog:
+        """The search order of the product: `assets_dir` (--assets-dir), CAPSEM_ASSETS_DIR, <sys.prefix>/share/capsem,
+        $CAPSEM_HOME/assets. New images go to `assets_dir` if that is given, else to the third where that can be
+        written, else to the fourth.
+
+        `prefix` stands for sys.prefix. Empty variables count as unset.
+        """
+        shared = (prefix or Path(sys.prefix)) / "share" / "capsem"
+        home = environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir
+        own = Path(environ.get("CAPSEM_HOME") or Path(home) / ".capsem") / "assets"
         named = environ.get("CAPSEM_ASSETS_DIR")
-        packaged = Path(sys.prefix) / "share" / "capsem"
-        own = home / "assets"
-        directories = [*([assets_dir] if assets_dir else []), *([Path(named)] if named else []), packaged, own]
-        write_to = directories[0]
-        if write_to is packaged and not _writable(packaged):
-            write_to = own
-        return cls(directories, write_to)
+        first = [path for path in (assets_dir, Path(named) if named else None) if path is not None]
+        return cls([*first, shared, own], assets_dir or (shared if _writable(shared) else own))
 
     def find(self, name: str = "default") -> Image:
-        """The current image of a name. Raises NotFound, Corrupt."""
-        check_name(name)
-        for directory in self.directories:
-            try:
-                current = json.loads(pointer(directory, name).read_bytes())["directory"]
-                return open_image(directory / Path(str(current)).name)
-            except FileNotFoundError:
-                continue
-            except (ValueError, KeyError, TypeError) as error:
-                raise Corrupt(f"{pointer(directory, name)} does not name an image", hint=BUILD_HINT) from error
-        searched = ", ".join(map(str, self.directories))
-        raise NotFound(f"there is no image {name!r} (searched {searched})", hint=BUILD_HINT)
+        """The current image of that name, or the very one when `name` is that of an image's directory
+        (`default-0123456789ab`). Raises NotFound, Corrupt."""
+        for directory in self._candidates(name):
+            return open_image(directory)
+        raise NotFound(f"there is no image {name!r}", hint=_BUILD_HINT)
 
-    def list(self) -> list[Image]:
-        """Every whole image, the newest of each directory first."""
-        found = []
-        for directory in self.directories:
-            try:
-                inside = [path.parent for path in directory.glob(f"*/{manifests.NAME}")]
-            except OSError:
-                continue
-            images = []
-            for path in inside:
-                try:
-                    images.append(open_image(path))
-                except (NotFound, Corrupt, OSError):
-                    continue  # a damaged image is reported where it is asked for by name
-            found += sorted(images, key=lambda image: image.manifest.created_at, reverse=True)
-        return list({image.digest: image for image in reversed(found)}.values())[::-1]
+    def find_digest(self, digest: str) -> Image:
+        """The image with this digest (all 64 digits), current or not. Raises NotFound, Corrupt."""
+        for image in self.list():
+            if image.digest == digest:
+                return image
+        raise NotFound(f"the image {digest[:DIGITS]} is not here", hint="it was removed, or built on another host")
 
-    def remove(self, name: str) -> Sequence[Image]:
-        """Remove every image of a name from the directories that can be written; returns them. Raises NotFound."""
-        check_name(name)
-        doomed = [image for image in self.list() if image.name == name]
-        if not doomed:
-            raise NotFound(f"there is no image {name!r}", hint="`capsem image list` shows all")
-        for image in doomed:
-            pointer(image.directory.parent, name).unlink(missing_ok=True)
-            # The manifest goes first: without it a directory is no image.
-            (image.directory / manifests.NAME).unlink(missing_ok=True)
-            durable.remove_tree(image.directory)
-        return doomed
+    def list(self) -> builtins.list[Image]:
+        """All images that can be opened, in search order, those of one directory by name; damaged ones are left out."""
+        found: dict[Path, Image] = {}
+        for directory in self.directories:
+            for place in (*_itself(directory), *_children(directory)):
+                for image in _openable(place):
+                    found.setdefault(image.directory, image)
+        return [*found.values()]
+
+    def remove(self, name: str, *, in_use: Collection[str] = ()) -> builtins.list[Image]:
+        """Remove every image of that name and the pointer to it, or one image named by its directory, from where it is
+        found first; damaged ones too. Returns those that were whole. `in_use` are digests that must stay. Raises
+        NotFound, WrongState (then nothing was removed)."""
+        for directory in self.directories:
+            pointer = directory / f"{name}.json"
+            places = [place for place in _children(directory) if place.name == name or _name_of(place) == name]
+            if not places and not pointer.is_file():
+                continue
+            self._refuse_if_used(places, in_use)
+            whole = [image for place in places for image in _openable(place)]
+            for each in [path for path in directory.glob("*.json") if path.is_file()]:
+                target = _target(each)
+                if each == pointer or target in places:
+                    each.unlink()
+            durable.sync_directory(directory)
+            for place in places:
+                # First out of sight, so that an interrupted removal leaves no half image.
+                hidden = place.with_name(f"{durable.TEMPORARY}removed-{place.name}")
+                durable.remove_tree(hidden)
+                durable.rename(place, hidden)
+                durable.remove_tree(hidden)
+            return whole
+        raise NotFound(f"there is no image {name!r}", hint="see: capsem image list")
 
     def verify(self, image: Image) -> None:
-        """Read every file of an image. Raises Corrupt naming the first that is not what the manifest says."""
-        for file in image.manifest.files.values():
-            found = manifests.describe(image.directory / file.name)
-            if found != file:
+        """Compute the digests of all files again. Reads all of the image. Raises Corrupt, naming the first bad file."""
+        for role, expected in image.manifest.files.items():
+            path = image.directory / expected.name
+            try:
+                actual = manifests.describe(path, sparse=role in manifests.SPARSE)
+            except FileNotFoundError:
+                actual = None
+            if actual != expected:
                 raise Corrupt(
-                    f"{image.directory / file.name} is damaged: its digest is {found.sha256[:12]}, not {file.sha256[:12]}",
-                    hint="make the image again: capsem image build --force",
+                    f"{path} is not the {role} the image was made with",
+                    hint=f"remove the image and make it again: capsem image rm {image.name}; capsem image build",
                 )
+
+    def _candidates(self, name: str) -> Iterator[Path]:
+        for directory in self.directories:
+            for place in _itself(directory):
+                if _name_of(place) == name or _full_name(place) == name:
+                    yield place
+            target = read_pointer(directory, name)
+            if target is not None:
+                yield target
+            yield from (place for place in _children(directory) if place.name == name)
+
+    @staticmethod
+    def _refuse_if_used(places: Sequence[Path], in_use: Collection[str]) -> None:
+        for place in places:
+            try:
+                digest = manifests.read(place / manifests.NAME).digest
+            except (FileNotFoundError, Corrupt):
+                continue  # nothing can run from it
+            if digest in in_use:
+                raise WrongState(f"the image {place.name} is in use", hint="delete the VMs made from it first")
+
+
+def _openable(place: Path) -> Iterator[Image]:
+    with contextlib.suppress(NotFound, Corrupt):
+        yield open_image(place)
+
+
+def write_pointer(directory: Path, name: str, target: Path) -> None:
+    """Make `target`, in `directory`, the current image of that name. Durable on return. Raises OSError."""
+    durable.write(directory / f"{name}.json", json.dumps({"directory": target.name}).encode() + b"\n", mode=0o644)
+
+
+def read_pointer(directory: Path, name: str) -> Path | None:
+    """The directory of the current image of that name; None without one."""
+    return _target(directory / f"{name}.json")
+
+
+def _target(pointer: Path) -> Path | None:
+    try:
+        name = json.loads(pointer.read_bytes())["directory"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not isinstance(name, str) or Path(name).name != name:
+        return None
+    return pointer.parent / name
+
+
+def _itself(directory: Path) -> Iterator[Path]:
+    """`directory`, or the one below it for this machine's architecture, if it is an image."""
+    for place in (directory, directory / platform.machine()):
+        if (place / manifests.NAME).is_file():
+            yield place
+
+
+def _children(directory: Path) -> list[Path]:
+    """Directories that look like images of an images directory, temporary ones left out."""
+    try:
+        entries = sorted(directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return []
+    return [each for each in entries if _name_of(each) and not each.name.startswith(".") and each.is_dir()]
+
+
+def _name_of(place: Path) -> str:
+    """The image's name, from its directory's name, or from its manifest; "" when it is no image."""
+    name, dash, digits = place.name.rpartition("-")
+    if dash and len(digits) == DIGITS and not set(digits) - set("0123456789abcdef"):
+        return name
+    try:
+        return manifests.read(place / manifests.NAME).name
+    except (OSError, Corrupt):
+        return ""
+
+
+def _full_name(place: Path) -> str:
+    try:
+        manifest = manifests.read(place / manifests.NAME)
+    except (OSError, Corrupt):
+        return ""
+    return f"{manifest.name}-{manifest.digest[:DIGITS]}"
 
 
 def _writable(directory: Path) -> bool:
-    """Whether a directory, or the nearest parent that exists, may be written to."""
-    while not directory.exists() and directory != directory.parent:
+    """Whether `directory`, or the first of its parents that exists, can be written."""
+    while not directory.exists():
         directory = directory.parent
     return os.access(directory, os.W_OK | os.X_OK)

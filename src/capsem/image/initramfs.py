@@ -60,6 +60,20 @@ def pack(entries: Mapping[str, Entry]) -> bytes:
     return archive + bytes(-len(archive) % 512)
 
 
+def for_guest(*, init: bytes, mounts: bytes, busybox: bytes, modules: Mapping[str, bytes]) -> bytes:
+    """The archive a guest starts with: its first program, the table of mounts, and kernel modules in order of loading."""
+    entries = {
+        "init": file(init, 0o755),
+        "mounts": file(mounts),
+        "bin/busybox": file(busybox, 0o755),
+        "dev/console": character_device(5, 1),  # where the kernel connects init's output to
+        "modules/order": file("".join(f"{name}\n" for name in modules).encode()),
+        **{f"modules/{name}.ko": file(data) for name, data in modules.items()},
+        **{name: directory() for name in ("lower", "new", "proc", "volume")},
+    }
+    return pack(entries)
+
+
 def parse(archive: bytes) -> Iterator[tuple[str, Entry]]:
     """The entries of an archive, in order; the inverse of `pack`. Raises Corrupt."""
     offset = 0

@@ -4,8 +4,9 @@
 starts, so that two images with the same digest are the same image, wherever and whenever they were built. When it was
 built is recorded, but is no part of it.
 
-The digest of a file is the SHA-256 of its whole content, holes read as the zeroes they stand for; a copy that lost its
-holes is therefore still the same file.
+The digest of a file is written with its kind. `sha256:` is what `sha256sum` prints. `sparse-sha256:`, for the volume,
+is the SHA-256 over the file's length and over each block of 64 KiB that is not all zeroes, preceded by its offset (both
+as eight bytes, little-endian): holes cost nothing, and a copy that lost its holes is still the same file.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ from capsem.model.errors import Corrupt
 
 NAME: Final = "manifest.json"
 ROLES: Final = {"kernel": "vmlinux", "initrd": "initrd.img", "root": "root.erofs", "volume": "volume.raw"}
-_BLOCK: Final = 1 << 20
+SPARSE: Final = frozenset({"volume"})
+_BLOCK: Final = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file of an image: its name in the image's directory, its length in bytes, its SHA-256 in hexadecimal."""
+    """A file of an image: its name in the image's directory, its length in bytes, its digest (see the module)."""
 
     name: str
     size: int
-    sha256: str
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class Manifest:
     def digest(self) -> str:
         """The image's identity, 64 hexadecimal digits."""
         parts = [self.format_version, self.architecture, self.kernel_command_line]
-        identity = [*parts, *([role, each.size, each.sha256] for role, each in sorted(self.files.items()))]
+        identity = [*parts, *([role, each.size, each.digest] for role, each in sorted(self.files.items()))]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def to_json(self) -> bytes:
@@ -85,30 +87,25 @@ def read(path: Path) -> Manifest:
     return manifest
 
 
-def describe(path: Path) -> File:
-    """Measure a file. Reads all of its data, but not its holes, so that a sparse volume costs what it holds."""
-    size = path.stat().st_size
-    digest = hashlib.sha256()
-    zeroes = bytes(_BLOCK)
+def describe(path: Path, *, sparse: bool = False) -> File:
+    """Measure a file; with `sparse`, its data but not its holes are read. Raises OSError."""
     with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        if not sparse:
+            return File(path.name, size, f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}")
+        digest = hashlib.sha256(size.to_bytes(8, "little"))
         offset = 0
-        while offset < size:
-            data = _next_data(file.fileno(), offset, size)
-            for start in range(offset, data, _BLOCK):
-                digest.update(memoryview(zeroes)[: min(_BLOCK, data - start)])
-            offset = data
-            if offset < size:
-                block = os.pread(file.fileno(), _BLOCK, offset)
-                if not block:
-                    break
-                digest.update(block)
-                offset += len(block)
-    return File(path.name, size, digest.hexdigest())
+        while (offset := _next_data(file.fileno(), offset)) < size:
+            block = os.pread(file.fileno(), _BLOCK, offset)
+            if block.strip(b"\0"):
+                digest.update(offset.to_bytes(8, "little") + block)
+            offset += _BLOCK
+    return File(path.name, size, f"sparse-sha256:{digest.hexdigest()}")
 
 
-def _next_data(fd: int, offset: int, size: int) -> int:
-    """Where the next data begins at or after `offset`; `size` when only a hole is left."""
+def _next_data(fd: int, offset: int) -> int:
+    """Where the first block that may hold data begins, at or after `offset`; the end of the file when none does."""
     try:
-        return os.lseek(fd, offset, os.SEEK_DATA)
+        return os.lseek(fd, offset, os.SEEK_DATA) // _BLOCK * _BLOCK
     except OSError:  # ENXIO: nothing but a hole up to the end
-        return size
+        return os.fstat(fd).st_size

@@ -10,8 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Final
 
 from capsem.model.errors import Corrupt
+
+_SIGNATURE_MARK: Final = b"~Module signature appended~\n"
+_SIGNATURE_INFO: Final = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,3 +77,20 @@ def load_order(tables: Tables, wanted: Iterable[str], *, loaded: Sequence[str] =
     for name in wanted:
         visit(name.replace("-", "_"), ())
     return order
+
+
+def strip_signature(module: bytes) -> bytes:
+    """A module without the signature that Debian appends to it.
+
+    The kernel would check it at each load, which under emulation takes longer than all the rest of loading. Here it
+    proves nothing: the modules come from the same checked package as the kernel, lie in a read-only image, and once they
+    are loaded no other can be.
+    """
+    if not module.endswith(_SIGNATURE_MARK):
+        return module
+    # struct module_signature: algorithm, hash, identifier type, two name lengths, three bytes unused, signature length.
+    size = int.from_bytes(module[-len(_SIGNATURE_MARK) - 4 : -len(_SIGNATURE_MARK)], "big")
+    end = len(module) - len(_SIGNATURE_MARK) - _SIGNATURE_INFO - size
+    if end <= 0:
+        raise Corrupt("a kernel module's signature is longer than the module")
+    return module[:end]

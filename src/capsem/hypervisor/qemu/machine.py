@@ -167,7 +167,7 @@ class QemuMachine:
                 )
 
     async def kill(self) -> None:
-        """See Machine."""
+        """See Machine. Raises MachineFailed if the kernel does not let go of it within 10 s."""
         if not self._ended.done():
             self._killed = True
             await self._process.end()

@@ -4,6 +4,6 @@ import sys
 
 sys.path.insert(0, "/usr/lib/capsem")
 
-from capsem.guest.__main__ import main  # noqa: E402
+from capsem.guest.__main__ import main
 
 sys.exit(main([]))

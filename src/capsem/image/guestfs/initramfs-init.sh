@@ -26,7 +26,7 @@ mount -t ext4 -o data=ordered,noatime,discard /dev/vdb /volume || fail "the volu
 [ -d /volume/workspace ] || mkdir -m 0700 /volume/workspace
 mkdir /dev/pts /dev/shm
 mount -a -T /mounts || fail "the root does not mount"
-rm -f /dev/mem /dev/port
+rm -f /new/dev/mem /new/dev/port
 # Until here the shell needed /proc, and this is the last it gets.
 /bin/busybox mount -o move /proc /new/proc
 exec /bin/busybox switch_root /new /usr/lib/capsem/init

@@ -1,0 +1,69 @@
+"""The table of operations against itself, the lifecycle and the types."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from capsem.api.operations import OPERATIONS, OnDisconnect
+from capsem.model.errors import CapsemError, NotFound, NotRunning, Unavailable
+from capsem.model.lifecycle import LIVE, PUBLIC_STATUS, State
+from capsem.service.app import HANDLERS
+
+OF_A_VM = [operation for operation in OPERATIONS.values() if operation.legal is not None]
+
+
+def test_names_and_routes_are_unique() -> None:
+    assert [operation.name for operation in OPERATIONS.values()] == list(OPERATIONS)
+    assert len({(operation.method, operation.path) for operation in OPERATIONS.values()}) == len(OPERATIONS)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=list(OPERATIONS))
+def test_rows_are_whole(operation) -> None:  # type: ignore[no-untyped-def]
+    assert issubclass(operation.response_type(), msgspec.Struct)
+    assert (operation.request_type() is None) == (operation.request is None)
+    assert operation.takes_id == (operation.legal is not None)
+    assert operation.summary
+    assert operation.body_limit <= 16 * 1024 * 1024
+    if operation.method == "GET":
+        assert operation.retry_safe
+        assert operation.on_disconnect is OnDisconnect.ABANDON
+    if operation.name not in ("version", "exec_stream"):
+        assert operation.name in HANDLERS
+
+
+@pytest.mark.parametrize("operation", OF_A_VM, ids=lambda operation: operation.name)
+@pytest.mark.parametrize("state", list(State))
+def test_every_state_has_an_answer(operation, state: State) -> None:  # type: ignore[no-untyped-def]
+    refusal = operation.refusal(state)
+    if refusal is None:
+        operation.require(state, "box")
+        return
+    assert refusal in operation.errors
+    with pytest.raises(refusal, match="box") as caught:
+        operation.require(state, "box")
+    assert caught.value.hint
+    if PUBLIC_STATUS[state] is None:
+        assert refusal is NotFound
+
+
+def test_what_the_contract_says_about_states() -> None:
+    def code(name: str, state: State) -> type[CapsemError] | None:
+        return OPERATIONS[name].refusal(state)
+
+    for name in ("exec", "exec_stream", "write_file", "read_file", "stop"):
+        assert code(name, State.STOPPED) is NotRunning
+        assert code(name, State.FAILED) is NotRunning
+        assert code(name, State.STARTING) is None  # it waits until the guest is ready
+    assert code("exec", State.STOPPING) is NotRunning
+    assert code("resume", State.RUNNING) is None
+    assert code("resume", State.STOPPING) is Unavailable
+    assert all(code("info", state) is None for state in LIVE)
+    # Every state has a way out.
+    assert all(code("delete", state) is None for state in State if state is not State.DELETED)
+    assert code("delete", State.DELETED) is NotFound
+    assert OPERATIONS["exec"].refusal(State.DELETING) is NotFound
+
+
+def test_operations_not_about_a_vm_are_legal_whatever_it_does() -> None:
+    assert OPERATIONS["list"].refusal(State.DELETED) is None

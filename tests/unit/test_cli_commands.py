@@ -1,0 +1,323 @@
+"""The command line as a process, against a scripted service."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import capsem
+from capsem.api.types import ExecRequest, ProvisionRequest, RunRequest
+from capsem.cli.main import ALIASES, COMMANDS, main
+from contract.fake_service import FakeService, fake_service
+
+SOURCE = str(Path(capsem.__file__).parent.parent)
+
+
+@pytest.fixture
+def service() -> Iterator[FakeService]:
+    with fake_service() as running:
+        yield running
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("CAPSEM_", "RUST_LOG"))}
+    return {**kept, "PYTHONPATH": SOURCE, "HOME": "/nonexistent", **more}
+
+
+def start(service: FakeService | None, *args: str, **options: object) -> subprocess.Popen[bytes]:
+    uds = [] if service is None else ["--uds-path", str(service.path)]
+    given: dict[str, object] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    argv = [sys.executable, "-m", "capsem", *uds, *args]
+    return subprocess.Popen(argv, env=environment(), **(given | options))  # type: ignore[call-overload,no-any-return]
+
+
+def run(service: FakeService | None, *args: str, stdin: bytes | None = None) -> tuple[int, str, str]:
+    process = start(service, *args, **({} if stdin is None else {"stdin": subprocess.PIPE}))
+    out, err = process.communicate(stdin, timeout=30)
+    assert b"\x1b" not in out + err
+    return process.returncode, out.decode(), err.decode()
+
+
+def test_list(service: FakeService) -> None:
+    code, out, err = run(service, "list")
+    assert (code, err) == (0, "")
+    head, *rows = out.splitlines()
+    assert head.split() == ["ID", "NAME", "STATUS", "RAM", "CPUs", "UPTIME"]
+    assert [row.split() for row in rows] == [
+        ["box", "box", "Running", "512M", "1", "1m23s"],
+        ["off", "off", "Stopped", "-", "-", "-"],
+        ["broken", "-", "Defunct", "-", "-", "-"],
+        ["last", "error:", "kernel", "panic"],
+    ]
+    assert run(service, "ls", "-q") == (0, "box\noff\nbroken\n", "")
+    assert [box["id"] for box in json.loads(run(service, "ls", "--json")[1])["sandboxes"]] == ["box", "off", "broken"]
+    service.manager.states.clear()
+    assert run(service, "list") == (0, "No sessions.\n", "")
+    assert run(service, "list", "--quiet") == (0, "", "")
+
+
+def test_create(service: FakeService) -> None:
+    assert run(service, "create") == (0, "calm-otter-tmp\n", "")
+    request = service.manager.requests[-1]
+    assert request == ProvisionRequest()
+    assert run(
+        service, "create", "--name", "new", "--ram", "0.5", "--cpu", "2", "--disk", "4", "-e", "A=b=c", "-e", "E="
+    )[1] == ("new (persistent)\n")
+    request = service.manager.requests[-1]
+    assert request == ProvisionRequest(
+        name="new", ram_mb=512, cpus=2, disk_mb=4096, persistent=True, env={"A": "b=c", "E": ""}
+    )
+    del service.manager.states["calm-otter-tmp"]
+    assert run(service, "create", "--image", "off")[1] == "calm-otter-tmp (persistent)\n"
+    assert service.manager.requests[-1] == ProvisionRequest(from_="off", persistent=True)
+
+
+def test_changes(service: FakeService) -> None:
+    assert run(service, "stop", "box") == (0, "Session stopped.\n", "")
+    assert run(service, "attach", "box") == (0, "box\n", "")
+    assert run(service, "resume", "box") == (0, "box\n", "")
+    assert run(service, "rm", "box") == (0, "Session deleted.\n", "")
+    code, out, err = run(service, "delete", "box")
+    assert (code, out) == (1, "")
+    assert err == "error: no VM is called box\nhint: capsem list shows those there are\n"
+
+
+def test_info_and_logs(service: FakeService) -> None:
+    assert json.loads(run(service, "info", "box", "--json")[1])["pid"] == 4242
+    out = run(service, "info", "broken")[1]
+    assert re.search(r"^status +Defunct$", out, re.MULTILINE)
+    assert "kernel panic" in out
+    out = run(service, "logs", "box")[1]
+    assert "Linux version 6\nready\n" in out
+    assert "started\nended\n" in out
+    assert run(service, "logs", "box", "--tail", "1")[1].splitlines() == [
+        "== console ==",
+        "ready",
+        "== process.log ==",
+        "ended",
+    ]
+
+
+def test_exec(service: FakeService) -> None:
+    assert run(service, "exec", "box", "both") == (0, "out\n", "err\n")
+    assert run(service, "exec", "--timeout", "5", "box", "exit 7") == (7, "", "")
+    assert run(service, "exec", "box", "exit 7", "--timeout", "1.5", "-e", "A=b", "-w", "/tmp")[0] == 7
+    assert service.manager.requests[-1] == ExecRequest(command="exit 7", timeout_secs=1.5, env={"A": "b"}, cwd="/tmp")
+    assert run(service, "exec", "box", "exit 256")[0] == 1
+    assert run(service, "exec", "box", "exit -1")[0] == 255
+    assert run(service, "exec", "box", "--", "echo", "a b", "-c")[1] == "'a b' -c\n"
+    assert run(service, "exec", "box", "cat", stdin=b"nobody reads this")[1] == ""
+    code, out, err = run(service, "exec", "box", "timeout")
+    assert (code, out) == (124, "so far\n")
+    assert err == "error: timed out after 1s\n"
+    code, out, err = run(service, "exec", "box", "big")
+    assert (code, len(out)) == (0, 3 * 1024 * 1024)
+    assert err.startswith("note: ")
+    assert run(service, "exec", "off", "echo")[2].startswith("error: off is not running\nhint: ")
+
+
+def test_exec_with_input(service: FakeService) -> None:
+    data = bytes(range(256)) * 8192
+    process = start(service, "exec", "-i", "box", "cat", stdin=subprocess.PIPE)
+    out, err = process.communicate(data, timeout=30)
+    assert (process.returncode, out == data, err) == (0, True, b"")
+
+
+def test_exec_ends_though_its_input_does_not(service: FakeService) -> None:
+    process = start(service, "exec", "--stdin", "box", "exit 3", stdin=subprocess.PIPE)
+    assert process.wait(10) == 3
+    process.communicate()
+
+
+def test_output_arrives_as_it_is_made(service: FakeService) -> None:
+    process = start(service, "exec", "box", "slow")
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"one\n"
+    assert process.poll() is None
+    process.communicate(timeout=10)
+
+
+@pytest.mark.parametrize("args", [("exec", "box", "sleep"), ("exec", "-i", "box", "sleep"), ("run", "sleep")])
+def test_ctrl_c_ends_the_command(service: FakeService, args: tuple[str, ...]) -> None:
+    process = start(service, *args, stdin=subprocess.PIPE)
+    assert service.manager.started.wait(10)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130
+    assert service.manager.cancelled.wait(5)
+    out, err = process.communicate()
+    assert (out, err) == (b"", b"")
+
+
+def test_a_reader_that_goes_away_ends_the_command_quietly(service: FakeService) -> None:
+    process = start(service, "exec", "box", "yes")
+    assert process.stdout is not None
+    assert process.stdout.read(2) == b"y\n"
+    process.stdout.close()
+    assert process.wait(10) == 141
+    assert service.manager.cancelled.wait(5)
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_run(service: FakeService) -> None:
+    assert run(service, "run", "both") == (0, "out\n", "err\n")
+    assert run(service, "run", "--timeout", "9", "-e", "A=b", "exit 3")[0] == 3
+    asked = next(request for request in reversed(service.manager.requests) if isinstance(request, RunRequest))
+    assert asked == RunRequest(command="exit 3", timeout_secs=9, env={"A": "b"})
+    assert run(service, "run", "timeout")[0] == 124
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("exec", "", "true"),
+        ("exec", "a/b", "true"),
+        ("info", "a\\b"),
+        ("delete", ".."),
+        ("stop", "x..y"),
+        ("create", "--from", "../x"),
+        ("create", "-e", "novalue"),
+        ("create", "-e", "=x"),
+        ("create", "--ram", "nan"),
+        ("create", "--ram", "0"),
+        ("exec", "box", "true", "--timeout", "-1"),
+        ("exec", "box"),
+        ("nonsense",),
+        ("list", "--nonsense"),
+        ("info",),
+        ("create", "-n", "-bad"),
+        ("create", "-n", ""),
+        ("create", "-n", "a" * 65),
+        ("create", "--cpu", "x"),
+    ],
+)
+def test_mistakes_exit_with_2(service: FakeService, args: tuple[str, ...]) -> None:
+    code, out, err = run(service, *args)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert "\nhint: " in err
+    assert not service.manager.requests
+
+
+def test_no_service_at_the_socket_that_was_named(tmp_path: Path) -> None:
+    began = time.monotonic()
+    process = start(None, "--uds-path", str(tmp_path / "none.sock"), "list")
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out) == (1, b"")
+    assert b"error: cannot connect" in err
+    assert time.monotonic() - began < 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_socket_with_a_long_path(service: FakeService, tmp_path: Path) -> None:
+    directory = tmp_path / ("d" * 100)
+    directory.mkdir()
+    link = directory / "service.sock"
+    link.symlink_to(service.path)
+    assert len(str(link)) > 108
+    process = start(None, "--uds-path", str(link), "list", "-q")
+    assert process.communicate(timeout=10) == (b"box\noff\nbroken\n", b"")
+
+
+def test_version_and_completions_need_no_service() -> None:
+    code, out, err = run(None, "version")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"capsem {capsem.__version__} ")
+    assert json.loads(run(None, "version", "--json")[1])["version"] == capsem.__version__
+    for shell in ("bash", "zsh", "fish"):
+        assert "_CAPSEM_COMPLETE" in run(None, "completions", shell)[1]
+
+
+def test_sessions_are_completed(service: FakeService) -> None:
+    words = f"capsem --uds-path {service.path} info b"
+    process = subprocess.run(
+        [sys.executable, "-m", "capsem"],
+        env=environment(_CAPSEM_COMPLETE="bash_complete", COMP_WORDS=words, COMP_CWORD="4"),
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert process.stdout.split() == ["plain,box", "plain,broken"]
+    assert process.returncode == 0
+
+
+def test_without_a_command_help_is_shown() -> None:
+    code, out, err = run(None)
+    assert (code, out) == (2, "")
+    assert "Usage: capsem" in err
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *ALIASES])
+def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "Example" in out
+    assert "capsem " in out.partition("Example")[2]
+    assert all(len(line) <= 100 for line in out.splitlines())
+
+
+def test_list_imports_nothing_heavy(service: FakeService) -> None:
+    """What would be felt in every call: each of these costs 10 ms or more."""
+    heavy = (
+        "asyncio msgspec dataclasses pathlib http.client email subprocess tomllib urllib.parse logging rich starlette"
+    )
+    code = (
+        f"import sys; from capsem.cli.main import main; main(['--uds-path', {str(service.path)!r}, 'list']);"
+        f"print([name for name in {heavy.split()!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=20)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+def test_an_unexpected_failure_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_args: object, **_more: object) -> None:
+        raise RuntimeError("odd\x1b[31m")
+
+    monkeypatch.setattr("capsem.cli.context.Context.client", broken)
+    monkeypatch.setenv("CAPSEM_LOG", "")
+    monkeypatch.setenv("RUST_LOG", "")
+    assert main(["list"]) == 1
+    assert capsys.readouterr().err.startswith("error: unexpected RuntimeError: odd\nhint: ")
+
+
+def _on_a_terminal(process: subprocess.Popen[bytes], ours: int, until: bytes) -> bytes:
+    shown = b""
+    deadline = time.monotonic() + 15
+    while until not in shown and time.monotonic() < deadline:
+        if select.select([ours], [], [], 1)[0]:
+            try:
+                shown += os.read(ours, 1000)
+            except OSError:  # the terminal's other end is closed
+                break
+    return shown
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_on_a_terminal_waiting_is_shown_and_taken_back(service: FakeService, interrupted: bool) -> None:
+    ours, theirs = pty.openpty()
+    process = start(service, "run", "sleep" if interrupted else "nap", stderr=theirs)
+    os.close(theirs)
+    shown = _on_a_terminal(process, ours, b"1 s")
+    if interrupted:
+        process.send_signal(signal.SIGINT)
+    shown += _on_a_terminal(process, ours, b"never")
+    assert process.wait(10) == (130 if interrupted else 0)
+    process.communicate()
+    os.close(ours)
+    assert b"\rrunning in a new VM ... 1 s" in shown
+    assert b"\x1b" not in shown
+    assert shown.endswith(b"\n" if interrupted else b" \r")

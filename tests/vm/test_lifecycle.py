@@ -1,0 +1,148 @@
+"""The life of real VMs: stop, resume, delete, and what happens when a process is killed."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from capsem.client.sync import Client
+from capsem.model.errors import AlreadyExists, NotFound, NotRunning
+from conftest import BIN, SMALL, Service, alive, children, environment, wait_for, wait_until_it_answers
+
+
+def kill(pid: int, number: int = signal.SIGKILL) -> None:
+    subprocess.run(["kill", f"-{number}", str(pid)], check=True)
+
+
+def processes_of(service: Service, vm_id: str) -> tuple[int, int]:
+    """Supervisor and VMM."""
+    supervisor = service.client.call("info", vm_id=vm_id)["pid"]
+    [vmm] = children(supervisor)
+    return supervisor, vmm
+
+
+def test_run(service: Service) -> None:
+    done = service.cli("run", "--ram", "0.5", "--cpu", "1", "echo $((6*7)); exit 3")
+    assert (done.returncode, done.stdout) == (3, b"42\n")
+    assert not list((service.run_dir / "sessions").iterdir())
+
+
+def test_stop_resume_delete(service: Service) -> None:
+    client = service.client
+    client.call("provision", body={"name": "life", "persistent": True, "disk_mb": 2048, **SMALL})
+    supervisor, vmm = processes_of(service, "life")
+    assert Path(f"/proc/{supervisor}/comm").read_text() == "capsem-process\n"
+    assert b"--id\0life\0--session-dir\0" in Path(f"/proc/{supervisor}/cmdline").read_bytes()
+    status = Path(f"/proc/{vmm}/status").read_text()
+    assert "Seccomp:\t2" in status
+    assert (
+        b"PATH" not in Path(f"/proc/{vmm}/environ").read_bytes()
+        or b"HOME" not in Path(f"/proc/{vmm}/environ").read_bytes()
+    )
+    with pytest.raises(AlreadyExists):
+        client.call("provision", body={"name": "life", **SMALL})
+    places = "/root/a /etc/a /var/a /opt/a /usr/local/a /tmp/a"
+    service.output("life", f"for p in {places}; do echo kept > $p; done")
+    assert int(service.output("life", "stat -f -c '%b %S' /root | awk '{print $1*$2}'")) <= 2 << 30
+
+    assert client.call("stop", vm_id="life") == {"success": True, "persistent": True}
+    assert not alive(supervisor)
+    assert not alive(vmm)
+    assert not (service.run_dir / "instances" / "life.sock").exists()
+    info = client.call("info", vm_id="life")
+    assert (info["status"], info["pid"]) == ("Stopped", 0)
+    assert 0 < info["size_bytes"] < 200 << 20
+    with pytest.raises(NotRunning):
+        client.call("exec", vm_id="life", body={"command": "true"})
+
+    client.call("resume", vm_id="life")
+    assert service.output("life", f"cat {places}") == "kept\n" * 6
+    assert "recovering" not in service.output("life", "dmesg | grep EXT4")
+    supervisor, vmm = processes_of(service, "life")
+    client.call("delete", vm_id="life")
+    assert not alive(supervisor)
+    assert not alive(vmm)
+    with pytest.raises(NotFound):
+        client.call("delete", vm_id="life")
+    assert not (service.run_dir / "persistent" / "life").exists()
+
+
+def test_a_shutdown_typed_in_the_guest(service: Service) -> None:
+    client = service.client
+    client.call("provision", body={"name": "off", "persistent": True, **SMALL})
+    service.output("off", "reboot; [ $? = 1 ] && (poweroff now &)")
+    wait_for(lambda: service.status("off") == "Stopped")
+    client.call("delete", vm_id="off")
+
+
+def test_a_killed_supervisor_takes_its_vmm_along(service: Service) -> None:
+    client = service.client
+    client.call("provision", body={"name": "hit", "persistent": True, **SMALL})
+    service.output("hit", "echo kept > /root/a && sync")
+    supervisor, vmm = processes_of(service, "hit")
+    kill(supervisor)
+    wait_for(lambda: service.status("hit") == "Defunct")
+    wait_for(lambda: not alive(vmm))
+    info = client.call("info", vm_id="hit")
+    assert "signal 9" in info["last_error"]
+    client.call("resume", vm_id="hit")
+    assert service.output("hit", "cat /root/a") == "kept\n"
+
+    _, vmm = processes_of(service, "hit")
+    kill(vmm)
+    wait_for(lambda: service.status("hit") == "Defunct")
+    assert "signal 9" in client.call("info", vm_id="hit")["last_error"]
+    client.call("delete", vm_id="hit")
+
+
+def test_vms_outlive_a_killed_service(own_service: Service) -> None:
+    client = own_service.client
+    client.call("provision", body={"name": "kept", "persistent": True, **SMALL})
+    processes = processes_of(own_service, "kept")
+    own_service.output("kept", "(sleep 3; echo done > /root/done) >/dev/null 2>&1 &")
+    own_service.process.kill()
+    own_service.process.wait()
+    assert all(map(alive, processes))
+    own_service.restart()
+    assert own_service.status("kept") == "Running"
+    assert processes_of(own_service, "kept") == processes
+    assert own_service.output("kept", "while [ ! -e done ]; do sleep 0.1; done; cat done") == "done\n"
+
+    own_service.process.terminate()
+    began = time.monotonic()
+    own_service.process.wait(20)
+    wait_for(lambda: not any(map(alive, processes)), 3)
+    assert time.monotonic() - began < 15
+    own_service.restart()
+    assert own_service.status("kept") == "Stopped"
+
+
+def test_a_family_ends_with_the_parent_it_was_told_to_watch(tmp_path: Path) -> None:
+    home = Path(subprocess.run(["mktemp", "-d"], check=True, capture_output=True, text=True).stdout.strip())
+    script = (
+        "import subprocess, sys, os, time\n"
+        "service = subprocess.Popen([sys.argv[1], '--foreground', '--parent-pid', str(os.getpid())])\n"
+        "print(service.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, str(BIN / "capsem-service")], env=environment(home), stdout=subprocess.PIPE
+    )
+    assert parent.stdout is not None
+    service_pid = int(parent.stdout.readline())
+    parent.stdout.close()
+    client = Client(home / "run" / "service.sock")
+    wait_until_it_answers(client)
+    client.call("provision", body={"name": "orphan", "persistent": True, **SMALL})
+    supervisor = client.call("info", vm_id="orphan")["pid"]
+    family = [service_pid, supervisor, *children(supervisor)]
+    kill(service_pid)
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not any(map(alive, family)), 10)
+    subprocess.run(["rm", "-rf", str(home)], check=True)
