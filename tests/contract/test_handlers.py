@@ -11,7 +11,17 @@ from types import SimpleNamespace
 import pytest
 from process_machine import InProcess, ProcessDriver
 
-from capsem.api.types import ExecRequest, ProvisionRequest, ReadFileRequest, RunRequest, WriteFileRequest
+from capsem.api.types import (
+    ExecRequest,
+    ForkRequest,
+    PersistRequest,
+    ProvisionRequest,
+    PurgeRequest,
+    PurgeResponse,
+    ReadFileRequest,
+    RunRequest,
+    WriteFileRequest,
+)
 from capsem.config import Settings
 from capsem.model.errors import (
     AlreadyExists,
@@ -311,7 +321,7 @@ def test_persist_moves_a_running_vm(tmp_path: Path) -> None:
             it.handlers.execute(old, ExecRequest(command="sleep 0.5; echo done; echo $CAPSEM_VM_NAME"))
         )
         pid = (await it.handlers.info(old)).pid
-        await it.handlers.persist(old, "kept-box")
+        await it.handlers.persist(old, PersistRequest(name="kept-box"))
         with pytest.raises(NotFound):
             await it.handlers.info(old)
         info = await it.handlers.info("kept-box")
@@ -323,15 +333,15 @@ def test_persist_moves_a_running_vm(tmp_path: Path) -> None:
         assert not list(it.layout.sessions.iterdir())
         assert it.layout.ready_file("kept-box").exists()
         with pytest.raises(InvalidInput):
-            await it.handlers.persist("kept-box", "again")
+            await it.handlers.persist("kept-box", PersistRequest(name="again"))
         await it.handlers.stop("kept-box")
         await it.handlers.resume("kept-box")
         assert (await it.handlers.read_file("kept-box", ReadFileRequest(path="kept"))).content == "yes"
         other = (await it.handlers.provision(ProvisionRequest())).id
         with pytest.raises(AlreadyExists):
-            await it.handlers.persist(other, "kept-box")
+            await it.handlers.persist(other, PersistRequest(name="kept-box"))
         with pytest.raises(InvalidInput):
-            await it.handlers.persist(other, "../x")
+            await it.handlers.persist(other, PersistRequest(name="../x"))
         assert (await it.handlers.info(other)).status == "Running"
 
     play(tmp_path, scene)
@@ -344,9 +354,11 @@ def test_purge_takes_the_ephemeral_or_all(tmp_path: Path) -> None:
         await it.handlers.stop("also-kept")
         for _ in range(3):
             await it.handlers.provision(ProvisionRequest())
-        assert await it.handlers.purge(everything=False) == (0, 3)
+        assert await it.handlers.purge(PurgeRequest()) == PurgeResponse(
+            purged=3, persistent_purged=0, ephemeral_purged=3
+        )
         assert (await status(it)).keys() == {"kept", "also-kept"}
-        assert await it.handlers.purge(everything=True) == (2, 0)
+        assert (await it.handlers.purge(PurgeRequest(all=True))).persistent_purged == 2
         assert await status(it) == {}
         assert not list(it.layout.layers.glob("*.qcow2"))
 
@@ -360,7 +372,7 @@ def test_fork_shares_layers_and_goes_its_own_way(tmp_path: Path, running: bool) 
         if not running:
             await it.handlers.stop("box")
         before = it.fleet.get("box").record.layers
-        assert await it.handlers.fork("box", "child", "a copy") > 0
+        assert (await it.handlers.fork("box", ForkRequest(name="child", description="a copy"))).size_bytes > 0
         source, child = it.fleet.get("box").record, it.fleet.get("child").record
         assert source.layers[:-1] == child.layers[:-1] == before
         assert source.layers[-1] != child.layers[-1]
@@ -368,11 +380,11 @@ def test_fork_shares_layers_and_goes_its_own_way(tmp_path: Path, running: bool) 
         info = await it.handlers.info("child")
         assert (info.status, info.forked_from, info.description) == ("Stopped", "box", "a copy")
         with pytest.raises(AlreadyExists):
-            await it.handlers.fork("box", "child")
+            await it.handlers.fork("box", ForkRequest(name="child"))
         with pytest.raises(NotFound):
-            await it.handlers.fork("nobody", "other")
+            await it.handlers.fork("nobody", ForkRequest(name="other"))
         with pytest.raises(InvalidInput):
-            await it.handlers.fork("box", "-bad")
+            await it.handlers.fork("box", ForkRequest(name="-bad"))
         # The parent may go; the child keeps what it stands on.
         await it.handlers.delete("box")
         assert all(it.layout.layer(layer).exists() for layer in child.layers)

@@ -99,6 +99,31 @@ class RunRequest(_Body, frozen=True):
         _no_nul("command", self.command)
 
 
+class PersistRequest(_Body, frozen=True):
+    """Keep a running ephemeral VM under `name`."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+
+
+class PurgeRequest(_Body, frozen=True):
+    """Delete every ephemeral VM, and with `all` every other one too."""
+
+    all: bool = False
+
+
+class ForkRequest(_Body, frozen=True):
+    """Make a stopped VM `name` on a copy of this one's disk."""
+
+    name: str
+    description: str | None = None
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+
+
 class WriteFileRequest(_Body, frozen=True):
     """Replace the content of a text file in the guest."""
 
@@ -215,6 +240,35 @@ class StopResponse(_Body, frozen=True):
 
     success: bool
     persistent: bool
+
+
+class PersistResponse(_Body, frozen=True):
+    """The VM is persistent; `name` is its id from here on."""
+
+    success: bool
+    name: str
+
+
+class PurgeResponse(_Body, frozen=True):
+    """How many VMs are gone."""
+
+    purged: int
+    persistent_purged: int
+    ephemeral_purged: int
+
+
+class ForkResponse(_Body, frozen=True):
+    """The new VM, and what its disk takes above the image, shared with its source or not."""
+
+    name: str
+    size_bytes: int
+
+
+class JobsResponse(_Body, frozen=True):
+    """Commands of a running VM by id, oldest first, and those of them that still run."""
+
+    jobs: list[str]
+    running: list[str]
 
 
 class LogsResponse(_Body, frozen=True):

@@ -123,7 +123,7 @@ class Channel(asyncio.Protocol):
         self.mux = mux
         self.on_control: Callable[[Message], None] = lambda _message: None
         self.on_epoch: Callable[[EpochStarted], None] = lambda _event: None
-        self.on_open: Callable[[Stream], None] = lambda _stream: None
+        self.on_open: Callable[[Stream], None] = lambda stream: stream.reset()  # nobody serves it, nobody collects it
         self.on_garbage: Callable[[ProtocolError], None] = lambda _error: self.hang_up()
         self.on_lost: Callable[[], None] = lambda: None
         self._transport: asyncio.Transport | None = None

@@ -12,7 +12,7 @@ from capsem.control.channel import Channel, Stream
 from capsem.model.errors import GuestFailed, Interrupted, TimedOut
 from capsem.system import Clock, Entropy
 from capsem.wire.frames import FIRST_NONCE, FrameDecoder, ProtocolError, make_nonce
-from capsem.wire.handshake import DONE, OFFERED, WAITING, HostHandshake
+from capsem.wire.handshake import DONE, OFFERED, WAITING, HostHandshake, VersionMismatch
 from capsem.wire.messages import (
     PROTOCOL_VERSION,
     STDIN,
@@ -75,6 +75,7 @@ class Guest:
         self._changed = asyncio.Event()  # ready or lost: worth looking again
         self._watchdog: asyncio.TimerHandle | None = None
         self._lost = False
+        self._refused: GuestFailed | None = None
         self._pings: dict[int, asyncio.Future[None]] = {}
         self._ping_id = 0
         self.boot_ready: BootReady | None = None
@@ -93,6 +94,11 @@ class Guest:
         self._set_ready(False)
 
     def _garbage(self, error: ProtocolError) -> None:
+        if isinstance(error, VersionMismatch):
+            log.error("hanging up: %s", error)
+            self._refused = GuestFailed(str(error), hint="rebuild the image: capsem image build --force")
+            self.channel.hang_up()
+            return
         log.error("garbage from the guest agent, beginning a new epoch: %s", error)
         self._set_ready(False)
         self.channel.drop_streams(Interrupted("the guest agent sent garbage"))
@@ -175,12 +181,15 @@ class Guest:
         return self._ready.is_set()
 
     async def wait_ready(self, limit: float) -> None:
-        """Wait until the handshake is done, at most `limit` seconds. Raises TimedOut, Interrupted (connection lost)."""
+        """Wait until the handshake is done, at most `limit` seconds.
+
+        Raises TimedOut, Interrupted (connection lost), GuestFailed (the agent is of another version).
+        """
         try:
             async with asyncio.timeout(limit):
                 while not self._ready.is_set():
                     if self._lost:
-                        raise Interrupted("the machine ended before its guest was ready")
+                        raise self._refused or Interrupted("the machine ended before its guest was ready")
                     await self._changed.wait()
         except TimeoutError:
             raise TimedOut(

@@ -89,9 +89,10 @@ class Loop:
         """Serve until `exit`; `before_waiting` is called before each wait. Returns the exit status."""
         while self.exit_status is None:
             before_waiting()
-            for fd, events in self._epoll.poll(self._next_due()):
-                handler = self._handlers.get(fd)
-                if handler is not None:
+            ready = [(fd, events, self._handlers.get(fd)) for fd, events in self._epoll.poll(self._next_due())]
+            for fd, events, handler in ready:
+                # One called before may have closed this descriptor, and its number may be another's by now.
+                if handler is not None and handler is self._handlers.get(fd):
                     handler(events)
             self._run_due()
         before_waiting()

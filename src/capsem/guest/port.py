@@ -45,12 +45,13 @@ class Port:
         self._buffer = memoryview(bytearray(_READ_SIZE))
         self._unsent = memoryview(b"")
         self._events = 0
+        self._away = False  # the host end is closed: until the pause is over there is nothing to be tried
         os.set_blocking(fd, False)
         self._watch(READ)
 
     def flush(self) -> None:
         """Write as much as the host takes now; the loop calls this before it waits."""
-        while True:
+        while not self._away:
             if not self._unsent:
                 self._unsent = memoryview(self._output())
                 if not self._unsent:
@@ -89,6 +90,12 @@ class Port:
         if self._ends:
             self._loop.exit(0)
             return
-        self._loop.unwatch(self._fd)
-        self._events = 0
-        self._loop.after(_ABSENT_PAUSE, lambda: self._watch(READ))
+        if not self._away:
+            self._away = True
+            self._loop.unwatch(self._fd)
+            self._events = 0
+            self._loop.after(_ABSENT_PAUSE, self._look_again)
+
+    def _look_again(self) -> None:
+        self._away = False
+        self._watch(READ)

@@ -63,6 +63,10 @@ HANDLERS: Final = MappingProxyType[str, Handler](
         "resume": lambda manager, vm_id, _request: manager.resume(vm_id),
         "delete": _delete,
         "run": lambda manager, _id, request: manager.run(request),
+        "persist": lambda manager, vm_id, request: manager.persist(vm_id, request),
+        "purge": lambda manager, _id, request: manager.purge(request),
+        "fork": lambda manager, vm_id, request: manager.fork(vm_id, request),
+        "jobs": lambda manager, vm_id, _request: manager.jobs(vm_id),
         "logs": lambda manager, vm_id, _request: manager.logs(vm_id),
     }
 )

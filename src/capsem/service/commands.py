@@ -8,12 +8,13 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 import msgspec
 
-from capsem.api.internal import JobEnded
+from capsem.api.internal import JobEnded, JobList, Jobs
 from capsem.api.stream import ERROR, RESULT
 from capsem.api.types import (
     ExecRequest,
     ExecResponse,
     ExecResult,
+    JobsResponse,
     ReadFileRequest,
     ReadFileResponse,
     WriteFileRequest,
@@ -118,7 +119,7 @@ class Commands:
                         yield item
                 result = await stream.result()
         except TimeoutError:
-            raise TimedOut(f"command timed out after {request.timeout_secs}s and the guest did not end it") from None
+            raise TimedOut(f"command timed out after {request.timeout_secs:g}s and the guest did not end it") from None
         finally:
             stream.reset()
             for task in tasks:
@@ -126,8 +127,17 @@ class Commands:
             await asyncio.gather(*tasks, return_exceptions=True)
         assert isinstance(result, JobEnded)
         if result.timed_out:
-            raise TimedOut(f"command timed out after {request.timeout_secs}s", hint="give it more time with --timeout")
+            raise TimedOut(
+                f"command timed out after {request.timeout_secs:g}s", hint="give it more time with --timeout"
+            )
         yield RESULT, result
+
+    async def jobs(self, vm_id: str) -> JobsResponse:
+        """The commands of a running VM."""
+        link = await self._running(vm_id).ready_link()
+        answer = await link.open(Jobs()).result()
+        assert isinstance(answer, JobList)
+        return JobsResponse(jobs=answer.jobs, running=answer.running)
 
     async def write_file(self, vm_id: str, request: WriteFileRequest) -> None:
         """Write a text file in the guest; durable on return."""

@@ -12,8 +12,14 @@ from capsem.api.internal import AddLayer, LayerAdded, Persist, Stop
 from capsem.api.types import (
     ExecRequest,
     ExecResponse,
+    ForkRequest,
+    ForkResponse,
+    PersistRequest,
+    PersistResponse,
     ProvisionRequest,
     ProvisionResponse,
+    PurgeRequest,
+    PurgeResponse,
     RunRequest,
     StopResponse,
 )
@@ -140,10 +146,9 @@ class Lifecycle(Commands):
             await vm.stop(Stop(kill=True))
             self._fleet.remove(vm)
 
-    async def persist(self, vm_id: str, name: str) -> None:
-        """A running ephemeral VM becomes persistent under `name`, without a pause; its old id is unknown afterwards."""
-        vm = self._fleet.get(vm_id)
-        check_name(name)
+    async def persist(self, vm_id: str, request: PersistRequest) -> PersistResponse:
+        """A running ephemeral VM becomes persistent under a name, without a pause; its old id is unknown afterwards."""
+        vm, name = self._fleet.get(vm_id), request.name
         if vm.record.persistent:
             raise InvalidInput(f"{vm_id} is persistent already")
         self._fleet.take_name(name)
@@ -151,43 +156,45 @@ class Lifecycle(Commands):
             async with vm.turn:
                 link = await self._running(vm_id).ready_link()
                 layout = self._fleet.layout
-                request = Persist(
+                order = Persist(
                     name=name,
                     session_dir=str(layout.session(name, persistent=True).path),
                     socket=str(layout.instance_socket(name)),
                     ready_file=str(layout.ready_file(name)),
                 )
-                await link.open(request).result()
+                await link.open(order).result()
                 self._fleet.renamed(vm, layout.session(name, persistent=True))
         finally:
             self._fleet.release(name)
+        return PersistResponse(success=True, name=name)
 
-    async def purge(self, *, everything: bool) -> tuple[int, int]:
-        """Delete all ephemeral VMs, and with `everything` the persistent ones; how many of each (persistent first)."""
-        doomed = [vm for vm in self._fleet.all() if everything or not vm.record.persistent]
+    async def purge(self, request: PurgeRequest) -> PurgeResponse:
+        """Delete all ephemeral VMs, and if so asked the persistent ones."""
+        doomed = [vm for vm in self._fleet.all() if request.all or not vm.record.persistent]
         gone = await asyncio.gather(*(self.delete(vm.id) for vm in doomed), return_exceptions=True)
         for error in gone:
             if isinstance(error, BaseException) and not isinstance(error, NotFound):
                 raise error
         deleted = [vm for vm, error in zip(doomed, gone, strict=True) if error is None]
         persistent = sum(vm.record.persistent for vm in deleted)
-        return persistent, len(deleted) - persistent
+        return PurgeResponse(
+            purged=len(deleted), persistent_purged=persistent, ephemeral_purged=len(deleted) - persistent
+        )
 
-    async def fork(self, vm_id: str, name: str, description: str | None = None) -> int:
-        """A new, stopped, persistent VM on a copy of this one's disk; returns the bytes of its chain above the image.
+    async def fork(self, vm_id: str, request: ForkRequest) -> ForkResponse:
+        """A new, stopped, persistent VM on a copy of this one's disk.
 
         Nothing is copied: the layer that was on top is frozen, and source and child each go on in one of their own.
         """
-        source = self._fleet.get(vm_id)
-        check_name(name)
+        source, name = self._fleet.get(vm_id), request.name
         self._fleet.take_name(name)
         try:
             async with source.turn:
                 frozen = await self._freeze_top(source)
-                child = self._maker.make_child(name, source.record, frozen, description)
+                child = self._maker.make_child(name, source.record, frozen, request.description)
         finally:
             self._fleet.release(name)
-        return self._fleet.chain_bytes(child.record)
+        return ForkResponse(name=name, size_bytes=self._fleet.chain_bytes(child.record))
 
     async def _freeze_top(self, source: Vm) -> tuple[str, ...]:
         """Put a new layer on top of a VM's volume; returns the layers below it, which nothing writes to any more."""

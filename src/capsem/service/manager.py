@@ -16,10 +16,17 @@ from typing import Protocol
 from capsem.api.types import (
     ExecRequest,
     ExecResponse,
+    ForkRequest,
+    ForkResponse,
+    JobsResponse,
     ListResponse,
     LogsResponse,
+    PersistRequest,
+    PersistResponse,
     ProvisionRequest,
     ProvisionResponse,
+    PurgeRequest,
+    PurgeResponse,
     ReadFileRequest,
     ReadFileResponse,
     RunRequest,
@@ -73,6 +80,18 @@ class Manager(Protocol):
 
     async def run(self, request: RunRequest) -> ExecResponse:
         """Run a command in a VM made for it; the VM is gone when this returns or raises."""
+
+    async def persist(self, vm_id: str, request: PersistRequest) -> PersistResponse:
+        """Keep a running ephemeral VM under another name, without a pause."""
+
+    async def purge(self, request: PurgeRequest) -> PurgeResponse:
+        """Delete all ephemeral VMs, or all."""
+
+    async def fork(self, vm_id: str, request: ForkRequest) -> ForkResponse:
+        """Make a stopped VM on a copy of this one's disk."""
+
+    async def jobs(self, vm_id: str) -> JobsResponse:
+        """The commands of a running VM."""
 
     async def logs(self, vm_id: str) -> LogsResponse:
         """The guest's console and the supervisor's log."""

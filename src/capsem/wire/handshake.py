@@ -26,6 +26,10 @@ from capsem.wire.messages import (
 WAITING, OFFERED, DONE = "waiting", "offered", "done"
 
 
+class VersionMismatch(ProtocolError):
+    """The other end speaks another version: no new epoch will change that."""
+
+
 class HostHandshake:
     """The host's end: feed it the guest's control messages; it says what to send."""
 
@@ -39,8 +43,8 @@ class HostHandshake:
         """Take a control message. Raises ProtocolError when it does not belong here, or the versions do not match."""
         if self.state == WAITING and isinstance(message, Ready):
             if message.protocol != PROTOCOL_VERSION:
-                raise ProtocolError(
-                    f"the guest agent speaks protocol {message.protocol}, this host {PROTOCOL_VERSION}: rebuild the image"
+                raise VersionMismatch(
+                    f"the guest agent speaks protocol {message.protocol}, this host {PROTOCOL_VERSION}"
                 )
             self.ready = message
         elif self.state == OFFERED and isinstance(message, BootReady):
@@ -70,7 +74,7 @@ class GuestHandshake:
         """Take a control message; True when the configuration is complete. Raises ProtocolError."""
         if isinstance(message, BootConfig) and self.state == WAITING:
             if message.protocol != PROTOCOL_VERSION:
-                raise ProtocolError(f"the host speaks protocol {message.protocol}, this agent {PROTOCOL_VERSION}")
+                raise VersionMismatch(f"the host speaks protocol {message.protocol}, this agent {PROTOCOL_VERSION}")
             try:
                 self.next_nonce = check_nonce(bytes.fromhex(message.next_nonce))
             except ValueError:

@@ -1,0 +1,49 @@
+"""What the documentation says is what the code does."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from capsem.model.lifecycle import to_markdown
+
+ROOT = Path(__file__).parent.parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+CAPSEM = Path(sys.executable).parent / "capsem"
+
+
+def test_the_lifecycle_page_is_up_to_date() -> None:
+    assert (ROOT / "docs/lifecycle.md").read_text() == to_markdown(), "run `make docs`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_in_the_text_exist(page: Path) -> None:
+    """Every `capsem VERB` in a page is a verb of the command line."""
+    listed = subprocess.run([CAPSEM, "--help"], capture_output=True, text=True, check=True).stdout
+    verbs = set(re.findall(r"^  ([a-z-]+)", listed, re.MULTILINE)) | {"list", "ls", "attach", "rm"}
+    for verb in re.findall(r"(?:^    |`)capsem ([a-z]+)", page.read_text(), re.MULTILINE):
+        assert verb in verbs, f"{page.name}: there is no `capsem {verb}`"
+
+
+@pytest.mark.parametrize("script", ["demo", "test", "lint", "setup.sh"])
+def test_scripts_are_plain_shell(script: str) -> None:
+    subprocess.run(["sh", "-n", ROOT / "scripts" / script], check=True)
+
+
+def test_packages_of_the_image_builder_are_among_those_installed() -> None:
+    from capsem.image.host import PACKAGE_OF
+
+    names = re.findall(r"^([a-z0-9-]+)", (ROOT / "scripts/packages.txt").read_text(), re.MULTILINE)
+    essential = {"coreutils", "tar", "util-linux"}  # on every Debian
+    optional = {"lz4", "uidmap"}  # for other kernels, and for building without root
+    assert set(PACKAGE_OF.values()) <= {*names, *essential, *optional}
