@@ -27,6 +27,7 @@ from capsem.api.types import (
     ExecRequest,
     ExecResponse,
     ExecResult,
+    ImageUsage,
     ListResponse,
     LogsResponse,
     ProvisionRequest,
@@ -36,6 +37,8 @@ from capsem.api.types import (
     RunRequest,
     SandboxInfo,
     StopResponse,
+    UsageResponse,
+    VmUsage,
     WriteFileRequest,
 )
 from capsem.model.errors import AlreadyExists, LimitReached, TimedOut, Unavailable
@@ -83,6 +86,16 @@ class FakeManager:
         boxes = [self._info(vm_id) for vm_id in self.states]
         return ListResponse(sandboxes=boxes, asset_health=AssetHealth(ready=True, version="1", missing=[]))
 
+    async def df(self) -> UsageResponse:
+        return UsageResponse(
+            vms=[VmUsage(id="box", own_bytes=3 << 20, shared_bytes=5 << 20, session_bytes=4096)],
+            images=[ImageUsage(name="default", digest="d" * 64, size_bytes=188 << 20, vms=["box"])],
+            layers_bytes=9 << 20,
+            unreferenced_bytes=1 << 20,
+            failed_bytes=0,
+            total_bytes=197 << 20,
+        )
+
     async def info(self, vm_id: str) -> SandboxInfo:
         self._require("info", vm_id)
         return self._info(vm_id)
@@ -113,7 +126,7 @@ class FakeManager:
         self.requests.append(request)
         self._require("exec", vm_id)
         out, err = bytearray(), bytearray()
-        async for channel, data in self._command(request.command, None):
+        async for channel, data in self._command(request.command or "", None):
             if channel == stream.RESULT:
                 result = json.loads(data)
                 return ExecResponse(stdout=out.decode(), stderr=err.decode(), exit_code=result["exit_code"])
@@ -125,7 +138,7 @@ class FakeManager:
     ) -> AsyncIterator[tuple[int, bytes]]:
         self.requests.append(request)
         self._require("exec", vm_id)
-        async for item in self._command(request.command, stdin):
+        async for item in self._command(request.command or "", stdin):
             yield item
 
     async def _command(self, command: str, stdin: AsyncIterator[bytes] | None) -> AsyncIterator[tuple[int, bytes]]:

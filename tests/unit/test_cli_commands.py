@@ -113,7 +113,10 @@ def test_exec(service: FakeService) -> None:
     assert run(service, "exec", "box", "both") == (0, "out\n", "err\n")
     assert run(service, "exec", "--timeout", "5", "box", "exit 7") == (7, "", "")
     assert run(service, "exec", "box", "exit 7", "--timeout", "1.5", "-e", "A=b", "-w", "/tmp")[0] == 7
-    assert service.manager.requests[-1] == ExecRequest(command="exit 7", timeout_secs=1.5, env={"A": "b"}, cwd="/tmp")
+    asked = service.manager.requests[-1]
+    assert isinstance(asked, ExecRequest)
+    assert asked.job  # chosen here, so that the run is found again when the connection breaks
+    assert asked == ExecRequest(command="exit 7", timeout_secs=1.5, env={"A": "b"}, cwd="/tmp", job=asked.job)
     assert run(service, "exec", "box", "exit 256")[0] == 1
     assert run(service, "exec", "box", "exit -1")[0] == 255
     assert run(service, "exec", "box", "--", "echo", "a b", "-c")[1] == "'a b' -c\n"

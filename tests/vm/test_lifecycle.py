@@ -104,12 +104,28 @@ def test_vms_outlive_a_killed_service(own_service: Service) -> None:
     client = own_service.client
     client.call("provision", body={"name": "kept", "persistent": True, **SMALL})
     processes = processes_of(own_service, "kept")
+    ephemeral = client.call("provision", body={**SMALL})["id"]
     own_service.output("kept", "(sleep 3; echo done > /root/done) >/dev/null 2>&1 &")
+    counting = "for i in $(seq 1 60); do echo $i; echo e$i >&2; sleep 0.1; done; exit 5"
+    commands = [
+        subprocess.Popen(
+            [BIN / "capsem", "exec", vm, counting], env=own_service.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for vm in ("kept", ephemeral)
+    ]
+    for command in commands:
+        assert command.stdout is not None
+        assert command.stdout.readline() == b"1\n"
     own_service.process.kill()
     own_service.process.wait()
     assert all(map(alive, processes))
     own_service.restart()
-    assert own_service.status("kept") == "Running"
+    assert own_service.status("kept") == own_service.status(ephemeral) == "Running"
+    for command in commands:
+        out, err = command.communicate(timeout=60)
+        assert command.returncode == 5
+        assert out.decode().split() == [str(i) for i in range(2, 61)]
+        assert err.decode().split() == [f"e{i}" for i in range(1, 61)]
     assert processes_of(own_service, "kept") == processes
     assert own_service.output("kept", "while [ ! -e done ]; do sleep 0.1; done; cat done") == "done\n"
 

@@ -64,21 +64,34 @@ class ProvisionRequest(_Body, frozen=True):
         return self.from_ if self.from_ is not None else self.image
 
 
+class Offsets(_Body, frozen=True):
+    """How much of a command's output a client has already."""
+
+    stdout: Annotated[int, msgspec.Meta(ge=0)] = 0
+    stderr: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
 class ExecRequest(_Body, frozen=True):
     """Run `command` with `bash -c`; no time limit unless one is given.
 
     `env` comes on top of the VM's own, `cwd` is /root unless given, `job` is the id under which the run can be found
-    again (one is made up unless given).
+    again (one is made up unless given). With `offsets` nothing is started: the output of the run `job` is followed
+    from there, by a client whose connection broke.
     """
 
-    command: str
+    command: str | None = None
     timeout_secs: Seconds | None = None
     env: dict[str, str] | None = None
     cwd: str | None = None
     job: str | None = None
+    offsets: Offsets | None = None
 
     def __post_init__(self) -> None:
-        _no_nul("command", self.command)
+        if (self.offsets is None) != bool(self.command) or (self.offsets is not None and self.job is None):
+            raise InvalidInput(
+                "command: missing", hint="give a command to run, or a job and the offsets to follow it from"
+            )
+        _no_nul("command", self.command or "")
         _no_nul("cwd", self.cwd or "")
         check_env(self.env or {})
         if self.job is not None:
@@ -211,6 +224,39 @@ class ListResponse(_Body, frozen=True):
     asset_health: AssetHealth
 
 
+class VmUsage(_Body, frozen=True):
+    """What a VM takes: layers that no other VM names, layers that others name too, and its session directory."""
+
+    id: str
+    own_bytes: int
+    shared_bytes: int
+    session_bytes: int
+
+
+class ImageUsage(_Body, frozen=True):
+    """What an image takes, and the VMs that were made from it."""
+
+    name: str
+    digest: str
+    size_bytes: int
+    vms: list[str]
+
+
+class UsageResponse(_Body, frozen=True):
+    """Disk space, holes not counted. A layer counts once in `layers_bytes`, however many VMs name it.
+
+    `unreferenced_bytes` are layers that no VM names; `failed_bytes` the kept logs of ephemeral VMs that failed;
+    `total_bytes` is all of it, with everything else in the run directory's store.
+    """
+
+    vms: list[VmUsage]
+    images: list[ImageUsage]
+    layers_bytes: int
+    unreferenced_bytes: int
+    failed_bytes: int
+    total_bytes: int
+
+
 class ExecResponse(_Body, frozen=True):
     """How a command ended. Bytes that are no UTF-8 are replaced. `truncated`: output beyond the cap was dropped."""
 
@@ -233,6 +279,39 @@ class ReadFileResponse(_Body, frozen=True):
     """The text of a file."""
 
     content: str
+
+
+class FileEntry(_Body, frozen=True):
+    """A file or directory of the workspace; `path` is relative to that. Only directories have `children`, as deep as
+    was asked for.
+    """
+
+    name: str
+    path: str
+    type: str
+    size: int
+    mtime: int
+    mime: str | None = None
+    is_text: bool | None = None
+    children: list[FileEntry] | None = None
+
+
+class FilesResponse(_Body, frozen=True):
+    """What is in a directory. `truncated`: there was more than is listed."""
+
+    entries: list[FileEntry]
+    truncated: bool = False
+
+
+class FileContent(_Body, frozen=True):
+    """Not JSON: the answer is the file's bytes."""
+
+
+class FileWrittenResponse(_Body, frozen=True):
+    """The file is durable in the guest's file system."""
+
+    success: bool
+    size: int
 
 
 class StopResponse(_Body, frozen=True):

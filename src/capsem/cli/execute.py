@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shlex
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +16,11 @@ import click
 from capsem.api import stream
 from capsem.cli.context import GIGABYTES, SECONDS, SESSION, Context, parse_env
 from capsem.cli.terminal import waiting
+from capsem.client.sync import BrokenOff, ExecStream
+from capsem.model.errors import CapsemError
+
+RECONNECT_WITHIN = 60.0  # seconds that a running command waits for a service that went away
+_RECONNECT_TURN = 0.2
 
 
 @click.command(
@@ -42,14 +49,26 @@ def exec_command(
     One word is a line for bash; several are a program and its arguments. Output comes as it is made; Ctrl-C ends the
     command. The exit code is the command's.
     """
-    body = {"command": _line(command), "timeout_secs": timeout, "env": parse_env(env), "cwd": cwd}
-    with obj.client().stream(session, body, stdin=StandardInput() if with_input else None) as output:
-        pieces = iter(output)
-        with waiting(f"waiting for {session}"):  # which may still be booting; the first piece says that it begins
-            first = next(pieces, None)
-        for channel, data in itertools.chain([first] if first else [], pieces):
-            _write(channel, data)
-    return _ending(output.result)
+    job = os.urandom(8).hex()
+    body: dict[str, Any] = {
+        "command": _line(command),
+        "timeout_secs": timeout,
+        "env": parse_env(env),
+        "cwd": cwd,
+        "job": job,
+    }
+    seen = {stream.STDOUT: 0, stream.STDERR: 0}
+    client = obj.client()
+    while True:
+        try:
+            with client.stream(session, body, stdin=StandardInput() if with_input else None) as output:
+                _show(output, session, seen)
+            return _ending(output.result)
+        except BrokenOff:
+            # The service is gone, the command is not: its supervisor keeps it, and its output, for the next service.
+            if with_input or not _answers_again(obj):
+                raise
+            body = {"job": job, "offsets": {"stdout": seen[stream.STDOUT], "stderr": seen[stream.STDERR]}}
 
 
 @click.command(
@@ -89,6 +108,28 @@ def run_command(
     _write(stream.STDOUT, answer["stdout"].encode())
     _write(stream.STDERR, answer["stderr"].encode())
     return _ending(answer)
+
+
+def _show(output: ExecStream, session: str, seen: dict[int, int]) -> None:
+    """Copy the output as it comes, counting it."""
+    pieces = iter(output)
+    with waiting(f"waiting for {session}"):  # which may still be booting; the first piece says that it begins
+        first = next(pieces, None)
+    for channel, data in itertools.chain([first] if first else [], pieces):
+        _write(channel, data)
+        seen[channel] += len(data)
+
+
+def _answers_again(obj: Context) -> bool:
+    """Wait for a service to come back; starting one is up to whoever stopped it."""
+    client, deadline = obj.client(start=False), time.monotonic() + RECONNECT_WITHIN
+    with waiting("the service went away; waiting for it"):
+        while time.monotonic() < deadline:
+            with contextlib.suppress(CapsemError):
+                client.call("version")
+                return True
+            time.sleep(_RECONNECT_TURN)
+    return False
 
 
 class StandardInput:

@@ -98,6 +98,10 @@ class Client:
         )
 
 
+class BrokenOff(Interrupted):
+    """The service went away in the middle of a stream; what it followed may well go on."""
+
+
 class ExecStream:
     """A running command. Iterating yields (channel, bytes), STDOUT or STDERR, as they come; then `result` is there.
 
@@ -136,7 +140,7 @@ class ExecStream:
         self._connection.close()
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        """Yields output until the command has ended. Raises the CapsemError that ended it, or Interrupted."""
+        """Yields output until the command has ended. Raises the CapsemError that ended it, or BrokenOff."""
         answer = self._answer
         refusal: list[bytes] = []
         while not answer.done:
@@ -149,7 +153,7 @@ class ExecStream:
         if answer.status != 200:
             raise request.decode_error(answer.status, answer.headers, b"".join(refusal))
         if not self.result:
-            raise Interrupted("the service broke off before it said how the command ended")
+            raise BrokenOff("the service broke off before it said how the command ended")
 
     def _frames(self, data: bytes) -> Iterator[tuple[int, bytes]]:
         for channel, payload in self._decoder.feed(data):
@@ -237,7 +241,7 @@ def _receive(connection: socket.socket, answer: Answer, timeout: float | None) -
             return answer.feed(data)
         answer.eof()
     except (BadAnswer, ConnectionError) as exc:
-        raise Interrupted(f"the service went away before it had answered: {exc}") from exc
+        raise BrokenOff(f"the service went away before it had answered: {exc}") from exc
     return b""
 
 

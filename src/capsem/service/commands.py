@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 import msgspec
 
-from capsem.api.internal import JobEnded, JobList, Jobs
+from capsem.api.internal import Attach, JobEnded, JobList, Jobs
 from capsem.api.stream import ERROR, RESULT
 from capsem.api.types import (
     ExecRequest,
@@ -86,22 +86,12 @@ class Commands:
         self, vm_id: str, request: ExecRequest, stdin: AsyncIterator[bytes] | None
     ) -> AsyncGenerator[tuple[int, bytes | JobEnded], None]:
         """A command's output as it comes, then how it ended. Leaving early kills the command."""
-        if len(request.command.encode(errors="surrogatepass")) > COMMAND_LIMIT:
+        if len((request.command or "").encode(errors="surrogatepass")) > COMMAND_LIMIT:
             raise InvalidInput("the command is too long", hint="write it to a file with write_file and run that")
         if request.timeout_secs is not None and request.timeout_secs <= 0:
             raise InvalidInput(f"timeout_secs is {request.timeout_secs}", hint="leave it out for no limit")
         link = await self._running(vm_id).ready_link()
-        job = request.job or self._fleet.system.entropy.token_bytes(8).hex()
-        stream = link.open(
-            Exec(
-                job=job,
-                command=request.command,
-                env=dict(request.env or {}),
-                cwd=request.cwd,
-                timeout=request.timeout_secs,
-                stdin=stdin is not None,
-            )
-        )
+        stream = link.open(self._order(request, stdin=stdin is not None))
         queue: asyncio.Queue[tuple[int, bytes] | None] = asyncio.Queue(maxsize=1)
         tasks = [asyncio.create_task(_pump(stream, channel, queue)) for channel in (STDOUT, STDERR)]
         if stdin is not None:
@@ -131,6 +121,20 @@ class Commands:
                 f"command timed out after {request.timeout_secs:g}s", hint="give it more time with --timeout"
             )
         yield RESULT, result
+
+    def _order(self, request: ExecRequest, *, stdin: bool) -> Exec | Attach:
+        """What a supervisor is asked for."""
+        job = request.job or self._fleet.system.entropy.token_bytes(8).hex()
+        if request.offsets is not None:
+            return Attach(job=job, stdout=request.offsets.stdout, stderr=request.offsets.stderr)
+        return Exec(
+            job=job,
+            command=request.command or "",
+            env=dict(request.env or {}),
+            cwd=request.cwd,
+            timeout=request.timeout_secs,
+            stdin=stdin,
+        )
 
     async def jobs(self, vm_id: str) -> JobsResponse:
         """The commands of a running VM."""
