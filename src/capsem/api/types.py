@@ -87,9 +87,10 @@ class ExecRequest(_Body, frozen=True):
     offsets: Offsets | None = None
 
     def __post_init__(self) -> None:
-        if (self.offsets is None) != bool(self.command) or (self.offsets is not None and self.job is None):
+        if (self.offsets is None) != (self.command is not None) or (self.offsets is not None and self.job is None):
             raise InvalidInput(
-                "command: missing", hint="give a command to run, or a job and the offsets to follow it from"
+                "missing required field `command`",
+                hint="give a command to run, or a job and the offsets to follow it from",
             )
         _no_nul("command", self.command or "")
         _no_nul("cwd", self.cwd or "")
