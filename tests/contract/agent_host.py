@@ -14,6 +14,7 @@ import capsem
 from capsem.control.guest import Guest, Identity
 from capsem.system.real import RealClock, RealEntropy
 
+START = "from capsem.guest.__main__ import main; sys.exit(main(sys.argv[1:]))"
 SOURCE = Path(capsem.__file__).parent.parent
 
 
@@ -29,7 +30,7 @@ class AgentProcess:
 
     async def start(self) -> None:
         fd = self._theirs.fileno()
-        code = f"import sys; sys.path.insert(0, {str(SOURCE)!r}); from capsem.guest.__main__ import main; sys.exit(main(sys.argv[1:]))"
+        code = f"import sys; sys.path.insert(0, {str(SOURCE)!r}); " + START
         options = ["--fd", str(fd), "--workspace", str(self.workspace), "--memory", str(self.memory), "--bystander"]
         self.process = await asyncio.create_subprocess_exec(
             sys.executable, "-I", "-S", "-c", code, *options, pass_fds=[fd], env={"PATH": os.environ["PATH"]}

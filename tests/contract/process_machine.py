@@ -17,8 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from agent_host import SOURCE
-
+from agent_host import SOURCE, START
 from capsem.api.internal import BOUND, Bootstrap, Stop
 from capsem.hypervisor.driver import Accelerator, Ending, Features, Layer, MachineSpec
 from capsem.model.errors import CapsemError
@@ -52,7 +51,7 @@ class ProcessMachine:
         workspace = self._directory / "root"
         workspace.mkdir(exist_ok=True)
         fd = self._agent_end.fileno()
-        code = f"import sys; sys.path.insert(0, {str(SOURCE)!r}); from capsem.guest.__main__ import main; sys.exit(main(sys.argv[1:]))"
+        code = f"import sys; sys.path.insert(0, {str(SOURCE)!r}); " + START
         options = [
             "--fd",
             str(fd),

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Bench
 
 from capsem.model.errors import AlreadyExists, CapsemError, Interrupted, InvalidInput
 from capsem.wire.environment import BLOCKED_ENV
 from capsem.wire.messages import STDERR, STDIN, STDOUT, Exited, Signal
 from capsem.wire.streams import WINDOW
+from conftest import Bench
 
 Run = Callable[..., None]
 
@@ -42,6 +42,22 @@ async def until_ended(pid: int) -> None:
     finally:
         loop.remove_reader(pidfd)
         os.close(pidfd)
+
+
+async def until_state(pid: int, state: str) -> None:
+    """Until the kernel shows a process in this state (proc_pid_stat(5)); it does not tell, so it is asked."""
+    while Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] != state:
+        await asyncio.sleep(0.005)
+
+
+async def after_lingering(bench: Bench, pid: int) -> None:
+    """Until the agent has given up waiting for what a command's background processes write.
+
+    `pid` is the command's. The agent learns of its end before it starts what is asked for after that; and what it is
+    asked for takes longer than it lingers.
+    """
+    await until_ended(pid)
+    await bench.run("sleep 0.2")
 
 
 def test_output_error_output_and_exit_code_come_apart(with_agent: Run) -> None:
@@ -308,9 +324,9 @@ def test_a_command_that_does_not_read_its_input(with_agent: Run, command: str) -
 
 def test_a_command_that_reads_late_gets_everything(with_agent: Run) -> None:
     async def scenario(bench: Bench) -> None:
-        stream = bench.start("read first; echo ready; kill -STOP $$; cat | wc -c", stdin=True)
+        stream = bench.start("read first; echo $$; kill -STOP $$; cat | wc -c", stdin=True)
         await stream.write(STDIN, b"\n")
-        assert await stream.read(STDOUT) == b"ready\n"
+        await until_state(int(await stream.read(STDOUT)), "T")
         feeding = asyncio.create_task(stream.write(STDIN, bytes(3 << 20)))
         await bench.serves()
         assert not feeding.done()
@@ -388,9 +404,11 @@ def test_an_idle_agent_does_not_wake_up(with_agent: Run) -> None:
 
     async def scenario(bench: Bench) -> None:
         quiet = [bench.start("read line", stdin=True, timeout=1000) for _ in range(5)]
-        stalled = [bench.start("head -c 2000000 /dev/zero"), bench.start("yes &")]
-        await bench.run("sleep 0.3")  # the second has ended, but for what it left in the pipe
+        stalled = [bench.start("head -c 2000000 /dev/zero"), bench.start("yes & echo $$ $! >&2")]
+        pid, flood = (int(word) for word in (await stalled[1].read(STDERR)).split())
+        await after_lingering(bench, pid)
         await bench.serves()
+        await until_state(bench.pid, "S")
         before = switches(bench.pid)
         work = await asyncio.create_subprocess_exec("sleep", "0.4")
         await work.wait()
@@ -399,6 +417,7 @@ def test_an_idle_agent_does_not_wake_up(with_agent: Run) -> None:
         assert switches(bench.pid) > before
         for stream in (*quiet, *stalled):
             stream.reset()
+        os.kill(flood, signal.SIGKILL)
 
     with_agent(scenario)
 
@@ -440,9 +459,9 @@ def test_a_background_flood_does_not_keep_its_command_alive(with_agent: Run) -> 
     """What was in the pipes when the command was over belongs to it; what comes later does not."""
 
     async def scenario(bench: Bench) -> None:
-        stream = bench.start("yes & echo $! >&2")
-        pid = int(await stream.read(STDERR))
-        await bench.run("sleep 0.3")  # meanwhile nobody reads, and the command has long ended
+        stream = bench.start("yes & echo $$ $! >&2")
+        command, pid = (int(word) for word in (await stream.read(STDERR)).split())
+        await after_lingering(bench, command)  # meanwhile nobody reads
         size = 0
         while data := await stream.read(STDOUT):
             size += len(data)

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from process_machine import InProcess, ProcessDriver
 
 from capsem.api.types import (
     ExecRequest,
@@ -38,6 +37,7 @@ from capsem.service.fleet import Fleet
 from capsem.service.handlers import Handlers
 from capsem.service.launch import Launcher
 from capsem.store.layout import Layout
+from process_machine import InProcess, ProcessDriver
 
 
 class OneImage:

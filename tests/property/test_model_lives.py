@@ -1,10 +1,9 @@
 """Random lives of a VM, with a service and a host that die at any moment, against what each state promises."""
 
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from hypothesis.strategies import sampled_from
-
-import pytest
 
 from capsem.model.errors import WrongState
 from capsem.model.lifecycle import LIVE, PUBLIC_STATUS, TRANSITIONS, Event, State, Status, recover, step
@@ -72,4 +71,4 @@ class Life(RuleBasedStateMachine):
 
 
 TestLife = Life.TestCase
-TestLife.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLife.settings = settings(max_examples=60, stateful_step_count=40)

@@ -94,7 +94,7 @@ def test_frames_are_the_same_however_they_come(items: list[Frame], sizes: list[i
     assert not decoder._buffer
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(noise, sizes)
 @example(b"\xff" * 12 + NONCE[:15], [1])
 def test_garbage_for_the_decoder(data: bytes, sizes: list[int]) -> None:
@@ -103,7 +103,7 @@ def test_garbage_for_the_decoder(data: bytes, sizes: list[int]) -> None:
     outcome(FrameDecoder(hunting=False), [data])
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.lists(whole_frames, max_size=4), encoded, st.data(), st.booleans(), st.lists(whole_frames, max_size=4), sizes)
 def test_a_marker_inside_a_half_read_frame(
     before: list[Frame], victim: bytes, data: st.DataObject, answer: bool, after: list[Frame], sizes: list[int]
@@ -177,13 +177,13 @@ def instances(cls: type[Message]) -> st.SearchStrategy[Message]:
     return st.fixed_dictionaries(fields).map(lambda values: cls(**values))
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.sampled_from(sorted(MESSAGES.values(), key=lambda cls: cls.tag)).flatmap(instances))
 def test_every_message_round_trips(message: Message) -> None:
     assert decode_message(encode_message(message)) == message
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(st.one_of(nearly_messages, st.binary(max_size=100), values.map(lambda value: json.dumps(value).encode())))
 def test_garbage_for_decode_message(payload: bytes) -> None:
     """A message, which then can be sent on as it is, or ProtocolError."""
@@ -233,7 +233,7 @@ on_wire = st.one_of(
 
 
 @pytest.mark.parametrize("initiator", [True, False])
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.lists(on_wire, max_size=25).map(b"".join), sizes)
 def test_garbage_for_a_mux(initiator: bool, data: bytes, sizes: list[int]) -> None:
     """Whatever comes, when it has two streams of its own open: events, or ProtocolError and a new epoch that works."""

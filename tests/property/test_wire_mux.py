@@ -8,7 +8,6 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from wire_pair import End, pair, settle
 
 from capsem.wire import frames, streams
 from capsem.wire.messages import Exec, Exited, Ping
@@ -22,6 +21,7 @@ from capsem.wire.streams import (
     Opened,
     ResetReceived,
 )
+from wire_pair import End, pair, settle
 
 WINDOW, MAX_DATA = 64, 20  # small ones are reached sooner
 DONE = Exited(exit_code=0)
@@ -120,7 +120,11 @@ class Connection(RuleBasedStateMachine):
             for side in (self.host, self.guest):
                 assert side.peer.pings_seen == side.pings
                 for (stream, channel), data in side.sent.items():
-                    if side.end.mux.request(stream) and not {(stream, channel)} & side.ended and stream not in side.closing:
+                    if (
+                        side.end.mux.request(stream)
+                        and not {(stream, channel)} & side.ended
+                        and stream not in side.closing
+                    ):
                         assert side.end.mux.room(stream, channel) > WINDOW // 2, f"{len(data)} bytes sent, none to send"
                 assert side.peer.end.mux.streams == side.end.mux.streams
                 for key, data in side.sent.items():
@@ -234,4 +238,4 @@ class Connection(RuleBasedStateMachine):
 
 
 TestConnection = Connection.TestCase
-TestConnection.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+TestConnection.settings = settings(max_examples=70, stateful_step_count=50)

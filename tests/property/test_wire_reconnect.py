@@ -242,7 +242,7 @@ def test_a_plain_boot() -> None:
     live_through(story(*BOOT))
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(st.sampled_from(STEPS), SIZES), max_size=30))
 # The agent dies twice before the host has heard of it: two offers are under way, and the first is taken.
 @example(story(World.agent_writes, World.agent_dies_unheard, World.agent_writes, World.host_reads))
@@ -257,7 +257,7 @@ def test_they_always_find_each_other(steps: list[tuple[Any, int]]) -> None:
     live_through(steps)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(st.sampled_from([*STEPS, *GARBAGE]), SIZES.filter(lambda size: size <= 600)), max_size=30))
 @example(story(*BOOT, (World.garbage_for_the_agent, 30)))
 @example(story(*BOOT, (World.garbage_for_the_host, 30)))

@@ -243,6 +243,53 @@ def test_version_and_completions_need_no_service() -> None:
         assert "_CAPSEM_COMPLETE" in run(None, "completions", shell)[1]
 
 
+def test_df(service: FakeService) -> None:
+    code, out, err = run(service, "df")
+    assert (code, err) == (0, "")
+    assert [line.split() for line in out.splitlines()] == [
+        ["VM", "OWN", "SHARED", "SESSION"],
+        ["box", "3M", "5M", "4K"],
+        [],
+        ["IMAGE", "SIZE", "VMS"],
+        ["default-dddddddddddd", "188M", "1"],
+        [],
+        ["layers", "9M"],
+        ["unreferenced", "1M"],
+        ["failed", "VMs", "0B"],
+        ["total", "197M"],
+    ]
+    assert json.loads(run(service, "df", "--json")[1])["vms"][0]["id"] == "box"
+
+
+def test_the_state_of_the_service(service: FakeService) -> None:
+    code, out, err = run(service, "status")
+    assert (code, err) == (0, "")
+    assert re.search(r"^running +yes\nversion +1\.2\.3\nrunning_vms +1$", out, re.MULTILINE)
+    assert run(service, "start") == (0, "capsem-service 1.2.3 is running.\n", "")
+    # What listens there is not a capsem-service, so it is let alone.
+    code, _, err = run(service, "stop")
+    assert code == 1
+    assert err.startswith("error: no capsem-service runs in ")
+
+
+def test_a_service_that_is_not_there(tmp_path: Path) -> None:
+    path = ["--uds-path", str(tmp_path / "s.sock")]
+    code, out, _ = run(None, *path, "status", "--json")
+    assert code == 1
+    assert json.loads(out) == {
+        "running": False,
+        "version": None,
+        "pid": None,
+        "running_vms": None,
+        "socket": str(tmp_path / "s.sock"),
+        "run_dir": str(tmp_path),
+    }
+    for command in ("start", "stop"):
+        code, out, err = run(None, *path, command)
+        assert (code, out) == (1, "")
+        assert err.startswith("error: ")
+
+
 def test_sessions_are_completed(service: FakeService) -> None:
     words = f"capsem --uds-path {service.path} info b"
     process = subprocess.run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -15,6 +16,10 @@ from capsem.image.catalog import open_image, write_pointer
 from capsem.image.manifest import ROLES, Manifest
 from capsem.image.recipe import DEFAULT, Recipe
 from capsem.model.errors import HostNotReady
+from capsem.model.spec import VmSpec
+from capsem.model.vm import VmRecord
+from capsem.store import records
+from capsem.store.layout import Layout
 
 
 def make_image(images: Path, name: str = "default", content: bytes = b"x") -> Path:
@@ -30,7 +35,9 @@ def make_image(images: Path, name: str = "default", content: bytes = b"x") -> Pa
         kernel_version="6.12",
         kernel_command_line="ro",
         packages={},
-        files={role: manifests.describe(directory / file) for role, file in ROLES.items()},
+        files={
+            role: manifests.describe(directory / file, sparse=role in manifests.SPARSE) for role, file in ROLES.items()
+        },
         created_at=1_700_000_000.0,
     )
     (directory / manifests.NAME).write_bytes(manifest.to_json())
@@ -82,6 +89,38 @@ def test_verify_and_remove(images: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["image", "rm", "default"]) == 1
     assert main(["image", "verify", "../x"]) == 2
     assert capsys.readouterr().err.count("error: ") == 2
+
+
+def test_an_image_in_use_stays(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = make_image(images)
+    layout = Layout(tmp_path / "home" / "run")
+    layout.create()
+    session = layout.session("box", persistent=True)
+    session.path.mkdir()
+    digest = open_image(directory).digest
+    spec = VmSpec(1, 512, 1024, MappingProxyType({}))
+    records.write(session, VmRecord("box", True, spec, "default", digest, (), 0.0))
+    assert main(["image", "rm", "default"]) == 1
+    err = capsys.readouterr().err
+    assert f"error: the image {directory.name} is in use by box\nhint: " in err
+    assert open_image(directory).digest == digest
+    session.record.write_text("{")
+    assert main(["image", "rm", "default"]) == 1
+    assert "--force" in capsys.readouterr().err
+    assert main(["image", "rm", "default", "--force"]) == 0
+    assert not directory.exists()
+
+
+def test_an_image_is_not_in_use_by_vms_of_another_one(images: Path, tmp_path: Path) -> None:
+    directory = make_image(images)
+    layout = Layout(tmp_path / "home" / "run")
+    layout.create()
+    session = layout.session("box", persistent=False)
+    session.path.mkdir()
+    spec = VmSpec(1, 512, 1024, MappingProxyType({}))
+    records.write(session, VmRecord("box", False, spec, "default", "0" * 64, (), 0.0))
+    assert main(["image", "rm", "default"]) == 0
+    assert not directory.exists()
 
 
 def test_build(images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ class Recorder:
 
     def _wrapped(self, name, real):  # type: ignore[no-untyped-def]
         def call(target, *rest):  # type: ignore[no-untyped-def]
-            path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else os.fspath(target)
+            path = Path(f"/proc/self/fd/{target}").readlink() if isinstance(target, int) else target
             if len(self.calls) == self.fail_at:
                 self.calls.append(("failed", Path(path).name))
                 raise OSError(5, "injected")
@@ -30,6 +30,10 @@ class Recorder:
             return real(target, *rest)
 
         return call
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def _names(directory: Path) -> list[str]:
@@ -116,7 +120,7 @@ def test_a_planted_symbolic_link_is_not_followed(tmp_path: Path) -> None:
 
 
 def test_no_descriptor_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors()
     for fail_at in (None, 0, 1, 2, 3):
         with monkeypatch.context() as patch:
             Recorder(patch, fail_at)
@@ -124,7 +128,7 @@ def test_no_descriptor_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 durable.write(tmp_path / "record", b"x")
             except OSError:
                 assert fail_at is not None
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert descriptors() == before
 
 
 def test_rename_syncs_both_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

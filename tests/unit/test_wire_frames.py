@@ -297,8 +297,7 @@ def test_garbage_that_keeps_ending_like_a_marker_begins_does_not_pile_up(begin: 
     for error in (b"\xff" * HEADER.size, HEADER.pack(frames.DATA, 0, 0, 1, 3) + b"abcX"):
         decoder = Decoder(NONCE, hunting=False)
         with pytest.raises(ProtocolError):
-            for _ in range(1000):
-                decoder.feed(error + begin)
+            fed(decoder, [error + begin] * 1000)
 
 
 def test_memory_is_bounded_by_one_frame() -> None:

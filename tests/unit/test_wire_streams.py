@@ -4,7 +4,6 @@ import struct
 from collections.abc import Callable
 
 import pytest
-from wire_pair import End, new_mux, pair, settle
 
 from capsem.wire import frames
 from capsem.wire.frames import FIRST_NONCE, MAX_DATA, ProtocolError, answer_to, encode
@@ -39,6 +38,7 @@ from capsem.wire.streams import (
     Opened,
     ResetReceived,
 )
+from wire_pair import End, new_mux, pair, settle
 
 EXEC = Exec(job="j", command="c")
 DONE = Exited(exit_code=0)
@@ -240,7 +240,7 @@ def test_no_credit_is_wasted_on_a_channel_that_has_ended() -> None:
 
 
 def test_a_repeated_or_older_credit_does_no_harm() -> None:
-    host, guest, stream = opened()
+    _, guest, stream = opened()
     for limit in (WINDOW + 10, WINDOW, 0, WINDOW + 10):
         received(guest.mux, encode(frames.CREDIT, stream, STDOUT, struct.pack(">Q", limit)))
     assert guest.mux.room(stream, STDOUT) == WINDOW + 10
@@ -277,7 +277,7 @@ def test_a_stalled_channel_stops_only_itself() -> None:
 
 
 def test_control_overtakes_data() -> None:
-    host, guest, stream = opened()
+    host, _, stream = opened()
     host.mux.send(stream, STDIN, bytes(100_000))
     host.mux.output()
     host.mux.control(Ping(id=1))
@@ -504,7 +504,7 @@ def test_beginning_an_epoch_forgets_everything_on_both_sides() -> None:
 
 
 def test_an_answer_is_not_answered() -> None:
-    host, guest = pair()
+    host, _ = pair()
     received(host.mux, answer_to(FIRST_NONCE))
     assert outputs(host.mux) == []
 

@@ -29,8 +29,10 @@ from capsem.model.errors import (
     NotFound,
     NotRunning,
     PayloadTooLarge,
+    PermissionDenied,
     TimedOut,
     Unavailable,
+    WrongState,
 )
 from capsem.model.lifecycle import State
 
@@ -105,6 +107,8 @@ class Operation(NamedTuple):
             raise unknown_vm(vm_id)
         if refusal is NotRunning:
             raise NotRunning(f"{vm_id} is not running", hint=f"capsem resume {vm_id}")
+        if refusal is WrongState:  # for what could be done of a VM that does not run, but is not
+            raise WrongState(f"{vm_id} is {state}: its files can be had while it runs", hint=f"capsem resume {vm_id}")
         raise refusal(f"{vm_id} is {state}: cannot {self.name} it now", hint="try again in a moment")
 
 
@@ -138,6 +142,7 @@ _TABLE: Final = (
         body_limit=ENV_LIMIT,
     ),
     Operation("list", "GET", "/list", "every VM", "ListResponse", retry_safe=True),
+    Operation("df", "GET", "/df", "what VMs and images take on disk", "UsageResponse", retry_safe=True),
     Operation(
         "info",
         "GET",
@@ -195,6 +200,42 @@ _TABLE: Final = (
         legal=_AWAKE,
         retry_safe=True,
         answer_within=FILE_CALL,
+    ),
+    Operation(
+        "list_files",
+        "GET",
+        "/files/{id}",
+        "what is in a directory of a VM's workspace",
+        "FilesResponse",
+        errors=(InvalidInput, PermissionDenied, WrongState, *_GUEST),
+        legal=_AWAKE,
+        otherwise=WrongState,
+        retry_safe=True,
+        answer_within=FILE_CALL,
+    ),
+    Operation(
+        "get_file",
+        "GET",
+        "/files/{id}/content",
+        "the bytes of a file in a VM's workspace",
+        "FileContent",
+        errors=(InvalidInput, PermissionDenied, PayloadTooLarge, WrongState, *_GUEST),
+        legal=_AWAKE,
+        otherwise=WrongState,
+        retry_safe=True,
+        answer_within=None,
+    ),
+    Operation(
+        "put_file",
+        "POST",
+        "/files/{id}/content",
+        "write a file in a VM's workspace from the bytes of the body, however many",
+        "FileWrittenResponse",
+        errors=(InvalidInput, PermissionDenied, WrongState, *_GUEST),
+        legal=_AWAKE,
+        otherwise=WrongState,
+        retry_safe=True,
+        answer_within=None,
     ),
     Operation(
         "stop",

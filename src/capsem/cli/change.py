@@ -12,11 +12,19 @@ from capsem.cli.terminal import waiting
 from capsem.model.errors import InvalidInput, NotRunning
 
 
-@click.command("stop", epilog="\b\nExample:\n  capsem stop box")
-@click.argument("session", type=SESSION)
+@click.command("stop", epilog="\b\nExamples:\n  capsem stop box\n  capsem stop")
+@click.argument("session", type=SESSION, required=False)
 @click.pass_obj
-def stop_command(obj: Context, session: str) -> None:
-    """Power a VM off. A persistent one keeps its disk; any other is destroyed."""
+def stop_command(obj: Context, session: str | None) -> None:
+    """Power a VM off; without SESSION, stop the service and with it all VMs.
+
+    A persistent VM keeps its disk; any other is destroyed.
+    """
+    if session is None:
+        from capsem.cli.daemon import stop_service
+
+        stop_service(obj)
+        return
     with waiting(f"stopping {session}"):
         answer = obj.client().call("stop", vm_id=session)
     click.echo("Session stopped." if answer.get("persistent", True) else "Session stopped and removed.")

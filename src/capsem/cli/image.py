@@ -14,7 +14,9 @@ from capsem.cli.terminal import Line, table, waiting
 from capsem.image.build import build
 from capsem.image.catalog import Catalog, Image
 from capsem.image.recipe import DEFAULT
-from capsem.store import durable
+from capsem.model.errors import Corrupt, WrongState
+from capsem.store import durable, records
+from capsem.store.layout import Layout
 
 _SHORT = 12  # hexadecimal digits that tell digests apart
 
@@ -69,13 +71,16 @@ def image_list(catalog: Catalog, as_json: bool) -> None:
 
 @image_command.command("rm", epilog="\b\nExample:\n  capsem image rm default")
 @click.argument("name", type=IMAGE)
-@click.pass_obj
-def image_rm(catalog: Catalog, name: str) -> None:
-    """Remove every image of a name.
+@click.option("--force", is_flag=True, help="Though VMs were made from it, which cannot start without it.")
+@click.pass_context
+def image_rm(ctx: click.Context, name: str, force: bool) -> None:
+    """Remove every image of a name, unless VMs need one.
 
     NAME may also be that of one image's directory, for that one alone.
     """
-    removed = catalog.remove(name)
+    catalog, context = ctx.find_object(Catalog), ctx.find_root().obj
+    assert catalog is not None
+    removed = catalog.remove(name, in_use={} if force else _in_use(context.paths.run_dir))
     for image in removed:
         click.echo(f"{image.name} {image.digest[:_SHORT]} removed")
     if not removed:  # there was one, but it was damaged
@@ -128,6 +133,24 @@ def _describe(image: Image) -> dict[str, object]:
         "kernel_version": image.manifest.kernel_version,
         "directory": str(image.directory),
     }
+
+
+def _in_use(run_dir: Path) -> dict[str, list[str]]:
+    """Digests of images -> the VMs of this run directory that were made from them. Raises WrongState when a record
+    cannot be read, for who knows what that VM needs."""
+    users: dict[str, list[str]] = {}
+    for session in records.sessions(Layout(run_dir)):
+        try:
+            record = records.read(session)
+        except FileNotFoundError:
+            continue  # just deleted
+        except Corrupt as exc:
+            raise WrongState(
+                f"{session.path.name} may need the image: {exc.message}",
+                hint=f"delete that VM first (capsem delete {session.path.name}), or use --force",
+            ) from exc
+        users.setdefault(record.image_digest, []).append(record.id)
+    return users
 
 
 def _size(image: Image) -> int:

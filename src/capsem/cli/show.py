@@ -72,6 +72,48 @@ def logs_command(obj: Context, session: str, tail: int | None) -> None:
         _section("process.log", process, tail)
 
 
+@click.command("df", epilog="\b\nExamples:\n  capsem df\n  capsem df --json")
+@click.option("--json", "as_json", is_flag=True, help="The service's answer, as JSON.")
+@click.pass_obj
+def df_command(obj: Context, as_json: bool) -> None:
+    """Show what VMs and images take on disk.
+
+    OWN goes when the VM is deleted; what it SHARES with others stays as long as one of them does.
+    """
+    answer = obj.client().call("df")
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+        return
+    vms = [
+        (vm["id"], *(_bytes(vm[key]) for key in ("own_bytes", "shared_bytes", "session_bytes"))) for vm in answer["vms"]
+    ]
+    images = [
+        (f"{image['name']}-{image['digest'][:12]}", _bytes(image["size_bytes"]), str(len(image["vms"])))
+        for image in answer["images"]
+    ]
+    for line in (*table(("VM", "OWN", "SHARED", "SESSION"), vms), "", *table(("IMAGE", "SIZE", "VMS"), images), ""):
+        click.echo(line)
+    totals = [
+        (text, _bytes(answer[key]))
+        for text, key in (
+            ("layers", "layers_bytes"),
+            ("unreferenced", "unreferenced_bytes"),
+            ("failed VMs", "failed_bytes"),
+            ("total", "total_bytes"),
+        )
+    ]
+    for line in table(totals[0], totals[1:]):
+        click.echo(line)
+
+
+def _bytes(size: float) -> str:
+    for unit in "BKMG":
+        if size < 1024 or unit == "G":
+            break
+        size /= 1024
+    return f"{size:.4g}{unit}"
+
+
 def _section(title: str, text: str, tail: int | None) -> None:
     lines = text.splitlines()
     click.echo(f"== {title} ==")

@@ -134,10 +134,14 @@ class ExecStream:
 
     def close(self) -> None:
         """Hang up; a command that still runs is ended."""
+        self.hang_up()
+        self._connection.close()
+
+    def hang_up(self) -> None:
+        """End a command that still runs; whoever iterates, in another thread, gets Interrupted."""
         self._credit.end()
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)  # a thread that is sending notices this, not a close
-        self._connection.close()
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
         """Yields output until the command has ended. Raises the CapsemError that ended it, or BrokenOff."""

@@ -202,8 +202,8 @@ class Guest:
             self._begin_epoch()
 
     async def heartbeat(self) -> None:
-        """Ping for ever, with the time; a guest that does not answer for a whole period is begun anew."""
-        while True:
+        """Ping with the time until the connection is lost; silence for a whole period is logged."""
+        while not self._lost:
             await asyncio.sleep(HEARTBEAT)
             if not self._ready.is_set():
                 continue

@@ -93,7 +93,10 @@ def _descend(fd: int, part: str, *, create: bool) -> int:
     except FileNotFoundError:
         if not create:
             raise
-        os.mkdir(part, 0o755, dir_fd=fd)
+        try:
+            os.mkdir(part, 0o755, dir_fd=fd)
+        except FileExistsError:  # a command of the guest was faster; it is still opened with care
+            pass
         os.fsync(fd)
         inner = os.open(part, _DIRECTORY, dir_fd=fd)
     os.close(fd)

@@ -51,6 +51,8 @@ chroot "$1" sh -euc '
 '
 """
 
+_KEYRING: Final = "/usr/share/keyrings/debian-archive-keyring.gpg"
+
 # What mmdebstrap says at the start of each of its steps, and about how far that is.
 _STEPS: Final = {
     "running apt-get update": 0.05,
@@ -105,7 +107,10 @@ def _cached(archive: Path, note: Path) -> Base | None:
 
 
 def _fetch(recipe: Recipe, archive: Path, note: Path, host: Host, mirror: str | None, progress: Progress) -> Base:
-    host.require("mmdebstrap", "zstd", "tar", *(() if host.is_root() else ("newuidmap", "unshare")))
+    host.require("mmdebstrap", "zstd", _KEYRING)
+    if not host.is_root():
+        host.require("newuidmap")
+        host.require_user_ids()
     archive.parent.mkdir(parents=True, exist_ok=True)
     temporary = archive.with_name(f"{durable.TEMPORARY}{archive.name}")
     begun = time.time()

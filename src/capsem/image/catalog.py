@@ -16,10 +16,12 @@ import json
 import os
 import platform
 import pwd
+import re
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from capsem.image import manifest as manifests
@@ -28,6 +30,7 @@ from capsem.model.errors import Corrupt, NotFound, WrongState
 from capsem.store import durable
 
 DIGITS: Final = 12  # of the digest, in directory names
+_IMAGE_DIRECTORY: Final = re.compile(rf"([A-Za-z0-9][A-Za-z0-9_-]*)-[0-9a-f]{{{DIGITS}}}\Z")
 _BUILD_HINT: Final = "make it with: capsem image build"
 
 
@@ -122,10 +125,10 @@ class Catalog:
                     found.setdefault(image.directory, image)
         return [*found.values()]
 
-    def remove(self, name: str, *, in_use: Collection[str] = ()) -> builtins.list[Image]:
+    def remove(self, name: str, *, in_use: Mapping[str, Sequence[str]] = MappingProxyType({})) -> builtins.list[Image]:
         """Remove every image of that name and the pointer to it, or one image named by its directory, from where it is
-        found first; damaged ones too. Returns those that were whole. `in_use` are digests that must stay. Raises
-        NotFound, WrongState (then nothing was removed)."""
+        found first; damaged ones too. Returns those that were whole. `in_use` has the digests that must stay, and who
+        needs them. Raises NotFound, WrongState (then nothing was removed)."""
         for directory in self.directories:
             pointer = directory / f"{name}.json"
             places = [place for place in _children(directory) if place.name == name or _name_of(place) == name]
@@ -152,7 +155,7 @@ class Catalog:
         for role, expected in image.manifest.files.items():
             path = image.directory / expected.name
             try:
-                actual = manifests.describe(path, sparse=role in manifests.SPARSE)
+                actual = manifests.describe(path, sparse=expected.digest.startswith(manifests.SPARSE_KIND))
             except FileNotFoundError:
                 actual = None
             if actual != expected:
@@ -172,14 +175,17 @@ class Catalog:
             yield from (place for place in _children(directory) if place.name == name)
 
     @staticmethod
-    def _refuse_if_used(places: Sequence[Path], in_use: Collection[str]) -> None:
+    def _refuse_if_used(places: Sequence[Path], in_use: Mapping[str, Sequence[str]]) -> None:
         for place in places:
             try:
                 digest = manifests.read(place / manifests.NAME).digest
             except (FileNotFoundError, Corrupt):
                 continue  # nothing can run from it
-            if digest in in_use:
-                raise WrongState(f"the image {place.name} is in use", hint="delete the VMs made from it first")
+            if users := in_use.get(digest):
+                raise WrongState(
+                    f"the image {place.name} is in use by {', '.join(sorted(users))}",
+                    hint="delete the VMs made from it first",
+                )
 
 
 def _openable(place: Path) -> Iterator[Image]:
@@ -202,9 +208,7 @@ def _target(pointer: Path) -> Path | None:
         name = json.loads(pointer.read_bytes())["directory"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if not isinstance(name, str) or Path(name).name != name:
-        return None
-    return pointer.parent / name
+    return pointer.parent / name if isinstance(name, str) and _IMAGE_DIRECTORY.match(name) else None
 
 
 def _itself(directory: Path) -> Iterator[Path]:
@@ -225,9 +229,9 @@ def _children(directory: Path) -> list[Path]:
 
 def _name_of(place: Path) -> str:
     """The image's name, from its directory's name, or from its manifest; "" when it is no image."""
-    name, dash, digits = place.name.rpartition("-")
-    if dash and len(digits) == DIGITS and not set(digits) - set("0123456789abcdef"):
-        return name
+    match = _IMAGE_DIRECTORY.match(place.name)
+    if match:
+        return match[1]
     try:
         return manifests.read(place / manifests.NAME).name
     except (OSError, Corrupt):

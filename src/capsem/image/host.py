@@ -7,14 +7,16 @@ can be tested without root, network or the tools themselves.
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 from capsem.model.errors import HostNotReady, MachineFailed
 
-# Which Debian or Ubuntu package brings a tool, for the hint of HostNotReady.
+# Which Debian or Ubuntu package brings a tool, or a file if it begins with "/", for the hint of HostNotReady.
 PACKAGE_OF: Final[Mapping[str, str]] = {
     "mmdebstrap": "mmdebstrap",
     "mkfs.erofs": "erofs-utils",
@@ -26,6 +28,7 @@ PACKAGE_OF: Final[Mapping[str, str]] = {
     "chroot": "coreutils",
     "unshare": "util-linux",
     "newuidmap": "uidmap",
+    "/usr/share/keyrings/debian-archive-keyring.gpg": "debian-archive-keyring",
 }
 _LAST_LINES: Final = 8
 
@@ -34,15 +37,26 @@ class Host:
     """Runs programs on this machine, in the caller's environment."""
 
     def require(self, *tools: str) -> None:
-        """Check that all `tools` can be found. Raises HostNotReady, with the command that installs what is missing."""
-        path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
-        missing = [tool for tool in tools if shutil.which(tool, path=path) is None]
+        """Check that all `tools` (see PACKAGE_OF) are there. Raises HostNotReady, with the command that installs them."""
+        missing = [tool for tool in tools if not _is_there(tool)]
         if missing:
             packages = " ".join(dict.fromkeys(PACKAGE_OF.get(tool, tool) for tool in missing))
             raise HostNotReady(
                 f"building an image needs {', '.join(missing)}, which this host does not have",
                 hint=f"apt-get install -y {packages}",
             )
+
+    def require_user_ids(self) -> None:
+        """Check that this user, who is not root, may use other user ids in a namespace of its own, as installing packages
+        needs. Raises HostNotReady, with the command that allows it."""
+        user = pwd.getpwuid(os.getuid())
+        for file in (Path("/etc/subuid"), Path("/etc/subgid")):
+            owners = [line.split(":", 1)[0] for line in file.read_text().splitlines()] if file.exists() else []
+            if not {user.pw_name, str(user.pw_uid)} & {*owners}:
+                raise HostNotReady(
+                    f"{user.pw_name} has no line in {file}, so packages cannot be installed without root",
+                    hint="as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 " + user.pw_name,
+                )
 
     def is_root(self) -> bool:
         """Whether this process may change owners and roots without further ado."""
@@ -61,8 +75,7 @@ class Host:
         `on_line` is called with each line of stderr as it comes. Blocks until the program ends. Raises HostNotReady
         when it cannot be started, MachineFailed with its last words when it exits with anything but 0.
         """
-        environment = {**os.environ, "LC_ALL": "C.UTF-8", **(env or {})}
-        environment["PATH"] = environment.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+        environment = {**os.environ, "LC_ALL": "C.UTF-8", **(env or {}), "PATH": _search_path()}
         try:
             if on_line is None:
                 done = subprocess.run(argv, input=stdin, env=environment, capture_output=True, check=False)
@@ -76,6 +89,15 @@ class Host:
             words = "; ".join(line.strip() for line in lines[-_LAST_LINES:] if line.strip()) or "it said nothing"
             raise MachineFailed(f"{argv[0]} failed with exit status {code}: {words}")
         return stdout
+
+
+def _search_path() -> str:
+    """Tools for administrators are often not on an ordinary user's PATH."""
+    return os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+
+
+def _is_there(tool: str) -> bool:
+    return Path(tool).exists() if tool.startswith("/") else shutil.which(tool, path=_search_path()) is not None
 
 
 def _follow(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,9 @@ from capsem.model.errors import Corrupt
 
 NAME: Final = "manifest.json"
 ROLES: Final = {"kernel": "vmlinux", "initrd": "initrd.img", "root": "root.erofs", "volume": "volume.raw"}
-SPARSE: Final = frozenset({"volume"})
+SPARSE: Final = frozenset({"volume"})  # the roles whose digest leaves holes out
+SPARSE_KIND: Final = "sparse-sha256:"
+_PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 _BLOCK: Final = 64 * 1024
 
 
@@ -79,7 +82,7 @@ def read(path: Path) -> Manifest:
         manifest = Manifest(**body)
         whole = manifest.digest == digest and manifest.files.keys() == ROLES.keys()
         # A manifest can come from elsewhere: its names must not lead out of its directory.
-        names_are_plain = all(Path(each.name).name == each.name for each in manifest.files.values())
+        names_are_plain = all(_PLAIN_NAME.match(each.name) for each in manifest.files.values())
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise Corrupt(f"{path} is no image manifest: {exc!r}", hint="remove the image and make it again") from exc
     if not whole or not names_are_plain:
@@ -100,7 +103,7 @@ def describe(path: Path, *, sparse: bool = False) -> File:
             if block.strip(b"\0"):
                 digest.update(offset.to_bytes(8, "little") + block)
             offset += _BLOCK
-    return File(path.name, size, f"sparse-sha256:{digest.hexdigest()}")
+    return File(path.name, size, f"{SPARSE_KIND}{digest.hexdigest()}")
 
 
 def _next_data(fd: int, offset: int) -> int:

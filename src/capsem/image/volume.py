@@ -51,8 +51,10 @@ def format_volume(path: Path, size_mb: int, *, host: Host | None = None) -> None
         "SOURCE_DATE_EPOCH": str(_TIME),
     }
     geometry = ["-b", "4096", "-I", "256", "-i", "16384", "-m", "0", "-J", f"size={_JOURNAL_MB}"]
+    with path.open("xb") as file:  # before the try: what was there already is not ours to remove
+        pass
     try:
-        with path.open("xb") as file:
+        with path.open("r+b") as file:
             file.truncate(size_mb << 20)
         host.run(
             [

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from capsem.model.errors import Corrupt
-from capsem.model.ids import check_name
+from capsem.model.ids import check_name, check_object_id
 from capsem.model.lifecycle import Event, State, step
 from capsem.model.spec import VmSpec
 
@@ -91,7 +91,7 @@ def record_from_json(data: bytes, *, source: str) -> VmRecord:
             **{
                 **known,
                 "id": check_name(known["id"]),
-                "layers": tuple(known["layers"]),
+                "layers": tuple(check_object_id(layer) for layer in known["layers"]),
                 "state": State(known["state"]),
                 "spec": VmSpec(spec["cpus"], spec["ram_mb"], spec["disk_mb"], MappingProxyType(dict(spec["env"]))),
                 "last_exit": Exit(**last_exit) if last_exit else None,

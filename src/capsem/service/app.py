@@ -29,6 +29,7 @@ from capsem.api.types import SuccessResponse, VersionResponse
 from capsem.model.errors import CapsemError, InvalidInput, NotFound, PayloadTooLarge, TimedOut, Unavailable
 from capsem.model.ids import check_name
 from capsem.service.exec_stream import ExecStream
+from capsem.service.file_routes import FILE_ROUTES, file_endpoint
 from capsem.service.manager import Manager
 
 T = TypeVar("T")
@@ -50,11 +51,12 @@ async def _delete(manager: Manager, vm_id: str, _request: Any) -> SuccessRespons
     return _OK
 
 
-# All but `version`, which needs no manager, and `exec_stream`, which is no request with one answer.
+# All but `version`, which needs no manager, `exec_stream`, which is no request with one answer, and FILE_ROUTES.
 HANDLERS: Final = MappingProxyType[str, Handler](
     {
         "provision": lambda manager, _id, request: manager.provision(request),
         "list": lambda manager, _id, _request: manager.list(),
+        "df": lambda manager, _id, _request: manager.df(),
         "info": lambda manager, vm_id, _request: manager.info(vm_id),
         "exec": lambda manager, vm_id, request: manager.execute(vm_id, request),
         "write_file": _write_file,
@@ -79,6 +81,8 @@ def build_app(manager: Manager, version: str) -> Starlette:
     def endpoint(operation: Operation) -> Callable[[Request], Coroutine[Any, Any, Response]] | ExecStream:
         if operation.name == "exec_stream":
             return ExecStream(operation, manager, error_response)
+        if operation.name in FILE_ROUTES:
+            return file_endpoint(operation, manager, error_response)
 
         async def answer(request: Request) -> Response:
             try:

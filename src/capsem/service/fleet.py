@@ -44,6 +44,10 @@ class Fleet:
         listed = [vm for vm in self._vms.values() if vm.status is not None and not vm.deleted]
         return sorted(listed, key=lambda vm: (vm.record.created_at, vm.id))
 
+    def known(self) -> list[Vm]:
+        """Every VM that has a record, those that are just being made or deleted too: what they name is in use."""
+        return sorted((vm for vm in self._vms.values() if not vm.deleted), key=lambda vm: vm.id)
+
     def get(self, vm_id: str) -> Vm:
         """Raises NotFound."""
         vm = self._vms.get(vm_id)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from capsem.api.types import AssetHealth, ListResponse, LogsResponse, SandboxInfo
+import asyncio
+
+from capsem.api.types import AssetHealth, ListResponse, LogsResponse, SandboxInfo, UsageResponse
 from capsem.model.errors import NotFound
 from capsem.model.lifecycle import Status
+from capsem.service.files import Files
 from capsem.service.lifecycle import Lifecycle
+from capsem.service.usage import Named, usage
 from capsem.service.vm import Vm
 from capsem.store import durable
 from capsem.store.lines import read_tail
@@ -13,7 +17,7 @@ from capsem.store.lines import read_tail
 LOG_LIMIT = 1024 * 1024  # bytes of each log in one answer
 
 
-class Handlers(Lifecycle):
+class Handlers(Lifecycle, Files):
     """Implements service.manager.Manager."""
 
     async def list(self) -> ListResponse:
@@ -25,6 +29,12 @@ class Handlers(Lifecycle):
             missing=[] if images else ["default image"],
         )
         return ListResponse(sandboxes=[self._info(vm) for vm in self._fleet.all()], asset_health=health)
+
+    async def df(self) -> UsageResponse:
+        """What VMs and images take on disk."""
+        vms = [Named(vm.id, vm.session.path, vm.record.layers, vm.record.image_digest) for vm in self._fleet.known()]
+        # Every file is looked at, of images too: that is not for the event loop.
+        return await asyncio.to_thread(usage, self._fleet.layout, vms, self._maker.catalog)
 
     async def info(self, vm_id: str) -> SandboxInfo:
         """One VM; a persistent one that does not run also tells its size."""

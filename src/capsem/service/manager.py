@@ -11,11 +11,13 @@ its VM, before the cancellation is passed on.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from capsem.api.types import (
     ExecRequest,
     ExecResponse,
+    FilesResponse,
+    FileWrittenResponse,
     ForkRequest,
     ForkResponse,
     JobsResponse,
@@ -32,8 +34,12 @@ from capsem.api.types import (
     RunRequest,
     SandboxInfo,
     StopResponse,
+    UsageResponse,
     WriteFileRequest,
 )
+
+if TYPE_CHECKING:
+    from capsem.service.files import Content
 
 
 class Manager(Protocol):
@@ -44,6 +50,9 @@ class Manager(Protocol):
 
     async def list(self) -> ListResponse:
         """Every VM, and whether there is an image to boot."""
+
+    async def df(self) -> UsageResponse:
+        """What VMs and images take on disk."""
 
     async def info(self, vm_id: str) -> SandboxInfo:
         """One VM."""
@@ -68,6 +77,15 @@ class Manager(Protocol):
 
     async def read_file(self, vm_id: str, request: ReadFileRequest) -> ReadFileResponse:
         """The text of a file."""
+
+    async def list_files(self, vm_id: str, path: str, depth: int) -> FilesResponse:
+        """What is in a directory of the workspace; a path is relative to that."""
+
+    async def get_file(self, vm_id: str, path: str) -> Content:
+        """A file of at most 10 MiB; whoever takes it closes its `pieces`."""
+
+    async def put_file(self, vm_id: str, path: str, body: AsyncIterator[bytes]) -> FileWrittenResponse:
+        """Replace a file, of any size; it is durable when this returns. `body` may raise: then nothing has changed."""
 
     async def stop(self, vm_id: str) -> StopResponse:
         """Power off; when this returns process and sockets are gone."""

@@ -30,7 +30,7 @@ def sessions(layout: Layout) -> list[SessionDir]:
     """All session directories with a record, of VMs that ran or may run; kept failures are not among them."""
     found = []
     for parent in (layout.persistent, layout.sessions):
-        for path in sorted(parent.iterdir()):
+        for path in sorted(parent.iterdir()) if parent.is_dir() else ():
             session = SessionDir(path)
             if path.is_dir() and not path.is_symlink() and "-failed-" not in path.name and session.record.is_file():
                 found.append(session)

@@ -307,6 +307,7 @@ STREAMS: dict[type[Message], type[Message]] = {
     Exec: Exited,
     ReadFile: FileRead,
     WriteFile: FileWritten,
+    ListDir: DirListed,
     Sync: Synced,
     Freeze: Thawed,
 }

@@ -1,0 +1,91 @@
+"""The routes under /files: what they take is in the query, and a file's bytes travel as the body, piece by piece."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import AsyncIterator, Callable, Coroutine
+from types import MappingProxyType
+from typing import Any, Final
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from capsem.api.codec import encode
+from capsem.api.operations import Operation
+from capsem.model.errors import InvalidInput
+from capsem.model.ids import check_name
+from capsem.service.files import Content
+from capsem.service.manager import Manager
+
+ErrorResponse = Callable[[Exception, Operation], Response]
+Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
+
+_CLIENT_GONE: Final = 499  # nobody will read it
+_NAME: Final = re.compile(r"[^A-Za-z0-9._-]")
+
+
+class ContentResponse(StreamingResponse):
+    """A file, to be saved under its own name. However it ends, the guest stops sending."""
+
+    def __init__(self, content: Content) -> None:
+        headers = {
+            "Content-Disposition": f'attachment; filename="{_NAME.sub("", content.name) or "file"}"',
+            "X-Content-Type-Options": "nosniff",
+        }
+        if content.size is not None:
+            headers["Content-Length"] = str(content.size)
+        super().__init__(content.pieces, headers=headers)
+        self.headers["Content-Type"] = content.mime  # as it is: nobody here knows the charset of a guest's text
+        self._content = content
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        async with contextlib.aclosing(self._content.pieces):
+            await super().__call__(scope, receive, send)
+
+
+async def _list(manager: Manager, vm_id: str, request: Request) -> Response:
+    text = request.query_params.get("depth", "1")
+    if not re.fullmatch(r"[0-9]{1,6}", text):
+        raise InvalidInput(f"depth: {text[:80]!r} is not a number", hint="1 to 6")
+    listed = await manager.list_files(vm_id, request.query_params.get("path", ""), int(text))
+    return Response(encode(listed), media_type="application/json")
+
+
+async def _get(manager: Manager, vm_id: str, request: Request) -> Response:
+    return ContentResponse(await manager.get_file(vm_id, request.query_params.get("path", "")))
+
+
+async def _put(manager: Manager, vm_id: str, request: Request) -> Response:
+    written = await manager.put_file(vm_id, request.query_params.get("path", ""), _body(request))
+    return Response(encode(written), media_type="application/json")
+
+
+async def _body(request: Request) -> AsyncIterator[bytes]:
+    async for piece in request.stream():
+        if piece:
+            yield piece
+
+
+_CALLS: Final = MappingProxyType({"list_files": _list, "get_file": _get, "put_file": _put})
+FILE_ROUTES: Final = frozenset(_CALLS)
+
+
+def file_endpoint(operation: Operation, manager: Manager, error_response: ErrorResponse) -> Endpoint:
+    """The endpoint of one of FILE_ROUTES; errors are answered, none are raised."""
+    call = _CALLS[operation.name]
+
+    async def answer(request: Request) -> Response:
+        try:
+            return await call(manager, check_name(request.path_params["id"]), request)
+        except ClientDisconnect:
+            return Response(status_code=_CLIENT_GONE)
+        except Exception as exc:  # noqa: BLE001  this is the edge: everything becomes an answer
+            response = error_response(exc, operation)
+            if operation.name == "put_file":
+                response.headers["Connection"] = "close"  # whatever is still to come, nobody wants it
+            return response
+
+    return answer

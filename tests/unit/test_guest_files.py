@@ -1,0 +1,277 @@
+"""Writing a file in the guest: what is durable when it is acknowledged, and what a failure leaves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capsem.guest import files
+from capsem.guest.files import Reader, Refused, Writer, open_parent, refusal
+from capsem.wire.messages import STDIN, STDOUT, Failed, FileRead, FileWritten, ReadFile, WriteFile
+from capsem.wire.streams import WINDOW, Closed, DataReceived
+from wire_pair import pair, settle
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+class Deferred:
+    """A loop of which the threads run when the test says so."""
+
+    def __init__(self) -> None:
+        self.work: list[tuple[Callable[[], Any], Callable[[Any], None]]] = []
+
+    def offload(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        self.work.append((work, then))
+
+    def run(self) -> None:
+        work, then = self.work.pop()
+        try:
+            result = work()
+        except OSError as error:
+            result = error
+        then(result)
+
+
+class Case:
+    """A guest's end of a stream with a servant on it, the host's end, and every call that makes things durable."""
+
+    def __init__(self, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.workspace = workspace
+        self.loop = Deferred()
+        self.host, self.guest = pair()
+        self.calls: list[tuple[str, str]] = []
+        self.fail: str | None = None
+        self.finished: list[int] = []
+        for name in ("fsync", "rename", "mkdir"):
+            monkeypatch.setattr(files.os, name, self._recorded(name, getattr(os, name)))
+
+    def _recorded(self, name: str, real: Callable[..., None]) -> Callable[..., None]:
+        def call(target: Any, *rest: Any, **options: Any) -> None:
+            path = Path(f"/proc/self/fd/{target}").readlink() if isinstance(target, int) else target
+            shown = "temporary" if Path(path).name.startswith(".capsem-") else Path(path).name
+            self.calls.append((name, shown))
+            if self.fail == name:
+                raise OSError(28, "injected")
+            real(target, *rest, **options)
+
+        return call
+
+    def open(self, request: ReadFile | WriteFile) -> int:
+        stream = self.host.mux.open(request)
+        settle(self.host, self.guest)
+        self.host.told()
+        return stream
+
+    def writer(self, path: str = "file") -> Writer:
+        request = WriteFile(path=path)
+        stream = self.open(request)
+        return Writer(self.loop, self.guest.mux, stream, request, str(self.workspace), self.finished.append)  # type: ignore[arg-type]
+
+    def answer(self) -> list[object]:
+        settle(self.host, self.guest)
+        return [event.message for event in self.host.told() if isinstance(event, Closed)]
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.workspace.iterdir())
+
+
+@pytest.fixture
+def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
+    (tmp_path / "root").mkdir()
+    return Case(tmp_path / "root", monkeypatch)
+
+
+def test_nothing_is_acknowledged_before_file_and_directory_are_durable(case: Case) -> None:
+    writer = case.writer()
+    writer.feed(b"content")
+    assert (case.answer(), case.calls) == ([], [])
+    writer.feed_end()
+    assert (case.answer(), case.calls) == ([], [])
+    case.loop.run()
+    assert case.calls == [("fsync", "temporary"), ("rename", "temporary"), ("fsync", "root")]
+    assert case.answer() == [FileWritten(size=7)]
+    assert (case.workspace / "file").read_bytes() == b"content"
+    assert case.names() == ["file"]
+    assert case.finished == [1]
+
+
+def test_parents_are_durable_too(case: Case) -> None:
+    writer = case.writer("a/b/file")
+    assert case.calls == [("mkdir", "a"), ("fsync", "root"), ("mkdir", "b"), ("fsync", "a")]
+    writer.feed_end()
+    case.loop.run()
+    assert case.calls[-1] == ("fsync", "b")
+
+
+@pytest.mark.parametrize("fail", ["fsync", "rename"])
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_a_failure_is_said_and_leaves_what_was_there(case: Case, fail: str, old: bytes | None) -> None:
+    if old is not None:
+        (case.workspace / "file").write_bytes(old)
+    before = descriptors()
+    writer = case.writer()
+    writer.feed(b"new")
+    writer.feed_end()
+    case.fail = fail
+    case.loop.run()
+    (failed,) = case.answer()
+    assert isinstance(failed, Failed)
+    assert failed.code == "guest_failed"
+    assert "No space left" in failed.message
+    assert case.names() == ([] if old is None else ["file"])
+    assert old is None or (case.workspace / "file").read_bytes() == old
+    assert descriptors() == before
+
+
+def test_a_parent_that_somebody_else_makes_meanwhile_is_used(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.mkdir
+
+    def mkdir(path: Any, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
+        real(path, mode, dir_fd=dir_fd)
+        raise FileExistsError(17, "made by a command of the guest")
+
+    monkeypatch.setattr(files.os, "mkdir", mkdir)
+    case.writer("a/b/file").feed_end()
+    case.loop.run()
+    assert case.answer() == [FileWritten(size=0)]
+
+
+def test_short_writes_are_continued(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.write
+    monkeypatch.setattr(files.os, "write", lambda fd, data: real(fd, data[:7]))
+    writer = case.writer()
+    writer.feed(bytes(range(100)))
+    monkeypatch.undo()
+    writer.feed_end()
+    case.loop.run()
+    assert (case.workspace / "file").read_bytes() == bytes(range(100))
+
+
+def test_giving_up_at_any_moment_leaves_nothing_behind(case: Case) -> None:
+    before = descriptors()
+    for moment in range(4):
+        writer = case.writer()
+        if moment > 0:
+            writer.feed(b"x")
+        if moment > 1:
+            writer.feed_end()
+        writer.cancelled()
+        if moment > 1:
+            case.loop.run()  # the thread finds its file gone
+        if moment > 2:
+            writer.cancelled()
+        assert case.names() == []
+    assert descriptors() == before
+
+
+def test_credit_is_given_as_bytes_are_written(case: Case) -> None:
+    writer = case.writer()
+    stream = 1
+    case.host.mux.send(stream, STDIN, bytes(WINDOW))
+    settle(case.host, case.guest)
+    for event in case.guest.told():
+        if isinstance(event, DataReceived):
+            writer.feed(event.data)
+    settle(case.host, case.guest)
+    assert case.host.mux.room(stream, STDIN) >= WINDOW // 2
+    writer.cancelled()
+
+
+# -- a parent that changes while it is opened
+
+
+def test_a_directory_swapped_for_a_link_is_refused_not_followed(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the check of the real path and the opening."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (case.workspace / "dir").mkdir()
+    real = os.path.realpath
+
+    def swap(path: str) -> str:
+        found = real(path)
+        if found.endswith("/dir"):
+            (case.workspace / "dir").rmdir()
+            (case.workspace / "dir").symlink_to(outside)
+        return found
+
+    monkeypatch.setattr(files.os.path, "realpath", swap)
+    with pytest.raises(OSError, match=r"Not a directory|symbolic links"):
+        open_parent(str(case.workspace), "dir/file", create=True)
+    assert list(outside.iterdir()) == []
+
+
+def test_a_file_swapped_for_a_link_is_refused_not_followed(case: Case, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"secret")
+    writer = case.writer()
+    writer.feed(b"new")
+    (case.workspace / "file").symlink_to(secret)
+    writer.feed_end()
+    case.loop.run()
+    assert secret.read_bytes() == b"secret"
+    assert (case.workspace / "file").read_bytes() == b"new"
+
+
+# -- reading
+
+
+def test_reading_keeps_within_credit(case: Case) -> None:
+    (case.workspace / "file").write_bytes(bytes(3 * WINDOW))
+    request = ReadFile(path="file")
+    stream = case.open(request)
+    reader = Reader(case.guest.mux, stream, request, str(case.workspace), case.finished.append)
+    reader.credit(STDOUT)
+    assert case.guest.mux.room(stream, STDOUT) == 0
+    size = 0
+    while not case.finished:
+        settle(case.host, case.guest)
+        for event in case.host.told():
+            if isinstance(event, DataReceived):
+                size += len(event.data)
+                case.host.mux.consumed(stream, STDOUT, len(event.data))
+        settle(case.host, case.guest)
+        reader.credit(STDOUT)
+    settle(case.host, case.guest)
+    *data, last = case.host.told()
+    assert isinstance(last, Closed)
+    assert isinstance(last.message, FileRead)
+    assert last.message.size == 3 * WINDOW
+    assert size + sum(len(event.data) for event in data if isinstance(event, DataReceived)) == 3 * WINDOW
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (Refused("permission_denied", "no"), "permission_denied"),
+        (FileNotFoundError(2, "x"), "not_found"),
+        (NotADirectoryError(20, "x"), "invalid_input"),
+        (IsADirectoryError(21, "x"), "invalid_input"),
+        (OSError(36, "name too long"), "invalid_input"),
+        (OSError(7, "arguments too long"), "invalid_input"),
+        (OSError(28, "full"), "guest_failed"),
+        (OSError("without a number"), "guest_failed"),
+        (PermissionError(13, "x"), "guest_failed"),
+        (ValueError("x"), "guest_failed"),
+        (OverflowError("x"), "guest_failed"),
+    ],
+    ids=str,
+)
+def test_every_error_becomes_a_message(error: Exception, code: str) -> None:
+    failed = refusal(error, "a/path")
+    assert failed.code == code
+    assert failed.message
+
+
+def test_a_refusal_quotes_no_more_than_it_must() -> None:
+    assert len(Refused("invalid_input", "x" * 10**7).failed.message) <= 1000
