@@ -13,7 +13,7 @@ import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -29,6 +29,7 @@ from capsem.model.errors import CapsemError, Corrupt, MachineFailed, NotFound
 from capsem.store import durable
 
 _TEMPORARY: Final = f"{durable.TEMPORARY}build-"
+_INITRAMFS_INIT, _INITRAMFS_MOUNTS = "initramfs-init.sh", "mounts"  # of the guest files, those not for its root
 _TOOLS: Final = ("tar", "zstd", "mkfs.erofs", "mke2fs", "debugfs", "chroot")
 
 
@@ -55,16 +56,16 @@ def build(
     try:
         images_dir.mkdir(parents=True, exist_ok=True)
         images_dir = images_dir.resolve()
-        digest = recipe.digest()
+        files = guest_files()
         with _lock(images_dir, progress):
             current = _current(recipe.name, images_dir)
-            if current is not None and current.manifest.recipe_digest == digest and not force:
+            if current is not None and current.manifest.recipe_digest == recipe.digest(files) and not force:
                 return current
             _sweep(images_dir)
             host.require(*_TOOLS, *(() if host.is_root() else ("unshare",)))
             system = base.obtain(recipe, images_dir / "cache", host, mirror=mirror, refresh=force, progress=progress)
             with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=images_dir) as work:
-                finished = _make(recipe, digest, system, Path(work), host, progress)
+                finished = _make(recipe, files, system, Path(work), host, progress)
                 image = _publish(recipe.name, finished, images_dir)
             progress("done", 1.0)
             return image
@@ -76,7 +77,9 @@ def build(
         ) from exc
 
 
-def _make(recipe: Recipe, digest: str, system: base.Base, work: Path, host: Host, progress: Progress) -> Path:
+def _make(
+    recipe: Recipe, files: Mapping[str, bytes], system: base.Base, work: Path, host: Host, progress: Progress
+) -> Path:
     """Put all files of the image into a new directory below `work`, durably, and return it."""
     tree, image = work / "tree", work / "image"
     image.mkdir()
@@ -91,10 +94,9 @@ def _make(recipe: Recipe, digest: str, system: base.Base, work: Path, host: Host
     late = modules.load_order(tables, recipe.late_modules, loaded=early)
     binaries = {name: _module(module_dir / tables.files[name], host) for name in (*early, *late)}
     (image / ROLES["kernel"]).write_bytes(kernel.unpack(vmlinuz.read_bytes(), host))
-    files = guest_files()
     archive = initramfs.for_guest(
-        init=files.pop("initramfs-init.sh"),
-        mounts=files.pop("mounts"),
+        init=files[_INITRAMFS_INIT],
+        mounts=files[_INITRAMFS_MOUNTS],
         busybox=(tree / "usr/bin/busybox").read_bytes(),
         modules={name: binaries[name] for name in early},
     )
@@ -103,7 +105,8 @@ def _make(recipe: Recipe, digest: str, system: base.Base, work: Path, host: Host
     progress("root file system", 0.95)
     durable.remove_tree(tree / base.KERNEL)
     rootfs.prune(tree)
-    rootfs.install_guest(tree, files, {name: binaries[name] for name in late}, host)
+    installed = {name: data for name, data in files.items() if name not in (_INITRAMFS_INIT, _INITRAMFS_MOUNTS)}
+    rootfs.install_guest(tree, installed, {name: binaries[name] for name in late}, host)
     rootfs.settle(tree)
     newest = rootfs.fix_times(tree, system.begun)
     rootfs.make_erofs(tree, image / ROLES["root"], host, newest=newest)
@@ -119,7 +122,7 @@ def _make(recipe: Recipe, digest: str, system: base.Base, work: Path, host: Host
         name=recipe.name,
         architecture=recipe.architecture,
         recipe=recipe.to_dict(),
-        recipe_digest=digest,
+        recipe_digest=recipe.digest(files),
         kernel_version=version,
         kernel_command_line=recipe.kernel_command_line,
         packages=packages,
@@ -147,11 +150,13 @@ def _module(path: Path, host: Host) -> bytes:
 
 
 def _publish(name: str, finished: Path, images_dir: Path) -> Image:
-    """Give a finished image its final name, unless the same image has it already, and point to it."""
-    digest = manifest.read(finished / manifest.NAME).digest
-    target = images_dir / f"{name}-{digest[:DIGITS]}"
+    """Give a finished image its final name and point to it. If the same image has that name already, it stays, and only
+    its manifest is replaced: another recipe, or another build of the packages, may have led to the same files."""
+    record = manifest.read(finished / manifest.NAME)
+    target = images_dir / f"{name}-{record.digest[:DIGITS]}"
     try:
         open_image(target)
+        durable.write(target / manifest.NAME, record.to_json(), mode=0o644)
     except (NotFound, Corrupt):
         durable.remove_tree(target)
         durable.rename(finished, target)

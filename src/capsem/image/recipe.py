@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -80,12 +81,12 @@ class Recipe:
         """The recipe as the manifest holds it."""
         return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]  # tuples become lists, as when read
 
-    def digest(self) -> str:
-        """Digest over all inputs, in hexadecimal."""
+    def digest(self, files: Mapping[str, bytes] | None = None) -> str:
+        """Digest over all inputs, in hexadecimal; `files` are the guest's, if the caller has read them already."""
         here = Path(__file__).parent
         inputs = {
             "recipe": self.to_dict(),
-            "guest": {path: _sha256(data) for path, data in guest_files().items()},
+            "guest": {path: _sha256(data) for path, data in (files or guest_files()).items()},
             "makers": {name: _sha256((here / name).read_bytes()) for name in _MAKERS},
         }
         return _sha256(json.dumps(inputs, sort_keys=True).encode())

@@ -7,6 +7,7 @@ background, which would make every VM's layer grow by itself.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Final
 
@@ -50,32 +51,12 @@ def format_volume(path: Path, size_mb: int, *, host: Host | None = None) -> None
         "E2FSPROGS_FAKE_TIME": str(_TIME),
         "SOURCE_DATE_EPOCH": str(_TIME),
     }
+    identity = ["-q", "-F", "-t", "ext4", "-O", _FEATURES, "-U", UUID, "-L", "capsem"]
     geometry = ["-b", "4096", "-I", "256", "-i", "16384", "-m", "0", "-J", f"size={_JOURNAL_MB}"]
-    with path.open("xb") as file:  # before the try: what was there already is not ours to remove
-        pass
+    path.touch(exist_ok=False)  # before the try: what was there already is not ours to remove
     try:
-        with path.open("r+b") as file:
-            file.truncate(size_mb << 20)
-        host.run(
-            [
-                "mke2fs",
-                "-q",
-                "-F",
-                "-t",
-                "ext4",
-                "-O",
-                _FEATURES,
-                "-U",
-                UUID,
-                "-L",
-                "capsem",
-                *geometry,
-                "-E",
-                options,
-                str(path),
-            ],
-            env=environment,
-        )
+        os.truncate(path, size_mb << 20)
+        host.run(["mke2fs", *identity, *geometry, "-E", options, str(path)], env=environment)
         commands = [f"mkdir {name}\nset_inode_field {name} mode 04{mode:04o}\n" for name, mode in DIRECTORIES.items()]
         host.run(["debugfs", "-w", "-f", "-", str(path)], stdin="".join(commands).encode(), env=environment)
         durable.sync_file(path)
