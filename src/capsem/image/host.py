@@ -103,10 +103,14 @@ def _is_there(tool: str) -> bool:
 def _follow(
     argv: Sequence[str], environment: Mapping[str, str], on_line: Callable[[str], None]
 ) -> tuple[int, bytes, list[str]]:
-    """Run with stderr read line by line; stdout, stdin are not used, so that one pipe is enough and cannot block."""
+    """Run with stderr read line by line; stdout, stdin are not used, so that one pipe is enough and cannot block.
+
+    Whatever ends us, the program gets SIGTERM, not SIGKILL: mmdebstrap then ends its children and cleans up.
+    """
     lines: list[str] = []
+    mortal = ["setpriv", "--pdeathsig", "TERM", "--", *argv]
     with subprocess.Popen(
-        argv, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        mortal, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     ) as process:
         assert process.stderr is not None
         try:
@@ -115,7 +119,6 @@ def _follow(
                 lines = [*lines[-50:], line]
                 on_line(line)
         except BaseException:
-            # SIGTERM, not SIGKILL: mmdebstrap then takes down what it mounted and removes its temporary tree.
             process.terminate()
             raise
     return process.returncode, b"", lines

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 import msgspec
 
 from capsem.api.internal import Attach, JobEnded, JobList, Jobs
+from capsem.api.operations import OPERATIONS
 from capsem.api.stream import ERROR, RESULT
 from capsem.api.types import (
     ExecRequest,
@@ -20,7 +21,7 @@ from capsem.api.types import (
     WriteFileRequest,
 )
 from capsem.control.channel import Stream
-from capsem.model.errors import CapsemError, GuestFailed, InvalidInput, NotRunning, TimedOut
+from capsem.model.errors import CapsemError, GuestFailed, InvalidInput, TimedOut
 from capsem.service.fleet import Fleet
 from capsem.service.vm import Vm
 from capsem.wire.messages import STDERR, STDIN, STDOUT, Exec, ReadFile, WriteFile
@@ -38,10 +39,10 @@ class Commands:
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
 
-    def _running(self, vm_id: str) -> Vm:
+    def _vm(self, operation: str, vm_id: str) -> Vm:
+        """A VM that may be asked for an operation in the state it is in. Raises what the table of operations says."""
         vm = self._fleet.get(vm_id)
-        if not vm.running:
-            raise NotRunning(f"{vm_id} is not running ({vm.status})", hint=f"start it with `capsem resume {vm_id}`")
+        OPERATIONS[operation].require(vm.state, vm_id)
         return vm
 
     async def execute(self, vm_id: str, request: ExecRequest) -> ExecResponse:
@@ -90,7 +91,7 @@ class Commands:
             raise InvalidInput("the command is too long", hint="write it to a file with write_file and run that")
         if request.timeout_secs is not None and request.timeout_secs <= 0:
             raise InvalidInput(f"timeout_secs is {request.timeout_secs}", hint="leave it out for no limit")
-        link = await self._running(vm_id).ready_link()
+        link = await self._vm("exec", vm_id).ready_link()
         stream = link.open(self._order(request, stdin=stdin is not None))
         queue: asyncio.Queue[tuple[int, bytes] | None] = asyncio.Queue(maxsize=1)
         tasks = [asyncio.create_task(_pump(stream, channel, queue)) for channel in (STDOUT, STDERR)]
@@ -138,7 +139,7 @@ class Commands:
 
     async def jobs(self, vm_id: str) -> JobsResponse:
         """The commands of a running VM."""
-        link = await self._running(vm_id).ready_link()
+        link = await self._vm("jobs", vm_id).ready_link()
         answer = await link.open(Jobs()).result()
         assert isinstance(answer, JobList)
         return JobsResponse(jobs=answer.jobs, running=answer.running)
@@ -150,7 +151,7 @@ class Commands:
             raise InvalidInput(
                 f"{len(data)} bytes, more than {TEXT_FILE_LIMIT}", hint="copy large files with `capsem cp`"
             )
-        link = await self._running(vm_id).ready_link()
+        link = await self._vm("write_file", vm_id).ready_link()
         stream = link.open(WriteFile(path=request.path))
         async with _file_operation(stream, f"writing {request.path}"):
             await stream.write(STDIN, data)
@@ -159,7 +160,7 @@ class Commands:
 
     async def read_file(self, vm_id: str, request: ReadFileRequest) -> ReadFileResponse:
         """Read a text file from the guest."""
-        link = await self._running(vm_id).ready_link()
+        link = await self._vm("read_file", vm_id).ready_link()
         stream = link.open(ReadFile(path=request.path, limit=TEXT_FILE_LIMIT))
         content = bytearray()
         async with _file_operation(stream, f"reading {request.path}"):

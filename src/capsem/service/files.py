@@ -16,7 +16,6 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from capsem.api.operations import OPERATIONS
 from capsem.api.types import FileEntry, FilesResponse, FileWrittenResponse
 from capsem.control.channel import Stream
 from capsem.model.errors import GuestFailed, InvalidInput, NotFound, PayloadTooLarge, TimedOut
@@ -112,9 +111,7 @@ class Files(Commands):
 
     async def _workspace(self, operation: str, vm_id: str) -> Link:
         """The link to the guest whose workspace it is. Raises WrongState when it does not run."""
-        vm = self._fleet.get(vm_id)
-        OPERATIONS[operation].require(vm.state, vm_id)
-        return await vm.ready_link()
+        return await self._vm(operation, vm_id).ready_link()
 
     async def list_files(self, vm_id: str, path: str, depth: int) -> FilesResponse:
         """What is in a directory of the workspace."""

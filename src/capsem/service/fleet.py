@@ -7,7 +7,8 @@ import logging
 import signal
 from collections.abc import Iterable
 
-from capsem.model.errors import AlreadyExists, CapsemError, Corrupt, LimitReached, NotFound
+from capsem.api.operations import unknown_vm
+from capsem.model.errors import AlreadyExists, CapsemError, Corrupt, LimitReached
 from capsem.model.ids import generate_id
 from capsem.model.lifecycle import State
 from capsem.model.vm import VmRecord
@@ -52,7 +53,7 @@ class Fleet:
         """Raises NotFound."""
         vm = self._vms.get(vm_id)
         if vm is None or vm.deleted or vm.status is None:
-            raise NotFound(f"no VM is named {vm_id}", hint="`capsem list` shows all")
+            raise unknown_vm(vm_id)
         return vm
 
     # -- making

@@ -9,6 +9,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from capsem.api.internal import AddLayer, LayerAdded, Persist, Stop
+from capsem.api.operations import unknown_vm
 from capsem.api.types import (
     ExecRequest,
     ExecResponse,
@@ -115,10 +116,10 @@ class Lifecycle(Commands):
 
     async def resume(self, name: str) -> ProvisionResponse:
         """Start a VM that does not run; one that runs is left alone."""
-        vm = self._fleet.get(name)
+        vm = self._vm("resume", name)
         async with vm.turn:
             if vm.deleted:
-                raise NotFound(f"no VM is named {name}")
+                raise unknown_vm(name)
             if not vm.running:
                 self._fleet.check_limit()
                 try:
@@ -130,18 +131,18 @@ class Lifecycle(Commands):
 
     async def stop(self, vm_id: str) -> StopResponse:
         """Power off and wait until every process and socket is gone. Raises NotRunning."""
-        vm = self._running(vm_id)
+        vm = self._vm("stop", vm_id)
         async with vm.turn:
-            self._running(vm_id)
+            self._vm("stop", vm_id)
             await vm.stop(Stop())
         return StopResponse(success=True, persistent=vm.record.persistent)
 
     async def delete(self, vm_id: str) -> None:
         """Kill and remove, at once."""
-        vm = self._fleet.get(vm_id)
+        vm = self._vm("delete", vm_id)
         async with vm.turn:
             if vm.deleted:
-                raise NotFound(f"no VM is named {vm_id}")
+                raise unknown_vm(vm_id)
             vm.deleted = True
             await vm.stop(Stop(kill=True))
             self._fleet.remove(vm)
@@ -154,7 +155,7 @@ class Lifecycle(Commands):
         self._fleet.take_name(name)
         try:
             async with vm.turn:
-                link = await self._running(vm_id).ready_link()
+                link = await self._vm("persist", vm_id).ready_link()
                 layout = self._fleet.layout
                 order = Persist(
                     name=name,
@@ -186,7 +187,7 @@ class Lifecycle(Commands):
 
         Nothing is copied: the layer that was on top is frozen, and source and child each go on in one of their own.
         """
-        source, name = self._fleet.get(vm_id), request.name
+        source, name = self._vm("fork", vm_id), request.name
         self._fleet.take_name(name)
         try:
             async with source.turn:
@@ -199,7 +200,7 @@ class Lifecycle(Commands):
     async def _freeze_top(self, source: Vm) -> tuple[str, ...]:
         """Put a new layer on top of a VM's volume; returns the layers below it, which nothing writes to any more."""
         if source.deleted:
-            raise NotFound(f"no VM is named {source.id}")
+            raise unknown_vm(source.id)
         frozen = source.record.layers
         layer = self._maker.new_layer(source.record)
         try:
