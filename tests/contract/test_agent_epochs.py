@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from agent_bench import Bench
 from capsem.model.errors import AlreadyExists, GuestFailed, Interrupted
 from capsem.wire import frames
 from capsem.wire.frames import FIRST_NONCE, answer_to, encode
@@ -23,7 +24,6 @@ from capsem.wire.messages import (
     ShutdownRequest,
     encode_message,
 )
-from conftest import Bench
 
 Run = Callable[..., None]
 

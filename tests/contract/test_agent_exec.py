@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from agent_bench import Bench
 from capsem.model.errors import AlreadyExists, CapsemError, Interrupted, InvalidInput
 from capsem.wire.environment import BLOCKED_ENV
 from capsem.wire.messages import STDERR, STDIN, STDOUT, Exited, Signal
 from capsem.wire.streams import WINDOW
-from conftest import Bench
 
 Run = Callable[..., None]
 

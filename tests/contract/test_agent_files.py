@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from agent_bench import Bench
 from capsem.model.errors import (
     CapsemError,
     GuestFailed,
@@ -20,7 +21,6 @@ from capsem.model.errors import (
 )
 from capsem.wire.messages import STDIN, STDOUT, FileRead, Freeze, ReadFile, Thawed, WriteFile
 from capsem.wire.streams import WINDOW
-from conftest import Bench
 
 Run = Callable[..., None]
 LIMIT = 10 << 20

@@ -141,6 +141,7 @@ DEEP = 100_000
         b'{"t":"ping","id":' + b"9" * 400 + b"}",
         b'{"t":"ping","id":9223372036854775808}',
         b'{"t":"ping","id":1}x',
+        b'{"t":"ping","id":1,"unknown":NaN}',
         b'{"t":"ping","id":1,"time":false}',
         b'{"t":"exec","job":"j","command":["echo"]}',
         b'{"t":"exec","job":"j","command":"c","env":{"A":1}}',
@@ -156,7 +157,7 @@ DEEP = 100_000
         b'{"t":"ping","id":' + b"[" * DEEP + b"]" * DEEP + b"}",
         '{"t":"ping","id":1}'.encode("utf-32")[:-2],
     ],
-    ids=range(45),
+    ids=range(46),
 )
 def test_anything_else_is_a_protocol_error(payload: bytes) -> None:
     with pytest.raises(ProtocolError) as caught:

@@ -509,6 +509,26 @@ def test_an_answer_is_not_answered() -> None:
     assert outputs(host.mux) == []
 
 
+def test_an_answer_to_what_a_predecessor_began_forgets_everything_too() -> None:
+    """The peer has forgotten everything before it answered."""
+    host, guest, stream = opened()
+    host.mux.send(stream, STDIN, b"x")
+    host.mux.control(Ping(id=1))
+    (event,) = received(host.mux, answer_to(FIRST_NONCE))
+    assert isinstance(event, EpochStarted)
+    assert host.mux.streams == 0
+    assert outputs(host.mux) == []
+    assert guest.mux.streams == 1
+
+
+def test_the_answer_to_what_this_end_began_forgets_nothing_that_was_said_since() -> None:
+    host, _ = pair()
+    host.mux.begin_epoch(FIRST_NONCE)
+    host.mux.control(Ping(id=1))
+    received(host.mux, answer_to(FIRST_NONCE))
+    assert b"".join(outputs(host.mux)) == FIRST_NONCE + encode(frames.CONTROL, payload=encode_message(Ping(id=1)))
+
+
 def test_who_begins_an_epoch_hears_nothing_of_the_old_one() -> None:
     """The peer's frames of the old epoch are still under way, about streams that this end has forgotten."""
     host, guest, stream = opened()

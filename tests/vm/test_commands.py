@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from capsem.model.errors import CapsemError, GuestFailed, InvalidInput, NotFound, PermissionDenied, TimedOut
-from conftest import Service
+from real_service import Service
 
 
 def test_outputs_and_exit_code(service: Service, box: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from capsem.hypervisor.qemu.qcow2 import read_identity
 from capsem.model.errors import AlreadyExists, InvalidInput, NotFound
-from conftest import SMALL, Service, wait_for
+from real_service import SMALL, Service, wait_for
 
 
 def layers(service: Service) -> set[str]:

@@ -6,7 +6,7 @@ import platform
 
 import pytest
 
-from conftest import Service
+from real_service import Service
 
 TOOLS = (
     "bash cat ls pgrep free ip iptables nft ping curl python3 mount dmesg base64 awk seq nohup setsid mkfifo which hostname ss "

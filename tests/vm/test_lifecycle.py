@@ -12,7 +12,7 @@ import pytest
 
 from capsem.client.sync import Client
 from capsem.model.errors import AlreadyExists, NotFound, NotRunning
-from conftest import BIN, SMALL, Service, alive, children, environment, wait_for, wait_until_it_answers
+from real_service import BIN, SMALL, Service, alive, children, environment, wait_for, wait_until_it_answers
 
 
 def kill(pid: int, number: int = signal.SIGKILL) -> None:

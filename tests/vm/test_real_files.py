@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from capsem.client.http import Answer
-from conftest import Service
+from real_service import Service
 
 MIB = 1024 * 1024
 

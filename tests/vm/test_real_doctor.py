@@ -7,7 +7,7 @@ import json
 
 from capsem.hypervisor.driver import Accelerator
 from capsem.hypervisor.qemu.driver import QemuDriver
-from conftest import Service
+from real_service import Service
 
 
 async def _verdict(service: Service) -> tuple[Accelerator, str]:
