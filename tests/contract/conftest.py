@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_bench import Bench
+from agent_bench import LIMIT, Bench, Scenario
 from agent_host import running_agent
 
 
