@@ -314,7 +314,8 @@ def main() -> None:
     if os.environ.get("FAKE_SERVICE_FAILS"):
         sys.exit("no image\ncannot go on")
     time.sleep(float(os.environ.get("FAKE_SERVICE_DELAY", "0")))
-    (run_dir / "pid").write_text(str(os.getpid()))
+    for name in ("pid", "service.pid"):
+        (run_dir / name).write_text(str(os.getpid()))
     (run_dir / "argv").write_text(json.dumps(sys.argv[1:]))
     uvicorn.run(build_app(FakeManager(), "1.2.3"), uds=str(path), log_config=None, lifespan="off")
 

@@ -47,6 +47,9 @@ class Pretender(Host):
     def is_root(self) -> bool:
         return True
 
+    def may_contain(self) -> bool:
+        return False
+
     def require(self, *tools: str) -> None:
         if self.missing & {*tools}:
             raise HostNotReady("something is missing", hint="apt-get install -y it")

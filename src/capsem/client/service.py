@@ -42,6 +42,8 @@ def start(
     `command` takes the place of the executable that `find_command` finds; `notify` is told, once, when it takes more
     than a second. Raises HostNotReady with the last lines of the log when the service ends or does not come up.
     """
+    if _answers(paths):
+        return
     log = paths.run_dir / LOG_NAME
     argv = [*(command or find_command(environ)), "--foreground"]
     if paths.uds_path != paths.run_dir / SOCKET_NAME:
@@ -75,18 +77,23 @@ def find_command(environ: Mapping[str, str]) -> list[str]:
     return [found] if found else [sys.executable, "-m", "capsem.service"]
 
 
+def _answers(paths: Paths) -> bool:
+    try:
+        Client(paths.uds_path, timeout=_PROBE).call("version")
+    except CapsemError:
+        return False
+    return True
+
+
 def _wait(
     process: subprocess.Popen[bytes], paths: Paths, log: Path, notify: Callable[[str], None], within: float
 ) -> None:
-    client = Client(paths.uds_path, timeout=_PROBE)
     began = time.monotonic()
     told = False
     while True:
-        try:
-            client.call("version")
-        except CapsemError:
-            pass
-        else:
+        # One that came first may be answering while ours has yet to notice it: left alone, ours would take its place
+        # should it be stopped in between. The service's own pid file says which of them it is.
+        if _answers(paths) and (process.poll() is not None or _is_the_service(process.pid, paths)):
             return
         # Exit code 0 means that another one was there first, which is then about to answer.
         if process.poll() not in (None, 0):
@@ -103,6 +110,13 @@ def _wait(
             notify("starting capsem-service")
             told = True
         time.sleep(_POLL)
+
+
+def _is_the_service(pid: int, paths: Paths) -> bool:
+    try:
+        return (paths.run_dir / "service.pid").read_text(encoding="ascii").strip() == str(pid)
+    except OSError:
+        return False
 
 
 def _tail(log: Path) -> str:

@@ -121,6 +121,10 @@ def _fetch(recipe: Recipe, archive: Path, note: Path, host: Host, mirror: str | 
             if text.startswith(words):
                 progress(f"base system: {words.removeprefix('running --')}", part)
 
+    # The tree is made beside the cache, where there is space, and the next build sweeps what a killed one left. But only
+    # where no mount can be left in it; and an ordinary user's helper cannot enter a private directory.
+    scratch = archive.with_name(f"{durable.TEMPORARY}tree")
+    environment = {"TMPDIR": str(scratch)} if host.may_contain() else {}
     argv = [
         *("mmdebstrap", f"--variant={recipe.variant}", f"--architectures={recipe.architecture}"),
         f"--include={','.join(recipe.packages)}",
@@ -129,7 +133,8 @@ def _fetch(recipe: Recipe, archive: Path, note: Path, host: Host, mirror: str | 
     ]
     progress("base system: fetching Debian", 0.0)
     try:
-        host.run(argv, on_line=follow)
+        scratch.mkdir()
+        host.run(argv, env=environment, on_line=follow)
         durable.sync_file(temporary)
         size = temporary.stat().st_size
         note.unlink(missing_ok=True)
@@ -142,4 +147,5 @@ def _fetch(recipe: Recipe, archive: Path, note: Path, host: Host, mirror: str | 
         ) from exc
     finally:
         temporary.unlink(missing_ok=True)
+        durable.remove_tree(scratch)
     return Base(archive, begun)

@@ -32,6 +32,9 @@ PACKAGE_OF: Final[Mapping[str, str]] = {
 }
 _LAST_LINES: Final = 8
 
+_BOUND: Final = ("setpriv", "--pdeathsig", "KILL", "--")  # dies with us
+_NAMESPACES: Final = ("unshare", "--mount", "--pid", "--mount-proc", "--fork", "--kill-child", "--")
+
 
 class Host:
     """Runs programs on this machine, in the caller's environment."""
@@ -62,6 +65,13 @@ class Host:
         """Whether this process may change owners and roots without further ado."""
         return os.geteuid() == 0
 
+    def may_contain(self) -> bool:
+        """Whether a program can be given namespaces of its own, so that neither processes nor mounts of it can outlive it.
+        An ordinary user may not, nor root in many containers."""
+        return (
+            self.is_root() and subprocess.run([*_NAMESPACES, "true"], capture_output=True, check=False).returncode == 0
+        )
+
     def run(
         self,
         argv: Sequence[str],
@@ -81,7 +91,8 @@ class Host:
                 done = subprocess.run(argv, input=stdin, env=environment, capture_output=True, check=False)
                 code, stdout, lines = done.returncode, done.stdout, done.stderr.decode(errors="replace").splitlines()
             else:
-                code, stdout, lines = _follow(argv, environment, on_line)
+                prefix = (*_BOUND, *(_NAMESPACES if self.may_contain() else ()))
+                code, stdout, lines = _follow([*prefix, *argv], environment, on_line)
         except FileNotFoundError as exc:
             hint = f"apt-get install -y {PACKAGE_OF.get(argv[0], argv[0])}"
             raise HostNotReady(f"{argv[0]} was not found", hint=hint) from exc
@@ -105,12 +116,11 @@ def _follow(
 ) -> tuple[int, bytes, list[str]]:
     """Run with stderr read line by line; stdout, stdin are not used, so that one pipe is enough and cannot block.
 
-    Whatever ends us, the program gets SIGTERM, not SIGKILL: mmdebstrap then ends its children and cleans up.
+    When we end, so does the program; with namespaces of its own, all it started and mounted goes with it.
     """
     lines: list[str] = []
-    mortal = ["setpriv", "--pdeathsig", "TERM", "--", *argv]
     with subprocess.Popen(
-        mortal, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        argv, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     ) as process:
         assert process.stderr is not None
         try:
@@ -119,6 +129,6 @@ def _follow(
                 lines = [*lines[-50:], line]
                 on_line(line)
         except BaseException:
-            process.terminate()
+            process.kill()
             raise
     return process.returncode, b"", lines

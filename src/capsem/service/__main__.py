@@ -11,8 +11,8 @@ import logging
 import os
 import signal
 import socket
-import stat
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from capsem.service.handlers import Handlers
 from capsem.service.launch import Launcher, find_process_binary
 from capsem.store import durable
 from capsem.store.layout import Layout
-from capsem.store.locks import try_lock
+from capsem.store.locks import Lock, try_lock
 from capsem.system.process import set_process_name
 from capsem.system.real import real_system
 
@@ -84,39 +84,62 @@ def running_version(path: Path) -> str | None:
         connection.close()
 
 
-async def bind(path: Path) -> socket.socket | int:
-    """The listening socket, or an exit status when another service is there: 0 for the same version, 1 for another."""
+async def claim_place(path: Path, layout: Layout) -> tuple[socket.socket, Lock] | int:
+    """The listening socket and the run directory's lock, or an exit status when another service is there: 0 for the
+    same version, 1 for another.
+
+    A service that is too busy to answer within half a second is no dead one: what is at the socket path is removed only
+    by who holds the run directory's lock, hence never while another service lives.
+    """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if (status := _already_running(path)) is not None:
-        return status
+    layout.create()
+    starting = await _acquire(path.with_suffix(".lock"), path)
+    if isinstance(starting, int):
+        return starting
     try:
-        async with asyncio.timeout(START_LOCK_LIMIT):
-            while (lock := try_lock(path.with_suffix(".lock"))) is None:
-                await asyncio.sleep(LOCK_TURN)
-    except TimeoutError:
-        sys.stderr.write(f"error: another capsem-service has been starting on {path} for {START_LOCK_LIMIT:.0f} s\n")
-        return 1
-    try:
+        owner = await _acquire(layout.run_dir / "owner.lock", path)
+        if isinstance(owner, int):
+            return owner
         if (status := _already_running(path)) is not None:
             return status
-        with contextlib.suppress(FileNotFoundError):
-            if stat.S_ISDIR(path.lstat().st_mode):
-                sys.stderr.write(f"error: {path} is a directory; give --uds-path another path\n")
-                return 1
-            path.unlink()
-        listener = socket.socket(socket.AF_UNIX)
-        before = os.umask(0o177)
         try:
-            listener.bind(str(path))
+            return _bind(path), owner
         except OSError as error:
-            sys.stderr.write(f"error: cannot bind {path}: {error}; use a shorter path with --uds-path\n")
+            sys.stderr.write(f"error: cannot bind {path}: {error}; give --uds-path another, or a shorter one\n")
             return 1
-        finally:
-            os.umask(before)
-        listener.listen(128)
-        return listener
     finally:
-        lock.release()
+        starting.release()
+
+
+async def _acquire(lock: Path, path: Path) -> Lock | int:
+    """Wait for a lock for as long as a start may take; an exit status when a service answers meanwhile, or nobody yields."""
+    deadline = time.monotonic() + START_LOCK_LIMIT
+    while time.monotonic() < deadline:
+        if (status := _already_running(path)) is not None:
+            return status
+        turn = time.monotonic() + PROBE_LIMIT
+        while time.monotonic() < turn:
+            if (held := try_lock(lock)) is not None:
+                return held
+            await asyncio.sleep(LOCK_TURN)
+    sys.stderr.write(f"error: another capsem-service holds {lock} and does not answer on {path}; stop it first\n")
+    return 1
+
+
+def _bind(path: Path) -> socket.socket:
+    """Bind and listen, mode 0600, in place of whatever is there. Raises OSError (a directory is there, path too long)."""
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    before = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+    except BaseException:
+        listener.close()
+        raise
+    finally:
+        os.umask(before)
+    listener.listen(128)
+    return listener
 
 
 def _already_running(path: Path) -> int | None:
@@ -147,16 +170,10 @@ class Service:
         path = arguments.uds_path.absolute() if arguments.uds_path else layout.socket
         if arguments.parent_pid is not None and os.getppid() != arguments.parent_pid:
             return 0
-        listener = await bind(path)
-        if isinstance(listener, int):
-            return listener
-        owner = await self._own(layout)
-        if owner is None:
-            path.unlink(missing_ok=True)
-            sys.stderr.write(
-                f"error: another capsem-service owns {layout.run_dir}; set CAPSEM_RUN_DIR to another directory\n"
-            )
-            return 1
+        place = await claim_place(path, layout)
+        if isinstance(place, int):
+            return place
+        listener, owner = place
         identity = path.stat().st_ino
         pid_file = layout.run_dir / "service.pid"
         durable.write(pid_file, f"{os.getpid()}\n".encode())
@@ -166,45 +183,26 @@ class Service:
             loop.add_signal_handler(number, stop.set)
         fleet = self._fleet(layout)
         handlers = self._handlers(fleet)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                build_app(handlers, __version__),
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                timeout_graceful_shutdown=int(DRAIN_LIMIT),
-                http="httptools",
-            )
-        )
-        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+        server = make_server(handlers)
         log.info("capsem_service %s serves %s", __version__, path)
         await fleet.reconcile()
-        serving = asyncio.create_task(_serve(server, listener))
+        await server.startup(sockets=[listener])
         watching = asyncio.create_task(_watch_parent(arguments.parent_pid, stop))
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+        await stop.wait()
         log.info("stopping")
         fleet.stopping = True
-        server.should_exit = True
+        for each in server.servers:
+            each.close()  # no new connection from here on
         await fleet.stop_all()
-        await asyncio.wait((serving,), timeout=DRAIN_LIMIT + 1)
+        await server.shutdown(sockets=[listener])
         watching.cancel()
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_ino == identity:  # not the socket of a service that took our place
                 path.unlink()
         pid_file.unlink(missing_ok=True)
         log.info("stopped")
+        owner.release()
         return 0
-
-    async def _own(self, layout: Layout) -> object | None:
-        """The lock that makes this service the one of its run directory; an earlier one may be about to go."""
-        layout.create()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(5.0):
-                while (lock := try_lock(layout.run_dir / "owner.lock")) is None:
-                    await asyncio.sleep(LOCK_TURN)
-                return lock
-        return None
 
     def _fleet(self, layout: Layout) -> Fleet:
         return Fleet(real_system(), layout, self.settings.max_concurrent_vms)
@@ -225,8 +223,22 @@ class Service:
         return Handlers(fleet, Maker(fleet, driver, catalog, launcher), self.settings)
 
 
-async def _serve(server: uvicorn.Server, listener: socket.socket) -> None:
-    await server.serve(sockets=[listener])
+def make_server(handlers: Handlers) -> uvicorn.Server:
+    """A server to be started and shut down by hand: its own main loop would wake up ten times a second, for the date."""
+    config = uvicorn.Config(
+        build_app(handlers, __version__),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        date_header=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(DRAIN_LIMIT),
+        http="httptools",
+    )
+    config.load()
+    server = uvicorn.Server(config)
+    server.lifespan = config.lifespan_class(config)
+    return server
 
 
 async def _watch_parent(pid: int | None, stop: asyncio.Event) -> None:
