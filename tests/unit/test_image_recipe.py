@@ -52,7 +52,7 @@ def test_the_base_depends_on_packages_and_mirror_alone() -> None:
     others = [
         replace(Recipe(), packages=("bash",)).base_digest(None, ""),
         replace(Recipe(), suite="forky").base_digest(None, ""),
-        Recipe().base_digest("http://mirror.test/debian", ""),
+        Recipe().base_digest("a mirror", ""),
         Recipe().base_digest(None, "another procedure"),
     ]
     assert len({Recipe().base_digest(None, ""), *others}) == 5

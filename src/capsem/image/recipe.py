@@ -42,7 +42,7 @@ _LATE_MODULES: Final = (
 ).split()
 
 # What the kernel is told, beside what the virtual hardware needs it to know (capsem.hypervisor). docs/images.md has the
-# figures: under emulation the second half is a third of the kernel's start.
+# figures: under emulation the second half spares the kernel more than half of its instructions.
 _COMMAND_LINE: Final = " ".join(
     (
         "ro quiet init_on_alloc=1 slab_nomerge page_alloc.shuffle=1",
@@ -55,7 +55,7 @@ _COMMAND_LINE: Final = " ".join(
 )
 
 # The modules beside this one whose text decides what is in an image.
-_MAKERS: Final = ("initramfs.py", "kernel.py", "modules.py", "rootfs.py", "volume.py")
+_MAKERS: Final = ("build.py", "initramfs.py", "kernel.py", "modules.py", "rootfs.py", "volume.py")
 
 
 @dataclass(frozen=True, slots=True)
