@@ -51,7 +51,7 @@ def test_machine_accelerator_and_cpu() -> None:
     args = line()
     assert values(args, "-machine")[0].startswith("pc-q35-7.2,")
     assert "memory-backend=ram0" in values(args, "-machine")[0]
-    assert values(args, "-accel") == ["tcg,thread=multi,tb-size=128"]
+    assert values(args, "-accel") == ["tcg,thread=single,tb-size=128"]
     assert values(line(replace(SPEC, accelerator=Accelerator.KVM)), "-accel") == ["kvm"]
     assert values(args, "-cpu")[0].endswith(",enforce")
     assert values(args, "-smp") == ["cpus=2,maxcpus=2,sockets=1,cores=2,threads=1"]
@@ -60,7 +60,7 @@ def test_machine_accelerator_and_cpu() -> None:
 
 def test_the_same_hardware_under_both_accelerators() -> None:
     tcg, kvm = line(), line(replace(SPEC, accelerator=Accelerator.KVM))
-    assert [(a, b) for a, b in zip(tcg, kvm, strict=True) if a != b] == [("tcg,thread=multi,tb-size=128", "kvm")]
+    assert [(a, b) for a, b in zip(tcg, kvm, strict=True) if a != b] == [("tcg,thread=single,tb-size=128", "kvm")]
 
 
 def test_memory_is_a_private_mapping() -> None:
