@@ -16,7 +16,7 @@ docs:
 bench:
 	.venv/bin/python -m bench
 
-# Pins every dependency with hashes. The file names no registry.
+# Pins every dependency with hashes. The files name no registry; the options see to that.
 lock:
 	.venv/bin/pip-compile -q --generate-hashes --allow-unsafe --strip-extras --no-emit-index-url --no-emit-find-links --no-header --no-annotate -o requirements/runtime.txt --extra build pyproject.toml
 	.venv/bin/pip-compile -q --generate-hashes --allow-unsafe --strip-extras --no-emit-index-url --no-emit-find-links --no-header --no-annotate -o requirements/dev.txt --extra build --extra dev pyproject.toml
