@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import cast
 
-from capsem.model.errors import CapsemError, Interrupted, InvalidInput, from_dict
+from capsem.model.errors import CapsemError, Interrupted, InvalidInput, TimedOut, from_dict
 from capsem.wire.frames import ProtocolError
 from capsem.wire.messages import Failed, Message
 from capsem.wire.streams import (
@@ -114,6 +115,18 @@ class Stream:
             self._ended.add(event.channel)
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+
+@contextlib.asynccontextmanager
+async def limited(stream: Stream, what: str, limit: float) -> AsyncIterator[None]:
+    """Bound an operation on a stream to `limit` seconds; whatever goes wrong, the stream is given up. Raises TimedOut."""
+    try:
+        async with asyncio.timeout(limit):
+            yield
+    except TimeoutError:
+        raise TimedOut(f"{what} timed out after {limit:.0f}s") from None
+    finally:
+        stream.reset()
 
 
 class Channel(asyncio.Protocol):

@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 
-from capsem.control.channel import Channel, Stream
+from capsem.control.channel import Channel, Stream, limited
 from capsem.model.errors import GuestFailed, Interrupted, TimedOut
 from capsem.system import Clock, Entropy
 from capsem.wire.frames import FIRST_NONCE, FrameDecoder, ProtocolError, make_nonce
@@ -251,7 +251,7 @@ class Guest:
         stream = self.channel.open(Freeze(limit=limit))
         held = asyncio.get_running_loop().create_future()
         stream.on_message = lambda message: None if held.done() else held.set_result(message)
-        async with _limited(stream, "freezing the volume", limit * 3):
+        async with limited(stream, "freezing the volume", limit * 3):
             ending = asyncio.ensure_future(stream.result())
             await asyncio.wait((held, ending), return_when=asyncio.FIRST_COMPLETED)
             if not held.done():
@@ -269,7 +269,7 @@ class Guest:
     async def read_file(self, path: str, limit: int) -> tuple[bytes, FileRead]:
         """A file's content, up to `limit` bytes. Raises what the guest says; TimedOut."""
         stream = self.channel.open(ReadFile(path=path, limit=limit))
-        async with _limited(stream, f"reading {path}"):
+        async with limited(stream, f"reading {path}", FILE_LIMIT):
             content = bytearray()
             while data := await stream.read(STDOUT):
                 content += data
@@ -282,7 +282,7 @@ class Guest:
     async def write_file(self, path: str, data: bytes, mode: int = 0o644) -> int:
         """Write a file; it is durable in the guest on return. Raises what the guest says; TimedOut."""
         stream = self.channel.open(WriteFile(path=path, mode=mode))
-        async with _limited(stream, f"writing {path}"):
+        async with limited(stream, f"writing {path}", FILE_LIMIT):
             await stream.write(STDIN, data)
             stream.end(STDIN)
             result = await stream.result()
@@ -292,19 +292,7 @@ class Guest:
     async def sync(self, limit: float) -> float:
         """Flush the guest's file systems; returns seconds. Raises TimedOut, Interrupted."""
         stream = self.channel.open(Sync())
-        async with _limited(stream, "sync", limit):
+        async with limited(stream, "sync", limit):
             result = await stream.result()
         assert isinstance(result, Synced)
         return result.duration
-
-
-@contextlib.asynccontextmanager
-async def _limited(stream: Stream, what: str, limit: float = FILE_LIMIT) -> AsyncIterator[None]:
-    """Bound an operation on a stream; whatever goes wrong, the stream is given up."""
-    try:
-        async with asyncio.timeout(limit):
-            yield
-    except TimeoutError:
-        raise TimedOut(f"{what} timed out after {limit:.0f}s") from None
-    finally:
-        stream.reset()

@@ -20,7 +20,7 @@ from capsem.api.types import (
     ReadFileResponse,
     WriteFileRequest,
 )
-from capsem.control.channel import Stream
+from capsem.control.channel import Stream, limited
 from capsem.model.errors import CapsemError, GuestFailed, InvalidInput, TimedOut
 from capsem.service.fleet import Fleet
 from capsem.service.vm import Vm
@@ -153,7 +153,7 @@ class Commands:
             )
         link = await self._vm("write_file", vm_id).ready_link()
         stream = link.open(WriteFile(path=request.path))
-        async with _file_operation(stream, f"writing {request.path}"):
+        async with limited(stream, f"writing {request.path}", FILE_LIMIT):
             await stream.write(STDIN, data)
             stream.end(STDIN)
             await stream.result()
@@ -163,7 +163,7 @@ class Commands:
         link = await self._vm("read_file", vm_id).ready_link()
         stream = link.open(ReadFile(path=request.path, limit=TEXT_FILE_LIMIT))
         content = bytearray()
-        async with _file_operation(stream, f"reading {request.path}"):
+        async with limited(stream, f"reading {request.path}", FILE_LIMIT):
             while data := await stream.read(STDOUT):
                 content += data
             await stream.result()
@@ -180,15 +180,3 @@ async def _feed(stream: Stream, stdin: AsyncIterator[bytes]) -> None:
     async for data in stdin:
         await stream.write(STDIN, data)
     stream.end(STDIN)
-
-
-@contextlib.asynccontextmanager
-async def _file_operation(stream: Stream, what: str) -> AsyncIterator[None]:
-    """Bound it; whatever goes wrong, the stream is given up."""
-    try:
-        async with asyncio.timeout(FILE_LIMIT):
-            yield
-    except TimeoutError:
-        raise TimedOut(f"{what} timed out after {FILE_LIMIT:.0f}s") from None
-    finally:
-        stream.reset()
