@@ -24,20 +24,28 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SOCKET_NAME: Final = "service.sock"
+STOP, KEEP = "stop", "keep"  # values of vm.on_service_stop
 
 
 class Setting(NamedTuple):
-    """One row of the table: a number between `low` and `high`, an int unless the default is a float."""
+    """One row of the table: one of `choices`, or a number between `low` and `high`, an int unless the default is a float."""
 
     name: str
-    default: float
+    default: float | str
     env: str
     help: str
-    low: float
-    high: float
+    low: float = 0
+    high: float = 0
+    choices: tuple[str, ...] = ()
 
-    def check(self, value: object, where: str) -> float:
+    def check(self, value: object, where: str) -> float | str:
         """`value` as this setting's; raises InvalidInput that begins with `where`."""
+        if self.choices:
+            if value not in self.choices:
+                raise InvalidInput(
+                    f"{where}: {self.name} is {value!r}", hint=f"it has to be one of: {', '.join(self.choices)}"
+                )
+            return str(value)
         whole = isinstance(self.default, int)
         fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
         if not fits or not self.low <= value <= self.high:  # type: ignore[operator]
@@ -59,6 +67,13 @@ SETTINGS: Final = (
     ),
     Setting("vm.resources.ram_gb", 4.0, "CAPSEM_RAM_GB", "memory of a new VM, in GiB", 0.25, 16),
     Setting("vm.resources.cpu_count", 4, "CAPSEM_CPU_COUNT", "CPUs of a new VM", 1, 8),
+    Setting(
+        "vm.on_service_stop",
+        STOP,
+        "CAPSEM_ON_SERVICE_STOP",
+        "what becomes of running VMs when the service is stopped: stop them, or keep them for the next one to take over",
+        choices=(STOP, KEEP),
+    ),
 )
 
 
@@ -68,7 +83,7 @@ _DEFAULTS: Final = MappingProxyType({row.name: row.default for row in SETTINGS})
 class Settings(NamedTuple):
     """The values in force, and what there was to complain about, one sentence each."""
 
-    values: Mapping[str, float] = _DEFAULTS
+    values: Mapping[str, Any] = _DEFAULTS
     warnings: tuple[str, ...] = ()
 
     @property
@@ -85,6 +100,11 @@ class Settings(NamedTuple):
     def cpu_count(self) -> int:
         """CPUs of a new VM."""
         return int(self.values["vm.resources.cpu_count"])
+
+    @property
+    def on_service_stop(self) -> str:
+        """STOP or KEEP."""
+        return str(self.values["vm.on_service_stop"])
 
 
 def load(environ: Mapping[str, str]) -> Settings:
@@ -103,7 +123,8 @@ def load(environ: Mapping[str, str]) -> Settings:
     take(environ.get("CAPSEM_USER_CONFIG") or os.path.join(_home(environ), "config.toml"))
     for row in SETTINGS:
         if text := environ.get(row.env):
-            values[row.name] = row.check(_number(text), f"environment variable {row.env}")
+            value = text if row.choices else _number(text)
+            values[row.name] = row.check(value, f"environment variable {row.env}")
     if corporate := environ.get("CAPSEM_CORP_CONFIG"):
         take(corporate)
     return Settings(values, tuple(warnings))

@@ -53,6 +53,17 @@ def test_the_user_s_file(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("value", ["suspend", "Stop", "", 1])
+def test_what_becomes_of_vms_when_the_service_stops(tmp_path: Path, value: object) -> None:
+    assert config.load(env(tmp_path)).on_service_stop == "stop"
+    assert config.load(env(tmp_path, CAPSEM_ON_SERVICE_STOP="keep")).on_service_stop == "keep"
+    write(tmp_path, 'vm.on_service_stop = "keep"')
+    assert config.load(env(tmp_path)).on_service_stop == "keep"
+    write(tmp_path, f"vm.on_service_stop = {value!r}")
+    with pytest.raises(InvalidInput, match="one of: stop, keep"):
+        config.load(env(tmp_path))
+
+
 def test_who_overrides_whom(tmp_path: Path) -> None:
     write(tmp_path, "vm.resources.cpu_count = 1\nvm.resources.ram_gb = 1\nvm.resources.max_concurrent_vms = 1")
     corporate = tmp_path / "corp.toml"

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 JSON_LIMIT: Final = 1024 * 1024
 FILE_LIMIT: Final = 4 * 1024 * 1024  # 512 KiB of text, were every character escaped as \u00xx
-ENV_LIMIT: Final = 12 * 1024 * 1024  # the contract allows 10 MiB of environment
+ENV_LIMIT: Final = 12 * 1024 * 1024  # an environment, of which JSON may make six bytes for one
 
 QUICK: Final = 30.0
 FILE_CALL: Final = 120.0  # waiting for the guest to be ready, then the operation

@@ -19,8 +19,13 @@ DEFAULT_DISK_MB: Final = 16 * 1024
 
 ENV_VARS: Final = 128
 ENV_KEY_BYTES: Final = 256
-ENV_VALUE_BYTES: Final = 128 * 1024
-ENV_TOTAL_BYTES: Final = 10 * 1024 * 1024
+# What Linux takes when it starts a program: 128 KiB for one variable, which lies in memory as "KEY=VALUE\0", and a
+# quarter of the stack, hence 2 MiB, for all variables and arguments with a pointer to each. The contract's numbers are
+# larger, but a VM made with them could not run a single command. The last 256 KiB are left to the commands.
+ENV_ENTRY_BYTES: Final = 128 * 1024
+ENV_TOTAL_BYTES: Final = 2 * 1024 * 1024 - 256 * 1024
+_POINTER: Final = 8
+_SEPARATORS: Final = 2  # the "=" and the NUL of an entry
 
 _PRINTABLE = re.compile(r"[^\x21-\x7e]")
 
@@ -57,12 +62,17 @@ def check_env(env: MappingProxyType[str, str] | dict[str, str]) -> None:
         shown = _PRINTABLE.sub("?", key[:80])
         if problem := env_problem(key, value):
             raise InvalidInput(f"bad environment variable: {problem}", hint="leave it out or change it")
-        key_size, value_size = (len(text.encode(errors="surrogatepass")) for text in (key, value))
-        if key_size > ENV_KEY_BYTES or value_size > ENV_VALUE_BYTES:
+        key_size = len(key.encode(errors="surrogatepass"))
+        entry_size = key_size + _SEPARATORS + len(value.encode(errors="surrogatepass"))
+        if key_size > ENV_KEY_BYTES or entry_size > ENV_ENTRY_BYTES:
             raise InvalidInput(
                 f"environment variable {shown} is too long",
-                hint=f"names up to {ENV_KEY_BYTES} bytes, values up to {ENV_VALUE_BYTES}",
+                hint=f"names up to {ENV_KEY_BYTES} bytes, name and value together up to {ENV_ENTRY_BYTES - _SEPARATORS}; "
+                "more belongs into a file",
             )
-        total += key_size + value_size
+        total += entry_size + _POINTER
     if total > ENV_TOTAL_BYTES:
-        raise InvalidInput("the environment is too large", hint=f"at most {ENV_TOTAL_BYTES >> 20} MiB in all")
+        raise InvalidInput(
+            f"the environment is too large: {total} bytes",
+            hint=f"Linux starts programs with up to {ENV_TOTAL_BYTES} bytes beside their arguments; put more into a file",
+        )

@@ -11,7 +11,7 @@ from capsem.model.vm import VmRecord, record_from_json
 from capsem.store import durable
 from capsem.store.layout import Layout, SessionDir
 
-SIZE_LIMIT = 64 * 1024 * 1024  # an environment may be 10 MiB, and JSON makes more of it
+SIZE_LIMIT = 64 * 1024 * 1024  # far more than the largest environment as JSON
 
 
 def read(session: SessionDir) -> VmRecord:
