@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -21,7 +18,6 @@ from capsem.api.types import (
     RunRequest,
     WriteFileRequest,
 )
-from capsem.config import Settings
 from capsem.model.errors import (
     AlreadyExists,
     CapsemError,
@@ -32,79 +28,7 @@ from capsem.model.errors import (
     NotRunning,
     TimedOut,
 )
-from capsem.service.create import Maker
-from capsem.service.fleet import Fleet
-from capsem.service.handlers import Handlers
-from capsem.service.launch import Launcher
-from capsem.store.layout import Layout
-from process_machine import InProcess, ProcessDriver
-
-
-class OneImage:
-    """A catalogue with one image, of which nothing is read."""
-
-    def __init__(self, directory: Path) -> None:
-        path = directory / "image"
-        self.image = SimpleNamespace(
-            name="default",
-            digest="d" * 64,
-            directory=path,
-            kernel=path / "vmlinux",
-            initrd=path / "initrd.img",
-            root=path / "root.erofs",
-            volume=path / "volume.raw",
-            volume_mb=16384,
-            kernel_command_line="quiet",
-        )
-
-    def find(self, name: str = "default") -> SimpleNamespace:
-        if name != "default":
-            raise NotFound(f"no image {name}")
-        return self.image
-
-    def list(self) -> list[SimpleNamespace]:
-        return [self.image]
-
-
-class World:
-    """A service without its HTTP face."""
-
-    def __init__(self, directory: Path, limit: int = 10) -> None:
-        self.layout = Layout(directory / "run")
-        self.layout.create()
-        self.driver = ProcessDriver()
-        self.processes = InProcess(self.driver)
-        self.catalog = OneImage(directory)
-        self.start(limit)
-
-    def start(self, limit: int = 10) -> None:
-        """A service as it comes up: nothing in memory yet."""
-        self.fleet = Fleet(self.processes.system, self.layout, limit)
-        launcher = Launcher(self.processes.system, self.layout, {}, Path("capsem-process"), "process")
-        maker = Maker(self.fleet, self.driver, self.catalog, launcher)  # type: ignore[arg-type]
-        self.handlers = Handlers(self.fleet, maker, Settings())
-
-
-@contextlib.asynccontextmanager
-async def world(directory: Path, limit: int = 10) -> AsyncIterator[World]:
-    it = World(directory, limit)
-    try:
-        yield it
-    finally:
-        await it.fleet.stop_all()
-
-
-def play(directory: Path, scene: Callable[[World], Awaitable[None]], limit: int = 10) -> None:
-    async def run() -> None:
-        async with world(directory, limit) as it:
-            await scene(it)
-            await asyncio.sleep(0)
-
-    asyncio.run(run())
-
-
-async def status(it: World) -> dict[str, str]:
-    return {info.id: info.status for info in (await it.handlers.list()).sandboxes}
+from service_world import World, play, status
 
 
 def test_create_exec_stop_resume_delete(tmp_path: Path) -> None:
@@ -257,14 +181,7 @@ def test_a_new_service_adopts_what_runs(tmp_path: Path) -> None:
         await it.handlers.provision(ProvisionRequest(name="box", persistent=True))
         ephemeral = (await it.handlers.provision(ProvisionRequest())).id
         pids = {info.id: info.pid for info in (await it.handlers.list()).sandboxes}
-        # The first service is gone without a word: its connections drop, its supervisors live.
-        for vm in it.fleet.all():
-            assert vm._watcher is not None
-            vm._watcher.cancel()
-            assert vm.link is not None
-            vm.link.channel.hang_up()
-        it.start()
-        await it.fleet.reconcile()
+        await it.restart()
         assert await status(it) == {"box": "Running", ephemeral: "Running"}
         assert (await it.handlers.execute("box", ExecRequest(command="echo here"))).stdout == "here\n"
         assert pids.keys() == {"box", ephemeral}

@@ -45,6 +45,7 @@ def test_codes_are_stable() -> None:
         "machine_failed": 500,
         "host_not_ready": 500,
         "corrupt": 500,
+        "unsupported": 409,
     }
 
 

@@ -353,6 +353,29 @@ def test_streams_are_limited_on_both_sides() -> None:
     assert host.mux.open(EXEC) == 2 * MAX_STREAMS + 1
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_request_of_a_kind_that_this_end_does_not_know_is_refused_and_no_more(ours: bool) -> None:
+    class Novel(Message, tag="novel"):
+        """Of a later version."""
+
+    host, guest = pair()
+    asking, asked = (host, guest) if ours else (guest, host)
+    asking.mux._requests = {**asking.mux._requests, Novel: Synced}
+    stream = asking.mux.open(Novel())
+    asking.mux.send(stream, STDIN, b"what goes with it")
+    settle(host, guest)
+    assert asked.told() == []
+    (event,) = asking.told()
+    assert isinstance(event, Closed)
+    assert isinstance(event.message, Failed)
+    assert (event.stream, event.message.code) == (stream, "unsupported")
+    assert "novel" in event.message.message
+    assert host.mux.streams == guest.mux.streams == 0
+    asking.mux.open(EXEC)
+    settle(host, guest)
+    assert len(asked.told()) == 1
+
+
 def test_a_request_that_is_too_large_opens_nothing() -> None:
     host, guest = pair()
     with pytest.raises(ProtocolError):

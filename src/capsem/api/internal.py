@@ -10,7 +10,10 @@ with an error in its log. From then on the service, or one that comes after it, 
 3. A stream that the service resets is given up: its command is killed. A connection that is lost is not: commands go
    on, and what they write is kept for an `Attach`, as far as `RETAINED` goes.
 
-`PROTOCOL` counts up with every change that an older peer would misunderstand; a service speaks to N and N-1.
+`PROTOCOL` counts up with every change that an older peer would misunderstand. A service speaks to supervisors of N and
+N-1, and of N+1 in its own words, which those understand: so VMs go on through an upgrade and through the way back.
+A VM of any other is listed with the reason, and can be stopped, by signal. A request that a peer does not know is
+refused on its stream (`Unsupported`), and the connection goes on.
 """
 
 from __future__ import annotations
@@ -30,9 +33,14 @@ from capsem.wire.messages import (
 )
 
 PROTOCOL = 1
-OLDEST_PROTOCOL = 1
+OLDEST_PROTOCOL = 1  # PROTOCOL - 1, once there is one
 BOUND = b"bound\n"
 RETAINED = 10 * 1024 * 1024  # bytes kept of each output of a command
+
+
+def speaks(protocol: int) -> bool:
+    """Whether this end and a peer of `protocol` understand each other."""
+    return OLDEST_PROTOCOL <= protocol <= PROTOCOL + 1
 
 
 class Bootstrap(Message, tag="bootstrap"):

@@ -181,7 +181,11 @@ class ProvisionResponse(_Body, frozen=True):
 
 
 class SandboxInfo(_Body, frozen=True):
-    """One VM. `pid` is its supervisor's, 0 when it does not run; `name` only for a persistent VM."""
+    """One VM. `pid` is its supervisor's, 0 when it does not run; `name` only for a persistent VM.
+
+    `last_error` says why it is Defunct; `reason`, in any other status, how its last run ended, or what is wrong with
+    the present one.
+    """
 
     id: str
     pid: int
@@ -198,6 +202,7 @@ class SandboxInfo(_Body, frozen=True):
     created_at: str | None = None
     uptime_secs: int | None = None
     last_error: str | None = None
+    reason: str | None = None
     total_input_tokens: int | None = None
     total_output_tokens: int | None = None
     total_estimated_cost: float | None = None

@@ -36,6 +36,8 @@ def list_command(obj: Context, quiet: bool, as_json: bool) -> None:
             click.echo(line)
             if error := _last_line(box.get("last_error")):
                 click.echo(f"  last error: {error}")
+            elif box["status"] == "Running" and (reason := _last_line(box.get("reason"))):
+                click.echo(f"  note: {reason}")
 
 
 @click.command("info", epilog="\b\nExamples:\n  capsem info box\n  capsem info box --json")

@@ -237,7 +237,7 @@ class Agent:
             began = time.monotonic()
             self._loop.offload(os.sync, lambda _: self._mux.close(stream, Synced(duration=time.monotonic() - began)))
         else:
-            self._mux.close(stream, Failed(code="invalid_input", message=f"this agent does not serve {request.tag}"))
+            self._mux.close(stream, Failed(code="unsupported", message=f"this agent does not serve {request.tag}"))
 
     def _command(self, stream: int, request: Exec) -> Command:
         if request.job in self._jobs:

@@ -8,6 +8,7 @@
      |    +-- NotRunning      404  the VM exists but does not run: resume it first
      +-- AlreadyExists        409  the name is taken: choose another or delete that one
      +-- WrongState           409  the VM is in a state that does not allow this
+     |    +-- Unsupported     409  it is run by a Capsem of another version, which does not do this: stop and resume it
      +-- LimitReached         429  a configured maximum: stop something or raise the setting
      +-- Unavailable          503  busy or not there yet: try again later
      +-- TimedOut             500  a limit the caller set, or one of ours, ran out
@@ -89,6 +90,12 @@ class WrongState(CapsemError):
     """The VM's state does not allow the operation."""
 
     code, status = "wrong_state", 409
+
+
+class Unsupported(WrongState):
+    """The other end, a supervisor or a guest agent, is of a version that does not do this or cannot be spoken to."""
+
+    code = "unsupported"
 
 
 class LimitReached(CapsemError):

@@ -193,7 +193,13 @@ class Service:
         fleet.stopping = True
         for each in server.servers:
             each.close()  # no new connection from here on
-        await fleet.stop_all()
+        if self.settings.on_service_stop == config.KEEP:
+            # As if we were killed: commands go on, and who follows them connects again and finds them.
+            fleet.leave_all()
+            for connection in list(server.server_state.connections):
+                connection.transport.abort()
+        else:
+            await fleet.stop_all()
         await server.shutdown(sockets=[listener])
         watching.cancel()
         with contextlib.suppress(FileNotFoundError):

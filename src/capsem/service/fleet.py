@@ -8,15 +8,16 @@ import signal
 from collections.abc import Iterable
 
 from capsem.api.operations import unknown_vm
-from capsem.model.errors import AlreadyExists, CapsemError, Corrupt, LimitReached
-from capsem.model.ids import generate_id
+from capsem.model.errors import AlreadyExists, CapsemError, Corrupt, LimitReached, Unavailable, Unsupported
+from capsem.model.ids import check_name, generate_id
 from capsem.model.lifecycle import State
+from capsem.model.spec import VmSpec
 from capsem.model.vm import VmRecord
 from capsem.service.link import Link
 from capsem.service.vm import Vm
 from capsem.store import durable, records
 from capsem.store.layout import Layout, SessionDir
-from capsem.store.locks import is_locked
+from capsem.store.locks import holders, is_locked
 from capsem.system import System
 
 FAILED_KEPT = 32
@@ -178,28 +179,42 @@ class Fleet:
     async def reconcile(self) -> None:
         """Take over what an earlier service left: adopt living supervisors, settle the rest, sweep remains."""
         found: list[Vm] = []
-        unreadable = 0
+        skipped = 0
         for session in records.sessions(self.layout):
             try:
                 found.append(self._found(session))
             except (CapsemError, OSError) as error:
-                unreadable += 1
+                skipped += 1
                 log.error("%s is skipped: %s", session.path, error)
         await asyncio.gather(*(self._take_over(vm) for vm in found))
         self._sweep()
-        if not unreadable:  # whose layers nobody knows
+        if not skipped and not any(isinstance(vm.obstacle, Corrupt) for vm in found):  # whose layers nobody knows
             self._sweep_layers()
 
     def _found(self, session: SessionDir) -> Vm:
-        record = records.read(session)
-        target = self.layout.session(record.id, persistent=record.persistent)
-        if record.persistent and session.path.parent == self.layout.sessions:
-            # Its supervisor ended between the record and the move (Supervisor.persist).
-            durable.rename(session.path, target.path)
-        return self.add(target, record)
+        """The VM of a session directory. Raises InvalidInput for a directory that can be none's."""
+        name = check_name(session.path.name)
+        persistent = session.path.parent == self.layout.persistent
+        try:
+            record = records.read(session)
+            if record.persistent and not persistent:
+                # Its supervisor ended between the record and the move (Supervisor.persist).
+                target = self.layout.session(record.id, persistent=True)
+                durable.rename(session.path, target.path)
+                return self.add(target, record)
+            if (record.id, record.persistent) != (name, persistent):
+                raise Corrupt(f"{session.record} is the record of another VM, {record.id}")
+        except (Corrupt, OSError) as error:
+            made = session.record.stat().st_mtime
+            vm = self.add(session, VmRecord(name, persistent, VmSpec(), "", "", (), made))
+            vm.spoilt(error if isinstance(error, Corrupt) else Corrupt(f"{session.record}: {error}"))
+            return vm
+        return self.add(session, record)
 
     async def _take_over(self, vm: Vm) -> None:
         if is_locked(vm.session.claim) and await self._adopt(vm):
+            return
+        if vm.obstacle is not None:
             return
         try:
             vm.settle()
@@ -212,14 +227,23 @@ class Fleet:
             self._ended(vm)
 
     async def _adopt(self, vm: Vm) -> bool:
-        """Connect to a supervisor that outlived the service that started it."""
+        """Take over a supervisor that outlived the service that started it; False: it ended meanwhile.
+
+        One that cannot be spoken to is listed with the reason, and can be stopped.
+        """
         link = Link()
         try:
             async with asyncio.timeout(ADOPT_LIMIT):
                 await link.connect(self.system.network, self.layout.instance_socket(vm.id))
         except (CapsemError, OSError) as error:
-            log.error("the supervisor of %s does not answer: %s", vm.id, error)
-            return False
+            if not is_locked(vm.session.claim):
+                return False
+            log.error("the supervisor of %s cannot be spoken to: %s", vm.id, error)
+            if not isinstance(error, Unsupported):
+                error = Unavailable(f"its supervisor does not answer: {error}", hint="stop the VM and resume it")
+            found = holders(vm.session.claim)
+            vm.begin_apart(link.pid or (found[0] if len(found) == 1 else 0), error)
+            return True
         log.info("adopted %s, supervised by process %d", vm.id, link.pid)
         vm.begin(None, link)
         return True
@@ -253,3 +277,9 @@ class Fleet:
         for vm in running:
             vm.terminate(signal.SIGKILL)
         await asyncio.gather(*(vm.ended(TERMINATE_LIMIT) for vm in running))
+
+    def leave_all(self) -> None:
+        """Let go of every supervisor without a word, for the next service to find."""
+        self.stopping = True
+        for vm in self._vms.values():
+            vm.let_go()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from capsem.api.types import AssetHealth, ListResponse, LogsResponse, SandboxInfo, UsageResponse
-from capsem.model.errors import NotFound
+from capsem.model.errors import Corrupt, NotFound
 from capsem.model.lifecycle import Status
 from capsem.service.files import Files
 from capsem.service.lifecycle import Lifecycle
@@ -50,22 +50,24 @@ class Handlers(Lifecycle, Files):
         uptime = None
         if vm.running and record.started_at is not None:
             uptime = max(0, int(self._fleet.system.clock.time() - record.started_at))
+        known = not isinstance(vm.obstacle, Corrupt)  # else the record's numbers are not the VM's
         return SandboxInfo(
             id=vm.id,
             name=vm.id if record.persistent else None,
             pid=vm.pid,
             status=status,
             persistent=record.persistent,
-            ram_mb=record.spec.ram_mb,
-            cpus=record.spec.cpus,
-            disk_mb=record.spec.disk_mb,
-            version=record.version,
+            ram_mb=record.spec.ram_mb if known else None,
+            cpus=record.spec.cpus if known else None,
+            disk_mb=record.spec.disk_mb if known else None,
+            version=record.version or None,
             forked_from=record.forked_from,
             description=None if vm.running else record.description,
             size_bytes=size_bytes,
             created_at=str(int(record.created_at)),
             uptime_secs=uptime,
             last_error=record.last_error if status == Status.DEFUNCT else None,
+            reason=vm.reason if status != Status.DEFUNCT else None,
         )
 
     async def logs(self, vm_id: str) -> LogsResponse:

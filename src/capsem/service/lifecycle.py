@@ -121,6 +121,7 @@ class Lifecycle(Commands):
             if vm.deleted:
                 raise unknown_vm(name)
             if not vm.running:
+                vm.check()
                 self._fleet.check_limit()
                 try:
                     await self._start(vm)
@@ -144,7 +145,11 @@ class Lifecycle(Commands):
             if vm.deleted:
                 raise unknown_vm(vm_id)
             vm.deleted = True
-            await vm.stop(Stop(kill=True))
+            try:
+                await vm.stop(Stop(kill=True))
+            except BaseException:
+                vm.deleted = False
+                raise
             self._fleet.remove(vm)
 
     async def persist(self, vm_id: str, request: PersistRequest) -> PersistResponse:

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from capsem import __version__
-from capsem.api.internal import MESSAGES, OLDEST_PROTOCOL, PROTOCOL, REQUESTS, Hello, ShutdownAsked, State
+from capsem.api.internal import MESSAGES, PROTOCOL, REQUESTS, Hello, ShutdownAsked, State, speaks
 from capsem.control.channel import Channel, Stream
-from capsem.model.errors import Interrupted, MachineFailed, TimedOut
+from capsem.model.errors import Interrupted, TimedOut, Unsupported
 from capsem.system import Network
 from capsem.wire.frames import FrameDecoder, ProtocolError
 from capsem.wire.messages import Message
@@ -32,24 +32,24 @@ class Link:
         self.on_state: Callable[[State], None] = lambda _state: None
         self.on_shutdown_asked: Callable[[str], None] = lambda _action: None
         self._changed = asyncio.Event()
-        self._refused: str | None = None
+        self._refused: Unsupported | None = None
         self.channel = Channel(Mux(FrameDecoder(hunting=False), initiator=True, messages=MESSAGES, requests=REQUESTS))
         self.channel.on_control = self._control
         self.channel.on_lost = self._lost
         self.channel.on_garbage = self._garbage
 
     async def connect(self, network: Network, path: Path) -> None:
-        """Connect and exchange hellos. Raises OSError, MachineFailed (it speaks another protocol), TimedOut."""
+        """Connect and exchange hellos. Raises OSError, Unsupported (another protocol), Interrupted, TimedOut."""
         await network.connect(path, lambda: self.channel)
         self.channel.control(Hello(protocol=PROTOCOL, version=__version__, pid=os.getpid()))
         try:
             async with asyncio.timeout(HELLO_LIMIT):
-                while self.state is None:
-                    if self._refused or self.lost.is_set():
-                        raise MachineFailed(
-                            self._refused or "the supervisor hung up",
-                            hint="stop the VM with `capsem stop` and resume it",
-                        )
+                while self.state is None or self._refused is not None:
+                    if self._refused is not None:
+                        self.channel.hang_up()
+                        raise self._refused
+                    if self.lost.is_set():
+                        raise Interrupted("the supervisor hung up")
                     await self._changed.wait()
         except TimeoutError:
             self.channel.hang_up()
@@ -61,7 +61,7 @@ class Link:
 
     def _garbage(self, error: ProtocolError) -> None:
         log.error("the supervisor does not speak the protocol, hanging up: %s", error)
-        self._refused = f"the supervisor does not speak our protocol: {error}"
+        self._refused = self._refused or _unsupported(f"its supervisor does not speak this service's protocol: {error}")
         self.channel.hang_up()
 
     def _lost(self) -> None:
@@ -71,9 +71,10 @@ class Link:
     def _control(self, message: Message) -> None:
         if isinstance(message, Hello):
             self.pid = message.pid
-            if not OLDEST_PROTOCOL <= message.protocol <= PROTOCOL + 1:
-                self._refused = (
-                    f"the supervisor ({message.version}) speaks protocol {message.protocol}, this service {PROTOCOL}"
+            if not speaks(message.protocol):
+                self._refused = _unsupported(
+                    f"its supervisor (Capsem {message.version}) speaks protocol {message.protocol}, "
+                    f"this service (Capsem {__version__}) speaks {PROTOCOL}"
                 )
         elif isinstance(message, State):
             self.state = message
@@ -104,3 +105,7 @@ class Link:
     def open(self, request: Message) -> Stream:
         """Open a stream. Raises Interrupted when the supervisor is gone."""
         return self.channel.open(request)
+
+
+def _unsupported(message: str) -> Unsupported:
+    return Unsupported(message, hint="stop the VM and resume it: then a supervisor of this version runs it")

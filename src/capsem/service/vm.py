@@ -5,24 +5,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from capsem.api.internal import Stop
-from capsem.model.errors import CapsemError, MachineFailed, NotRunning, TimedOut, Unavailable
+from capsem.model.errors import CapsemError, Corrupt, MachineFailed, NotRunning, TimedOut, Unavailable
 from capsem.model.lifecycle import LIVE, PUBLIC_STATUS, State, Status, recover
 from capsem.model.vm import Exit, VmRecord
 from capsem.service.link import Link
 from capsem.store import records
 from capsem.store.layout import SessionDir
 from capsem.store.lines import last_lines
-from capsem.store.locks import take_lock, try_lock
+from capsem.store.locks import is_locked, take_lock, try_lock
 from capsem.system import Child, System
 
 READY_LIMIT = 30.0  # seconds that a command waits for a guest that boots
 EXIT_MARGIN = 2.0  # seconds for a supervisor to exit after its machine must have ended
 POWER_OFF_MARGIN = 3.0  # what the supervisor adds to the grace before it kills the machine
+SIGTERM_GRACE = 1.0  # what a supervisor takes SIGTERM to mean
+CLAIM_TURN = 1.0  # seconds between looks at a claim whose holder cannot be found
 LOG_LINES = 20
 
 log = logging.getLogger("capsem_service.vm")
@@ -38,8 +41,10 @@ class Vm:
         self.link: Link | None = None
         self.on_ended: Callable[[Vm], None] = lambda _vm: None
         self.deleted = False
+        self.obstacle: CapsemError | None = None  # why it can be neither spoken to nor started; `check` raises it
         self._system = system
         self._child: Child | None = None
+        self._pid = 0
         self._ended = asyncio.Event()
         self._ended.set()
         self._watcher: asyncio.Task[None] | None = None
@@ -52,9 +57,7 @@ class Vm:
     @property
     def pid(self) -> int:
         """The supervisor's process id, 0 when there is none."""
-        if self._child is not None:
-            return self._child.pid
-        return self.link.pid if self.link else 0
+        return self._pid
 
     @property
     def running(self) -> bool:
@@ -65,9 +68,10 @@ class Vm:
     def state(self) -> State:
         """Where it is: the supervisor's last word while there is one, else the record's."""
         if self.running:
-            if self.link is not None and self.link.state is not None and self.link.state.state in LIVE:
-                return State(self.link.state.state)
-            return State.STARTING
+            said = self.link.state if self.link is not None else None
+            if said is not None and said.state in LIVE:
+                return State(said.state)
+            return self.record.state if self.record.state in LIVE else State.STARTING
         return self.record.state
 
     @property
@@ -75,36 +79,97 @@ class Vm:
         """What clients are shown; None: not listed."""
         return PUBLIC_STATUS[self.state]
 
+    @property
+    def reason(self) -> str | None:
+        """Why it is as it is, where there is something to say beyond its status."""
+        if self.obstacle is not None:
+            return self.obstacle.message
+        if self.running:
+            return self.link.state.reason if self.link is not None and self.link.state is not None else None
+        return self.record.last_exit.reason if self.record.last_exit is not None else None
+
+    def check(self) -> None:
+        """Raises what keeps this VM from being spoken to or started."""
+        if self.obstacle is not None:
+            raise type(self.obstacle)(f"{self.id}: {self.obstacle.message}", hint=self.obstacle.hint)
+
+    # -- its supervisor comes and goes
+
     def begin(self, child: Child | None, link: Link) -> None:
         """A supervisor was started (a child of ours) or adopted (not)."""
         self._child, self.link = child, link
         link.on_state = lambda _state: self.reload()
+        self._supervised(link.pid if child is None else child.pid)
+
+    def begin_apart(self, pid: int, obstacle: CapsemError) -> None:
+        """Somebody holds the claim who cannot be spoken to: process `pid`, which can be ended by signal; 0: not found."""
+        self.obstacle = obstacle
+        self._supervised(pid)
+
+    def _supervised(self, pid: int) -> None:
+        self._pid = pid
         self.reload()
         self._ended.clear()
-        self._watcher = asyncio.create_task(self._watch(link), name=f"watch {self.id}")
+        self._watcher = asyncio.create_task(self._watch(), name=f"watch {self.id}")
 
-    async def _watch(self, link: Link) -> None:
+    def let_go(self) -> None:
+        """Hang up on the supervisor and look after it no more: another service will."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if self.link is not None:
+            self.link.channel.hang_up()
+
+    async def _watch(self) -> None:
         """See the supervisor out, then read what it left."""
-        if self._child is not None:
-            await self._child.wait()
-        else:
-            await link.lost.wait()
-            await self._system.processes.gone(link.pid)
+        gone = asyncio.ensure_future(self._gone())
+        try:
+            if self.link is not None:
+                await self._hung_up(self.link, gone)
+            await gone
+        finally:
+            gone.cancel()
         status = self._child.status if self._child is not None else None
-        link.channel.hang_up()
+        if self.link is not None:
+            self.link.channel.hang_up()
+        self._child = self.link = self.obstacle = None
+        self._pid = 0
         try:
             self.settle(status)
         except Exception:
             log.exception("the record of %s cannot be settled", self.id)
-        self._child = self.link = None
         self._ended.set()
         self.on_ended(self)
+
+    async def _gone(self) -> None:
+        if self._child is not None:
+            await self._child.wait()
+        elif self._pid:
+            await self._system.processes.gone(self._pid)
+        else:
+            while is_locked(self.session.claim):
+                await asyncio.sleep(CLAIM_TURN)
+
+    async def _hung_up(self, link: Link, gone: asyncio.Future[None]) -> None:
+        """Wait for the supervisor's end; one that hangs up and stays can only be stopped."""
+        lost = asyncio.ensure_future(link.lost.wait())
+        try:
+            await asyncio.wait((gone, lost), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            lost.cancel()
+        await asyncio.wait((gone,), timeout=EXIT_MARGIN)
+        if not gone.done():
+            log.error("the supervisor of %s hung up, and lives on", self.id)
+            self.obstacle = Unavailable("its supervisor hung up on the service", hint="stop the VM and resume it")
 
     def settle(self, status: int | None = None) -> None:
         """With no supervisor: make the record say so. `status` is the supervisor's exit status where it is known."""
         if not self.session.record.exists():
             return
-        self.record = records.read(self.session)
+        try:
+            self.record = records.read(self.session)
+        except Corrupt as error:
+            self.spoilt(error)
+            return
         same_boot = self.record.host_boot_id in (None, self._system.clock.boot_id())
         state = recover(self.record.state, supervisor_alive=False, same_host_boot=same_boot)
         if state == self.record.state:
@@ -130,9 +195,19 @@ class Vm:
             self.record = records.read(self.session)
         except (OSError, CapsemError) as error:
             log.error("the record of %s cannot be read: %s", self.id, error)
+        else:
+            if isinstance(self.obstacle, Corrupt):  # its supervisor has written a good one
+                self.obstacle = None
+
+    def spoilt(self, error: Corrupt) -> None:
+        """Its record cannot be read: it is Defunct, and nothing is written over what there is."""
+        log.error("%s: %s", self.id, error)
+        self.obstacle = error
+        self.record = replace(self.record, state=State.FAILED, last_exit=Exit("failed", str(error)))
 
     def rewrite(self, **changes: Any) -> None:
-        """Change the record of a VM that does not run. Raises Unavailable when somebody holds its claim."""
+        """Change the record of a VM that does not run. Raises Unavailable when somebody holds its claim; see `check`."""
+        self.check()
         claim = take_lock(self.session.claim, f"VM {self.id}")
         try:
             self.record = replace(self.record, **changes)
@@ -149,6 +224,7 @@ class Vm:
 
     async def ready_link(self, limit: float = READY_LIMIT) -> Link:
         """The link to a guest that may be spoken to. Raises NotRunning, TimedOut, MachineFailed (it ended meanwhile)."""
+        self.check()
         link = self.link
         if link is None:
             raise NotRunning(f"{self.id} is not running", hint=f"start it with `capsem resume {self.id}`")
@@ -156,6 +232,7 @@ class Vm:
             ready = await link.wait_ready(limit)
         except CapsemError:
             await self.ended(EXIT_MARGIN)
+            self.check()
             raise MachineFailed(
                 f"{self.id} ended before it was ready: {self.record.last_error or 'stopped'}",
                 hint=f"capsem logs {self.id}",
@@ -165,19 +242,31 @@ class Vm:
         return link
 
     async def stop(self, request: Stop) -> None:
-        """End the supervisor and wait until it is gone; a supervisor that does not go is killed."""
-        link = self.link
-        if link is None:
+        """End the supervisor and wait until it is gone; a supervisor that does not go is killed.
+
+        Raises Unavailable when somebody holds the claim who cannot be found.
+        """
+        if not self.running:
+            with contextlib.suppress(FileNotFoundError):
+                take_lock(self.session.claim, f"VM {self.id}").release()
             return
+        if not self._pid:
+            self.check()
         limit = EXIT_MARGIN + (0.0 if request.kill else request.grace + POWER_OFF_MARGIN)
-        with contextlib.suppress(CapsemError):
-            link.open(request)
+        if self.link is not None and not self.link.lost.is_set():
+            with contextlib.suppress(CapsemError):
+                self.link.open(request)
+        elif not request.kill:
+            self.terminate(signal.SIGTERM)
+            limit = EXIT_MARGIN + SIGTERM_GRACE + POWER_OFF_MARGIN
+        else:
+            limit = 0.0
         if not await self.ended(limit):
             log.warning("the supervisor of %s did not end within %.1f s; killing it", self.id, limit)
-            self._system.processes.signal(self.pid, 9)
+            self.terminate(signal.SIGKILL)
             await self.ended(EXIT_MARGIN)
 
     def terminate(self, number: int) -> None:
         """Send the supervisor a signal, if there is one."""
-        if self.running and self.pid:
-            self._system.processes.signal(self.pid, number)
+        if self.running and self._pid:
+            self._system.processes.signal(self._pid, number)

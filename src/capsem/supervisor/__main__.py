@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from capsem import log as logs
-from capsem.api.internal import BOUND, PROTOCOL, Bootstrap, Stop
+from capsem.api.internal import BOUND, PROTOCOL, Bootstrap, Stop, speaks
 from capsem.hypervisor.registry import make_driver
 from capsem.model.errors import CapsemError, InvalidInput
 from capsem.model.ids import check_name
@@ -36,7 +36,7 @@ def read_bootstrap() -> Bootstrap:
             f"bad bootstrap on standard input: {error}", hint="capsem-service starts this program"
         ) from error
     assert isinstance(message, Bootstrap)
-    if message.protocol != PROTOCOL:
+    if not speaks(message.protocol):
         raise InvalidInput(
             f"the service speaks protocol {message.protocol}, this supervisor {PROTOCOL}",
             hint="restart the service: its programs were upgraded",

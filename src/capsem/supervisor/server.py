@@ -9,7 +9,6 @@ from typing import Protocol
 from capsem import __version__
 from capsem.api.internal import (
     MESSAGES,
-    OLDEST_PROTOCOL,
     PROTOCOL,
     REQUESTS,
     AddLayer,
@@ -23,10 +22,11 @@ from capsem.api.internal import (
     State,
     Stop,
     Stopping,
+    speaks,
 )
 from capsem.control.channel import Channel, Stream
 from capsem.control.guest import Guest
-from capsem.model.errors import CapsemError, InvalidInput
+from capsem.model.errors import CapsemError, InvalidInput, Unsupported
 from capsem.supervisor.jobs import Follower, Job, JobTable
 from capsem.wire.frames import FrameDecoder, ProtocolError
 from capsem.wire.messages import STDERR, STDIN, STDOUT, Exec, Failed, ListDir, Message, ReadFile, WriteFile
@@ -122,7 +122,7 @@ class _Connection:
             raise ProtocolError(f"unexpected {message.tag}")
         self._deadline.cancel()
         self.channel.control(Hello(protocol=PROTOCOL, version=__version__, pid=self._supervised.pid))
-        if not OLDEST_PROTOCOL <= message.protocol <= PROTOCOL + 1:
+        if not speaks(message.protocol):
             log.error(
                 "service %s speaks protocol %d, this supervisor (%s) %d: hanging up",
                 message.version,
@@ -182,7 +182,7 @@ class _Connection:
         if isinstance(request, AddLayer):
             await self._supervised.admit()
             return await self._supervised.add_layer(request)
-        raise InvalidInput(f"{request.tag} is not served here")
+        raise Unsupported(f"{request.tag} is not served here")
 
     async def _follow(self, stream: Stream, job: Job, follower: Follower, *, feed: bool) -> Message:
         """Copy a job's output to a peer, and the peer's input to the job, until the job has ended.

@@ -329,6 +329,10 @@ def encode_message(message: Message) -> bytes:
     return payload
 
 
+class UnknownMessage(ProtocolError):
+    """Well-formed, but of a kind that this version does not know."""
+
+
 def decode_message(payload: bytes, messages: dict[str, type[Message]] = MESSAGES) -> Message:
     """The message in a frame's payload, one of `messages` (tag -> class). Raises ProtocolError, whatever the bytes."""
     try:
@@ -340,5 +344,5 @@ def decode_message(payload: bytes, messages: dict[str, type[Message]] = MESSAGES
     tag = fields.pop("t", None)
     cls = messages.get(tag) if isinstance(tag, str) else None
     if cls is None:
-        raise ProtocolError(f"unknown message {str(tag)[:40]!r}")
+        raise UnknownMessage(f"unknown message {str(tag)[:40]!r}")
     return cls(**{name: value for name, value in fields.items() if name in cls._fields})

@@ -7,6 +7,9 @@ what the application has consumed plus the window; a credit is sent when half th
 Order. What belongs to the connection (control messages, opening, credits, resets, messages on streams) goes out before
 data. Data goes out one frame a stream in turn. The message that closes a stream waits until its data is out.
 
+Versions. A request of a kind that this end does not know is a newer peer's: its stream is closed with `Failed`, and
+nothing else happens.
+
 Ids. The host opens odd streams, the guest even ones; an id is not used twice in an epoch.
 """
 
@@ -17,7 +20,7 @@ from collections import deque
 
 from capsem.wire import frames
 from capsem.wire.frames import Frame, FrameDecoder, Marker, ProtocolError
-from capsem.wire.messages import MESSAGES, STREAMS, Failed, Message, decode_message, encode_message
+from capsem.wire.messages import MESSAGES, STREAMS, Failed, Message, UnknownMessage, decode_message, encode_message
 
 WINDOW = 256 * 1024  # bytes a channel may have under way; egress.md section 3 has the measurement
 MAX_STREAMS = 1024
@@ -383,12 +386,22 @@ class Mux:
         """Whether this end opens streams of that id."""
         return stream % 2 == self._first % 2
 
-    def _opened(self, frame: Frame) -> Event:
+    def _opened(self, frame: Frame) -> Event | None:
         if self._is_ours(frame.stream) or frame.stream <= self._peer_last:
             raise ProtocolError(f"stream {frame.stream} is not the peer's to open")
         if len(self._streams) >= MAX_STREAMS:
             raise ProtocolError(f"more than {MAX_STREAMS} streams at once")
-        request = decode_message(frame.payload, self._messages)
+        try:
+            request = decode_message(frame.payload, self._messages)
+        except UnknownMessage as error:
+            self._peer_last = frame.stream
+            refusal = Failed(
+                code="unsupported",
+                message=f"the other end is of another version: {error}",
+                hint="stop the VM and resume it",
+            )
+            self._urgent.append(frames.encode(frames.CLOSE, frame.stream, payload=encode_message(refusal)))
+            return None
         if type(request) not in self._requests:
             raise ProtocolError(f"{request.tag} does not open a stream")
         self._peer_last = frame.stream

@@ -1,0 +1,91 @@
+"""A service without its HTTP face, with supervisors as tasks and guests as processes (process_machine)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+from capsem.config import Settings
+from capsem.model.errors import NotFound
+from capsem.service.create import Maker
+from capsem.service.fleet import Fleet
+from capsem.service.handlers import Handlers
+from capsem.service.launch import Launcher
+from capsem.store.layout import Layout
+from process_machine import InProcess, ProcessDriver
+
+
+class OneImage:
+    """A catalogue with one image, of which nothing is read."""
+
+    def __init__(self, directory: Path) -> None:
+        path = directory / "image"
+        self.image = SimpleNamespace(
+            name="default",
+            digest="d" * 64,
+            directory=path,
+            kernel=path / "vmlinux",
+            initrd=path / "initrd.img",
+            root=path / "root.erofs",
+            volume=path / "volume.raw",
+            volume_mb=16384,
+            kernel_command_line="quiet",
+        )
+
+    def find(self, name: str = "default") -> SimpleNamespace:
+        if name != "default":
+            raise NotFound(f"no image {name}")
+        return self.image
+
+    def list(self) -> list[SimpleNamespace]:
+        return [self.image]
+
+
+class World:
+    """A service, and the directory and processes that outlive it."""
+
+    def __init__(self, directory: Path, limit: int = 10) -> None:
+        self.layout = Layout(directory / "run")
+        self.layout.create()
+        self.driver = ProcessDriver()
+        self.processes = InProcess(self.driver)
+        self.catalog = OneImage(directory)
+        self.start(limit)
+
+    async def restart(self) -> None:
+        """The service is gone without a word: its connections drop, its supervisors live. Another one starts."""
+        self.fleet.leave_all()
+        self.start()
+        await self.fleet.reconcile()
+
+    def start(self, limit: int = 10) -> None:
+        """A service as it comes up: nothing in memory yet."""
+        self.fleet = Fleet(self.processes.system, self.layout, limit)
+        launcher = Launcher(self.processes.system, self.layout, {}, Path("capsem-process"), "process")
+        maker = Maker(self.fleet, self.driver, self.catalog, launcher)  # type: ignore[arg-type]
+        self.handlers = Handlers(self.fleet, maker, Settings())
+
+
+@contextlib.asynccontextmanager
+async def world(directory: Path, limit: int = 10) -> AsyncIterator[World]:
+    it = World(directory, limit)
+    try:
+        yield it
+    finally:
+        await it.fleet.stop_all()
+
+
+def play(directory: Path, scene: Callable[[World], Awaitable[None]], limit: int = 10) -> None:
+    async def run() -> None:
+        async with world(directory, limit) as it:
+            await scene(it)
+            await asyncio.sleep(0)
+
+    asyncio.run(run())
+
+
+async def status(it: World) -> dict[str, str]:
+    return {info.id: info.status for info in (await it.handlers.list()).sandboxes}
