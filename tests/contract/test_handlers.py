@@ -18,6 +18,7 @@ from capsem.api.types import (
     RunRequest,
     WriteFileRequest,
 )
+from capsem.control import heartbeat
 from capsem.model.errors import (
     AlreadyExists,
     CapsemError,
@@ -172,6 +173,25 @@ def test_a_machine_that_dies_is_defunct_and_comes_back(tmp_path: Path) -> None:
         assert await status(it) == {"box": "Defunct"}
         await it.handlers.resume("box")
         assert (await it.handlers.read_file("box", ReadFileRequest(path="kept"))).content == "yes"
+
+    play(tmp_path, scene)
+
+
+def test_a_guest_that_is_silent_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "PERIOD", 0.05)
+    monkeypatch.setattr(heartbeat, "SILENCE", 0.2)
+
+    async def scene(it: World) -> None:
+        await it.handlers.provision(ProvisionRequest(name="box"))
+        machine = it.driver.machines[0]
+        await machine.pause()
+        while (info := await it.handlers.info("box")).reason is None:
+            await asyncio.sleep(0.01)
+        assert "has not answered" in info.reason
+        assert info.status == "Running"
+        await machine.run()
+        while (await it.handlers.info("box")).reason is not None:
+            await asyncio.sleep(0.01)
 
     play(tmp_path, scene)
 

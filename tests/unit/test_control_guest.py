@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
 
 from capsem.control import guest as guest_module
+from capsem.control import heartbeat as heartbeat_module
 from capsem.control.guest import Guest, Identity
+from capsem.control.heartbeat import Heartbeat
 from capsem.model.errors import GuestFailed, Interrupted, TimedOut
 from capsem.wire.frames import FIRST_NONCE, FrameDecoder, answer_to
 from capsem.wire.messages import (
@@ -43,6 +47,9 @@ class StoppedClock:
         return 5.0
 
     boot_time = monotonic
+
+    async def jumped(self) -> None:
+        await asyncio.Event().wait()
 
     def boot_id(self) -> str:
         return "boot"
@@ -125,6 +132,19 @@ class Bench(asyncio.Transport):
         self.say(BootReady(epoch=config.epoch, clock_step=0.0))
         assert self.guest.is_ready
         return nonce
+
+
+@contextlib.contextmanager
+def logged(name: str) -> Iterator[list[str]]:
+    """What is logged under a name, inside."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger(name).addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logging.getLogger(name).removeHandler(handler)
 
 
 def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[[pytest.MonkeyPatch], None]:
@@ -275,15 +295,104 @@ async def test_pings(bench: Bench) -> None:
 
 
 @in_loop
-async def test_the_heart_beats_on_when_a_guest_is_slow_and_ends_with_it(bench: Bench) -> None:
-    bench.patch.setattr(guest_module, "HEARTBEAT", 0.0)
+async def test_a_guest_that_asks_and_does_not_listen_is_not_remembered(bench: Bench) -> None:
     bench.boot()
     bench.listen()
-    beating = asyncio.ensure_future(bench.guest.heartbeat())
-    while bench.guest._ping_id < 3:
+    bench.guest.channel.pause_writing()
+    bench.say(*(Ping(id=number) for number in range(10_000)))
+    bench.guest.channel.resume_writing()
+    assert bench.listen() == []
+    bench.say(Ping(id=7))
+    assert bench.listen() == [Pong(id=7)]
+
+
+class Hours(StoppedClock):
+    """A clock of a host that can be put to sleep, or be told another time."""
+
+    def __init__(self) -> None:
+        self.awake, self.asleep, self.offset = 5.0, 0.0, 1e9
+        self.jump = asyncio.Event()
+
+    def monotonic(self) -> float:
+        return self.awake
+
+    def boot_time(self) -> float:
+        return self.awake + self.asleep
+
+    def time(self) -> float:
+        return self.boot_time() + self.offset
+
+    async def jumped(self) -> None:
+        await self.jump.wait()
+        self.jump.clear()
+
+
+def heart(bench: Bench) -> tuple[Hours, Heartbeat, list[bool], asyncio.Future[None]]:
+    """A beating heart; its guest is ready."""
+    bench.boot()
+    bench.listen()
+    clock, changes = Hours(), list[bool]()
+    bench.guest._clock = clock
+    heartbeat = Heartbeat(bench.guest, clock, lambda: changes.append(heartbeat.silent))
+    return clock, heartbeat, changes, asyncio.ensure_future(heartbeat.run())
+
+
+async def pinged(bench: Bench) -> Ping:
+    while not (said := bench.listen()):
         await asyncio.sleep(0)
+    [ping] = said
+    assert isinstance(ping, Ping)
+    return ping
+
+
+@in_loop
+async def test_a_guest_is_told_the_time_when_its_host_wakes_up(bench: Bench) -> None:
+    clock, _, changes, beating = heart(bench)
+    with logged("capsem_process.heartbeat") as lines:
+        for asleep, offset, says in (
+            (3600.0, 0.0, ["the host slept 3600 s"]),
+            (0.0, -30.0, ["the host's clock was set -30.0 s"]),
+            (7200.0, 60.0, ["the host slept 7200 s", "the host's clock was set +60.0 s"]),
+            (0.5, 0.4, []),
+        ):
+            await asyncio.sleep(0)
+            clock.asleep += asleep
+            clock.offset += offset
+            clock.jump.set()
+            ping = await pinged(bench)
+            assert ping.time == clock.time()
+            bench.say(Pong(id=ping.id))
+            assert lines == says
+            lines.clear()
+    assert changes == []
+    bench.close()
+    await beating
+
+
+@in_loop
+async def test_silence_is_told_and_ends(bench: Bench) -> None:
+    bench.patch.setattr(heartbeat_module, "PERIOD", 0.0)
+    clock, heartbeat, changes, beating = heart(bench)
+    for _ in range(3):
+        await pinged(bench)
+    assert changes == []
+    clock.asleep += 1000  # nobody can answer then
+    await pinged(bench)
+    assert changes == []
+    clock.awake += heartbeat_module.SILENCE
+    while not changes:
+        await pinged(bench)
+    assert heartbeat.silent
+    bench.patch.setattr(heartbeat_module, "PERIOD", 60.0)
+    bench.listen()
+    clock.jump.set()
+    bench.say(Pong(id=(await pinged(bench)).id))
+    while len(changes) == 1:
+        await asyncio.sleep(0)
+    assert changes == [True, False]
     assert not beating.done()
     bench.close()
+    clock.jump.set()
     await beating
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
+import time
 
 import pytest
 
-from real_service import Service
+from real_service import Service, wait_for
 
 TOOLS = (
     "bash cat ls pgrep free ip iptables nft ping curl python3 mount dmesg base64 awk seq nohup setsid mkfifo which hostname ss "
@@ -100,3 +101,16 @@ def test_the_agent_comes_back(service: Service, box: str) -> None:
     assert service.output(box, "cat /tmp/kept; rm /tmp/kept") == "kept\n"
     assert service.output(box, "cat /proc/sys/kernel/random/boot_id") == boot_id
     assert "the agent ended with status 137" in service.client.call("logs", vm_id=box)["logs"]
+
+
+def test_a_clock_that_was_set_is_set_right_again(service: Service, box: str) -> None:
+    def off() -> float:
+        """Seconds that the guest's clock lies outside of the time that it may be."""
+        before = time.time()
+        guest = float(service.output(box, "date +%s.%N"))
+        return max(before - guest, guest - time.time())
+
+    for step in (-30, 30):
+        service.output(box, f"date -s @$(($(date +%s) + {step}))")
+        assert off() > 10
+        wait_for(lambda: off() < 0.5)  # with the next heartbeat; what is left is how late that came

@@ -148,6 +148,11 @@ class Channel(asyncio.Protocol):
         """Whether there is a peer."""
         return self._transport is not None and not self._transport.is_closing()
 
+    @property
+    def blocked(self) -> bool:
+        """Whether the peer does not take what it was sent, so that more would only pile up here."""
+        return self._blocked
+
     def open(self, request: Message) -> Stream:
         """Open a stream. Raises Interrupted when the connection is gone, InvalidInput for a request too large."""
         if not self.connected:

@@ -40,7 +40,6 @@ from capsem.wire.messages import (
 )
 from capsem.wire.streams import EpochStarted, Mux
 
-HEARTBEAT = 10.0  # seconds between pings; each carries the time
 HANDSHAKE_LIMIT = 10.0  # seconds until a handshake that hangs is begun again
 FILE_LIMIT = 30.0  # seconds for a file operation
 
@@ -111,7 +110,8 @@ class Guest:
 
     def _control(self, message: Message) -> None:
         if isinstance(message, Ping):
-            self.channel.control(Pong(id=message.id))
+            if not self.channel.blocked:  # a guest that asks and does not listen is not answered, nor remembered
+                self.channel.control(Pong(id=message.id))
         elif isinstance(message, Pong):
             waiting = self._pings.pop(message.id, None)
             if waiting is not None and not waiting.done():
@@ -176,6 +176,11 @@ class Guest:
     # -- for the supervisor
 
     @property
+    def is_lost(self) -> bool:
+        """Whether the connection is gone, and the machine with it."""
+        return self._lost
+
+    @property
     def is_ready(self) -> bool:
         """Whether the handshake of the present epoch is done."""
         return self._ready.is_set()
@@ -200,19 +205,6 @@ class Guest:
         if self._handshake.state == OFFERED:
             log.warning("the handshake hangs; beginning it again")
             self._begin_epoch()
-
-    async def heartbeat(self) -> None:
-        """Ping with the time until the connection is lost; silence for a whole period is logged."""
-        while not self._lost:
-            await asyncio.sleep(HEARTBEAT)
-            if not self._ready.is_set():
-                continue
-            try:
-                await self.ping(HEARTBEAT)
-            except TimedOut:
-                log.warning("no answer to a ping for %.0f s", HEARTBEAT)
-            except Interrupted:
-                return
 
     async def ping(self, limit: float) -> float:
         """Round trip in seconds; carries the time to the guest. Raises TimedOut, Interrupted."""

@@ -55,7 +55,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 VERSION = "1"
-_FOLLOW_CLOCK = 0.5  # seconds that the clock may differ from a Ping's before it is stepped
+# Seconds that the clock may differ from a Ping's before it is stepped. A ping may come late and so make the clock look
+# ahead; one that is behind a time that has passed is wrong for sure.
+_MAY_BE_AHEAD, _MAY_BE_BEHIND = 0.5, 0.05
 _JOBS_REMEMBERED = 4096
 
 # interface.md 6.2
@@ -195,7 +197,7 @@ class Agent:
 
     def _control(self, message: Message) -> None:
         if isinstance(message, Ping):
-            if message.time is not None and abs(message.time - time.time()) > _FOLLOW_CLOCK:
+            if message.time is not None and not -_MAY_BE_BEHIND <= time.time() - message.time <= _MAY_BE_AHEAD:
                 self._system.set_clock(message.time)
             self._mux.control(Pong(id=message.id))
         elif isinstance(message, Pong):

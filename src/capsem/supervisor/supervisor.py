@@ -28,6 +28,7 @@ from capsem.api.internal import (
     Stop,
 )
 from capsem.control.guest import Guest, Identity
+from capsem.control.heartbeat import SILENCE, Heartbeat
 from capsem.hypervisor.driver import Accelerator, Driver, Ending, Layer, Machine, MachineSpec
 from capsem.model.errors import CapsemError, GuestFailed, Interrupted, MachineFailed, NotRunning, TimedOut
 from capsem.model.lifecycle import Event
@@ -104,6 +105,7 @@ class Supervisor:
         self._stop_asked: Stop | None = None
         self._stop_changed = asyncio.Event()
         self.guest: Guest
+        self._heartbeat: Heartbeat | None = None
         self.jobs = JobTable()
         self.pid = system.processes.own_pid()
         self._server = Server(self)
@@ -115,12 +117,15 @@ class Supervisor:
     def state(self) -> State:
         """Where the VM is now."""
         exit_ = self._record.last_exit
+        reason = exit_.reason if exit_ else None
+        if self._heartbeat is not None and self._heartbeat.silent:
+            reason = f"the guest agent has not answered for {SILENCE:.0f} s or longer: the guest may hang"
         return State(
             state=self._record.state,
             ready=self._record.state == Lifecycle.RUNNING and self.guest.is_ready,
             vmm_pid=self._machine.pid if self._machine else 0,
             boot_kind=self._record.boot_kind,
-            reason=exit_.reason if exit_ else None,
+            reason=reason,
         )
 
     async def admit(self) -> None:
@@ -284,11 +289,14 @@ class Supervisor:
         await machine.run()
         log.info("machine %d runs after %.3f s", machine.pid, self._system.clock.monotonic() - began)
 
+        self._heartbeat = heartbeat = Heartbeat(
+            self.guest, self._system.clock, lambda: self._server.broadcast(self.state())
+        )
         ended = asyncio.create_task(machine.wait(), name="machine")
         others = [
             asyncio.create_task(self._become_ready(began), name="boot"),
             asyncio.create_task(self._end_when_asked(machine), name="stop"),
-            asyncio.create_task(self.guest.heartbeat(), name="heartbeat"),
+            asyncio.create_task(heartbeat.run(), name="heartbeat"),
         ]
         if self._bootstrap.parent_pid is not None:
             others.append(asyncio.create_task(self._follow_parent(self._bootstrap.parent_pid), name="parent"))

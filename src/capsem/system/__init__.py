@@ -27,6 +27,9 @@ class Clock(Protocol):
     def boot_time(self) -> float:
         """As `monotonic`, but counts on while the host sleeps: the difference tells that it slept."""
 
+    async def jumped(self) -> None:
+        """Return when the wall clock was set, or the host woke up."""
+
     def boot_id(self) -> str:
         """Identifies this run of the host's kernel."""
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import secrets
 import socket
+import struct
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +16,21 @@ from typing import Any
 from capsem.system import Child, Listener, ProtocolFactory, System
 
 _LINE_LIMIT = 1024 * 1024
+_libc = ctypes.CDLL(None)
+_ABSOLUTE, _CANCEL_ON_SET = 1, 2  # flags of timerfd_settime
+
+
+def _watch_the_clock() -> int:
+    """A timerfd that becomes readable when the wall clock jumps; -1 where the kernel has no such thing.
+
+    Python has these calls from 3.13.
+    """
+    fd: int = _libc.timerfd_create(time.CLOCK_REALTIME, os.O_NONBLOCK | os.O_CLOEXEC)
+    never = struct.pack("qqqq", 0, 0, 1 << 32, 0)  # interval and time of expiry, each in seconds and nanoseconds
+    if fd >= 0 and _libc.timerfd_settime(fd, _ABSOLUTE | _CANCEL_ON_SET, never, None) < 0:
+        os.close(fd)
+        return -1
+    return fd
 
 
 class RealClock:
@@ -30,6 +47,19 @@ class RealClock:
     def boot_time(self) -> float:
         """See Clock."""
         return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    async def jumped(self) -> None:
+        """See Clock. A kernel that cannot tell leaves its caller to wait."""
+        fd = _watch_the_clock()
+        loop, jumped = asyncio.get_running_loop(), asyncio.Event()
+        if fd >= 0:
+            loop.add_reader(fd, jumped.set)
+        try:
+            await jumped.wait()
+        finally:
+            if fd >= 0:
+                loop.remove_reader(fd)
+                os.close(fd)
 
     def boot_id(self) -> str:
         """See Clock."""
