@@ -110,6 +110,8 @@ class RotatingHandler(logging.Handler):
             if self._size and self._size + len(data) > self._max_bytes:
                 self._rotate()
             self._size += os.write(self._fd, data)
+        except OSError:  # most likely a full disk, on which a complaint would be lost as well
+            return
         except Exception:  # noqa: BLE001  a log line is not worth failing for; logging counts them
             self.handleError(record)
 

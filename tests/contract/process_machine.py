@@ -39,6 +39,7 @@ class ProcessMachine:
         self._killed = False
         self._started = asyncio.Event()
         self.top_layer: Layer | None = None
+        self.full = asyncio.Event()  # set by tests: the "disk"
 
     @property
     def pid(self) -> int:
@@ -80,6 +81,14 @@ class ProcessMachine:
     async def pause(self) -> None:
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+
+    async def out_of_space(self) -> None:
+        await self.full.wait()
+        await self.pause()
+
+    async def retry(self) -> None:
+        self.full.clear()
+        await self.run()
 
     async def add_layer(self, layer: Layer) -> None:
         """The "disk" of the frozen layer is what it is now; the agent goes on in the directory that it has."""

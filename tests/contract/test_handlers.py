@@ -29,6 +29,7 @@ from capsem.model.errors import (
     NotRunning,
     TimedOut,
 )
+from capsem.supervisor import room
 from service_world import World, play, status
 
 
@@ -192,6 +193,30 @@ def test_a_guest_that_is_silent_is_told_of(tmp_path: Path, monkeypatch: pytest.M
         await machine.run()
         while (await it.handlers.info("box")).reason is not None:
             await asyncio.sleep(0.01)
+
+    play(tmp_path, scene)
+
+
+def test_a_machine_without_room_on_the_disk_goes_on_when_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rooms = iter((False, True))
+    monkeypatch.setattr(room, "TURN", 0.1)
+    monkeypatch.setattr(room, "has_room", lambda _store: next(rooms))
+
+    async def scene(it: World) -> None:
+        await it.handlers.provision(ProvisionRequest(name="box"))
+        assert (await it.handlers.info("box")).warning is None
+        it.driver.machines[0].full.set()
+        seen = []
+        while not seen or seen[-1] is not None:
+            await asyncio.sleep(0.01)
+            warning = (await it.handlers.info("box")).warning
+            assert (await it.handlers.logs("box")).warning == warning
+            if warning is not None or seen:
+                seen.append(warning)
+        assert "disk is full" in seen[0]
+        assert (await it.handlers.execute("box", ExecRequest(command="echo on"))).stdout == "on\n"
 
     play(tmp_path, scene)
 

@@ -46,6 +46,6 @@ def test_endings(status: int, killed: bool, events: list[tuple[str, dict[str, An
     assert words in how.reason
 
 
-def test_a_full_disk_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    told(("BLOCK_IO_ERROR", {"nospace": True, "action": "stop"}))
-    assert "disk is full" in caplog.text
+def test_a_full_disk_is_told_from_other_errors() -> None:
+    assert told(("BLOCK_IO_ERROR", {"nospace": True, "action": "stop"})).out_of_space.is_set()
+    assert not told(("BLOCK_IO_ERROR", {"nospace": False, "action": "report"})).out_of_space.is_set()

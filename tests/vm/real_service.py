@@ -109,11 +109,13 @@ def children(pid: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def running_service() -> Iterator[Service]:
+def running_service(home: Path | None = None) -> Iterator[Service]:
+    """A service in `home`, else in a fresh one that goes with it."""
     Catalog.from_environment(os.environ).find()  # says how to make it when it is missing
     # A short path: sockets have to fit.
     with tempfile.TemporaryDirectory(prefix="capsem-vm-") as text:
-        service = Service(Path(text), start_process(Path(text)))
+        place = home or Path(text)
+        service = Service(place, start_process(place))
         try:
             wait_until_it_answers(service.client)
             yield service

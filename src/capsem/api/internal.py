@@ -71,13 +71,16 @@ class Hello(Message, tag="hello"):
 
 
 class State(Message, tag="state"):
-    """Where the VM is: `state` of model.lifecycle, and whether its guest may be spoken to now."""
+    """Where the VM is: `state` of model.lifecycle, and whether its guest may be spoken to now. `warning` is for people:
+    what keeps a VM that runs from getting on.
+    """
 
     state: str
     ready: bool
     vmm_pid: int = 0
     boot_kind: str | None = None
     reason: str | None = None
+    warning: str | None = None
 
 
 class ShutdownAsked(Message, tag="shutdown-asked"):

@@ -184,7 +184,7 @@ class SandboxInfo(_Body, frozen=True):
     """One VM. `pid` is its supervisor's, 0 when it does not run; `name` only for a persistent VM.
 
     `last_error` says why it is Defunct; `reason`, in any other status, how its last run ended, or what is wrong with
-    the present one.
+    the present one; `warning` tells what keeps a running VM from getting on, such as a full disk of the host.
     """
 
     id: str
@@ -203,6 +203,7 @@ class SandboxInfo(_Body, frozen=True):
     uptime_secs: int | None = None
     last_error: str | None = None
     reason: str | None = None
+    warning: str | None = None
     total_input_tokens: int | None = None
     total_output_tokens: int | None = None
     total_estimated_cost: float | None = None
@@ -357,8 +358,9 @@ class JobsResponse(_Body, frozen=True):
 
 
 class LogsResponse(_Body, frozen=True):
-    """The guest's console; what else there is in the way of logs."""
+    """The guest's console; what else there is in the way of logs; what SandboxInfo has as `warning`."""
 
     logs: str
     serial_logs: str | None = None
     process_logs: str | None = None
+    warning: str | None = None

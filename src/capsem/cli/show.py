@@ -38,6 +38,8 @@ def list_command(obj: Context, quiet: bool, as_json: bool) -> None:
                 click.echo(f"  last error: {error}")
             elif box["status"] == "Running" and (reason := _last_line(box.get("reason"))):
                 click.echo(f"  note: {reason}")
+            if warning := box.get("warning"):
+                click.echo(f"  warning: {printable(warning)}")
 
 
 @click.command("info", epilog="\b\nExamples:\n  capsem info box\n  capsem info box --json")
@@ -72,6 +74,8 @@ def logs_command(obj: Context, session: str, tail: int | None) -> None:
     _section("console", answer["logs"], tail)
     if process := answer.get("process_logs"):
         _section("process.log", process, tail)
+    if warning := answer.get("warning"):
+        _section("warning", warning, tail)
 
 
 @click.command("df", epilog="\b\nExamples:\n  capsem df\n  capsem df --json")

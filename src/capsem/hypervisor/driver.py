@@ -93,6 +93,17 @@ class Machine(Protocol):
     async def pause(self) -> None:
         """Stop the vCPUs; memory stays. Raises MachineFailed."""
 
+    async def out_of_space(self) -> None:
+        """Return once the VMM has stopped the vCPUs because the host's disk is full; at once when they still are.
+
+        What the guest was writing is kept, and written when the machine runs again.
+        """
+
+    async def retry(self) -> None:
+        """Let a machine that is out of space run again, unless it was paused meanwhile. If the disk is full still, it
+        is out of space again. Raises MachineFailed.
+        """
+
     @property
     def top_layer(self) -> Layer:
         """The layer that is written to."""

@@ -24,6 +24,7 @@ An error crosses a process boundary as `to_dict()` and comes back by `from_dict(
 
 from __future__ import annotations
 
+import errno
 from typing import Any, ClassVar
 
 
@@ -152,6 +153,15 @@ class Corrupt(CapsemError):
     """A file is not what its record says it is."""
 
     code = "corrupt"
+
+
+def host_failed(what: str, error: OSError) -> MachineFailed:
+    """What the kernel refused while `what` was being done, with a hint for the most frequent reason."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return MachineFailed(
+        f"{what}: {error.strerror or error}",
+        hint="make room: `capsem df` shows what VMs take" if full else "`capsem doctor` checks this host",
+    )
 
 
 def _all(base: type[CapsemError]) -> list[type[CapsemError]]:

@@ -26,7 +26,7 @@ from starlette.routing import Route
 from capsem.api.codec import decode, encode
 from capsem.api.operations import FINISH, OPERATIONS, Operation
 from capsem.api.types import SuccessResponse, VersionResponse
-from capsem.model.errors import CapsemError, InvalidInput, NotFound, PayloadTooLarge, TimedOut, Unavailable
+from capsem.model.errors import CapsemError, InvalidInput, NotFound, PayloadTooLarge, TimedOut, Unavailable, host_failed
 from capsem.model.ids import check_name
 from capsem.service.exec_stream import ExecStream
 from capsem.service.file_routes import FILE_ROUTES, file_endpoint
@@ -119,7 +119,10 @@ def error_response(exc: Exception, operation: Operation) -> Response:
     """The answer that tells of an error; one that is not ours is logged with its traceback, and only there."""
     if not isinstance(exc, CapsemError):
         log.error("%s failed: %r", operation.name, exc, exc_info=exc)
-        exc = CapsemError("internal error in the service", hint="capsem's service.log has the details")
+        if isinstance(exc, OSError):
+            exc = host_failed(f"{operation.name} failed", exc)
+        else:
+            exc = CapsemError("internal error in the service", hint="capsem's service.log has the details")
     elif exc.status >= 500 and not isinstance(exc, TimedOut):
         log.warning("%s: %s", operation.name, exc, extra={"fields": {"code": exc.code, "status": exc.status}})
     response = _json(exc.status, msgspec.json.encode(exc.to_dict()))

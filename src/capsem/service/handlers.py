@@ -68,16 +68,25 @@ class Handlers(Lifecycle, Files):
             uptime_secs=uptime,
             last_error=record.last_error if status == Status.DEFUNCT else None,
             reason=vm.reason if status != Status.DEFUNCT else None,
+            warning=vm.warning,
         )
 
     async def logs(self, vm_id: str) -> LogsResponse:
         """Console and supervisor log of a VM, also of one that is gone because it failed."""
+        warning = None
         try:
-            session = self._fleet.get(vm_id).session
+            vm = self._fleet.get(vm_id)
+            session, warning = vm.session, vm.warning
         except NotFound:
             kept = self._fleet.failed_session(vm_id)
             if kept is None:
                 raise
             session = kept
         console = read_tail(session.serial_log, LOG_LIMIT)
-        return LogsResponse(logs=console, serial_logs=console, process_logs=read_tail(session.process_log, LOG_LIMIT))
+        # The warning by itself: what keeps a VM from getting on may have kept its log from being written.
+        return LogsResponse(
+            logs=console,
+            serial_logs=console,
+            process_logs=read_tail(session.process_log, LOG_LIMIT),
+            warning=warning,
+        )

@@ -25,7 +25,7 @@ from capsem.api.types import (
     StopResponse,
 )
 from capsem.config import Settings
-from capsem.model.errors import CapsemError, InvalidInput, MachineFailed, NotFound, NotRunning, TimedOut
+from capsem.model.errors import CapsemError, InvalidInput, MachineFailed, NotFound, NotRunning, TimedOut, host_failed
 from capsem.model.ids import check_name
 from capsem.model.lifecycle import State
 from capsem.model.spec import DEFAULT_DISK_MB, VmSpec
@@ -74,9 +74,7 @@ class Lifecycle(Commands):
             async with vm.turn:
                 await self._start(vm)
         except OSError as error:
-            raise MachineFailed(
-                f"{name} could not be created: {error}", hint="`capsem doctor` checks this host"
-            ) from error
+            raise host_failed(f"{name} could not be created", error) from error
         finally:
             self._fleet.release(name)
         return vm

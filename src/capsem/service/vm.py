@@ -93,6 +93,11 @@ class Vm:
         if self.obstacle is not None:
             raise type(self.obstacle)(f"{self.id}: {self.obstacle.message}", hint=self.obstacle.hint)
 
+    @property
+    def warning(self) -> str | None:
+        """What keeps it from getting on though it runs, for people."""
+        return self.link.state.warning if self.link is not None and self.link.state is not None else None
+
     # -- its supervisor comes and goes
 
     def begin(self, child: Child | None, link: Link) -> None:
@@ -178,14 +183,17 @@ class Vm:
         if claim is None:
             raise Unavailable(f"somebody else supervises {self.id}")
         try:
-            if same_boot:
+            if status == 0:  # it ended as it should, and could not say so
+                state, ending = State.STOPPED, Exit("clean", "stopped, while the record could not be written")
+            elif same_boot:
                 how = f"by signal {-status}" if status is not None and status < 0 else "without a word"
                 tail = last_lines(self.session.process_log, LOG_LINES)
                 ending = Exit("failed", f"the supervisor ended {how}", tail)
             else:
                 ending = Exit("clean", "host restarted")
             self.record = replace(self.record, state=state, last_exit=ending)
-            records.write(self.session, self.record)
+            with contextlib.suppress(OSError):  # a full disk: then the next service finds this out anew
+                records.write(self.session, self.record)
         finally:
             claim.release()
 

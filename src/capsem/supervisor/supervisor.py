@@ -31,13 +31,14 @@ from capsem.control.guest import Guest, Identity
 from capsem.control.heartbeat import SILENCE, Heartbeat
 from capsem.hypervisor.driver import Accelerator, Driver, Ending, Layer, Machine, MachineSpec
 from capsem.model.errors import CapsemError, GuestFailed, Interrupted, MachineFailed, NotRunning, TimedOut
-from capsem.model.lifecycle import Event
+from capsem.model.lifecycle import Event, recover
 from capsem.model.lifecycle import State as Lifecycle
 from capsem.model.vm import Exit, VmRecord
 from capsem.store import durable, records
 from capsem.store.layout import Layout, SessionDir
 from capsem.store.lines import CappedLog, last_lines
 from capsem.store.locks import Lock, holders, take_lock, try_lock
+from capsem.supervisor import room
 from capsem.supervisor.jobs import JobTable
 from capsem.supervisor.server import Server
 from capsem.system import Listener, System
@@ -50,6 +51,7 @@ FREEZE_LIMIT = 2.0  # seconds that the guest holds its writes for a new layer
 ENDING_LIMIT = 2.0  # seconds between the loss of the control channel and the VMM's end
 ORPHAN_LIMIT = 5.0  # seconds for the VMM of an earlier, killed supervisor to die
 LOG_LINES = 20
+ENDS = frozenset({Event.STOP, Event.EXITED, Event.LOST})
 
 log = logging.getLogger("capsem_process")
 
@@ -102,6 +104,7 @@ class Supervisor:
         self._bound = bound
         self._record: VmRecord
         self._machine: Machine | None = None
+        self._warning: str | None = None
         self._stop_asked: Stop | None = None
         self._stop_changed = asyncio.Event()
         self.guest: Guest
@@ -126,7 +129,12 @@ class Supervisor:
             vmm_pid=self._machine.pid if self._machine else 0,
             boot_kind=self._record.boot_kind,
             reason=reason,
+            warning=self._warning,
         )
+
+    def _warn(self, warning: str | None) -> None:
+        self._warning = warning
+        self._server.broadcast(self.state())
 
     async def admit(self) -> None:
         """Wait until the guest may be spoken to. Raises NotRunning, TimedOut, Interrupted."""
@@ -196,7 +204,7 @@ class Supervisor:
         session = self._names.session
         claim = take_lock(session.claim, "this VM")
         try:
-            self._record = records.read(session)
+            self._record = self._recovered(records.read(session))
             self.guest = Guest(
                 Identity(self._record.id, self._record.id, self._record.spec.env),
                 self._system.clock,
@@ -212,6 +220,11 @@ class Supervisor:
             return await self._run_claimed()
         finally:
             claim.release()
+
+    def _recovered(self, record: VmRecord) -> VmRecord:
+        """A record that still speaks of a run: with the claim ours, that run is over, whatever kept it from saying so."""
+        same_boot = record.host_boot_id in (None, self._system.clock.boot_id())
+        return replace(record, state=recover(record.state, supervisor_alive=False, same_host_boot=same_boot))
 
     def _identity(self) -> Identity:
         return Identity(self._record.id, self._record.id, self._record.spec.env)
@@ -297,6 +310,7 @@ class Supervisor:
             asyncio.create_task(self._become_ready(began), name="boot"),
             asyncio.create_task(self._end_when_asked(machine), name="stop"),
             asyncio.create_task(heartbeat.run(), name="heartbeat"),
+            asyncio.create_task(room.keep_going(machine, self._names.layout.layers, self._warn), name="room"),
         ]
         if self._bootstrap.parent_pid is not None:
             others.append(asyncio.create_task(self._follow_parent(self._bootstrap.parent_pid), name="parent"))
@@ -360,9 +374,14 @@ class Supervisor:
             self._server.broadcast(ShutdownAsked(action="suspend"))
 
     def _advance(self, event: Event, **changes: object) -> None:
-        """Move the record on, durably."""
+        """Move the record on, durably. Raises OSError, but not on the way out: a full disk keeps no VM from ending."""
         self._record = self._record.after(event, **changes)
-        records.write(self._names.session, self._record)
+        try:
+            records.write(self._names.session, self._record)
+        except OSError as error:
+            if event not in ENDS:
+                raise
+            log.error("the record cannot be written: %s", error)
 
     def _conclude(self, ending: Ending) -> int:
         """The last word in the record; returns the exit status."""

@@ -43,6 +43,7 @@ class Record:
     def __init__(self) -> None:
         self.shutdown: str | None = None
         self.panicked = False
+        self.out_of_space = asyncio.Event()
 
     def note(self, event: Event) -> None:
         """Take in one event."""
@@ -52,7 +53,7 @@ class Record:
             self.panicked = True
             log.error("the guest's kernel panicked")
         elif event.name == "BLOCK_IO_ERROR" and event.data.get("nospace"):
-            log.error("the host's disk is full: the VM is stopped until there is room and it is told to run again")
+            self.out_of_space.set()  # werror=enospc: the vCPUs stand still, and the request is kept
         elif event.name in {"BLOCK_IO_ERROR", "BLOCK_IMAGE_CORRUPTED", "MEMORY_FAILURE"}:
             log.error("QEMU: %s %s", event.name, dict(event.data))
 
@@ -100,6 +101,7 @@ class QemuMachine:
         self._control = control
         self._console = console
         self._killed = False
+        self._paused = True
         self._ended = asyncio.create_task(self._conclude(), name=f"qemu {process.pid}")
 
     @property
@@ -124,11 +126,23 @@ class QemuMachine:
 
     async def run(self) -> None:
         """See Machine."""
+        self._paused = False
+        self._record.out_of_space.clear()  # first: writes that fail again may be told before the command is answered
         await self._command(self._monitor.cont())
 
     async def pause(self) -> None:
         """See Machine."""
+        self._paused = True
         await self._command(self._monitor.stop())
+
+    async def out_of_space(self) -> None:
+        """See Machine."""
+        await self._record.out_of_space.wait()
+
+    async def retry(self) -> None:
+        """See Machine."""
+        if not self._paused:
+            await self.run()
 
     @property
     def top_layer(self) -> Layer:

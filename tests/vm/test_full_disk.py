@@ -1,0 +1,122 @@
+"""The host's disk is full: nothing half-made is left, a VM that writes stands still, says so, and loses nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from capsem.model.errors import CapsemError
+from real_service import BIN, SMALL, Service, running_service, wait_for
+
+MIB = 1024 * 1024
+
+
+class Disk:
+    """A run directory on a file system of its own, which can be filled."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.filler = service.run_dir / "filler"
+
+    def fill(self, free: int = 0) -> None:
+        found = os.statvfs(self.service.run_dir)
+        left = found.f_bavail * found.f_frsize - free
+        with self.filler.open("wb", buffering=0) as file:
+            for step in (MIB, 4096):
+                try:
+                    while left >= step:
+                        left -= file.write(bytes(min(step, left)))
+                except OSError:
+                    continue  # the file system keeps some for itself
+            os.fsync(file.fileno())
+
+    def empty(self) -> None:
+        self.filler.unlink()
+
+
+@pytest.fixture(scope="module")
+def disk() -> Iterator[Disk]:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system takes root")
+    with tempfile.TemporaryDirectory(prefix="capsem-vm-") as text:
+        run_dir, image = Path(text) / "run", Path(text) / "disk.img"
+        run_dir.mkdir()
+        with image.open("wb") as file:
+            file.truncate(600 * MIB)
+        subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
+        mounted = subprocess.run(["mount", "-o", "loop", image, run_dir], capture_output=True, text=True)
+        if mounted.returncode:
+            pytest.skip(f"a loop device cannot be mounted here: {mounted.stderr.strip()}")
+        try:
+            with running_service(Path(text)) as service:
+                service.client.call("provision", body={"name": "box", "persistent": True, **SMALL})
+                service.output("box", "true")
+                yield Disk(service)
+        finally:
+            subprocess.run(["umount", run_dir], check=True)
+
+
+def test_a_vm_that_writes_stands_still_and_goes_on(disk: Disk, tmp_path: Path) -> None:
+    service, size = disk.service, 48 * MIB
+    disk.fill(free=12 * MIB)
+    data = os.urandom(size)
+    source = tmp_path / "data"
+    source.write_bytes(data)
+    with (
+        source.open("rb") as stdin,
+        subprocess.Popen(
+            [BIN / "capsem", "exec", "-i", "box", "cat >big && sync && echo written"],
+            env=service.env,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+        ) as writing,
+    ):
+        wait_for(lambda: "warning" in service.client.call("info", vm_id="box"))
+        assert writing.poll() is None
+        assert "disk is full" in service.client.call("info", vm_id="box")["warning"]
+        assert "warning: the host's disk is full" in service.cli("list").stdout.decode()
+        assert "disk is full" in service.cli("logs", "box").stdout.decode().partition("== warning ==")[2]
+        assert service.status("box") == "Running"
+        disk.empty()
+        assert writing.stdout is not None
+        assert writing.stdout.read() == b"written\n"
+    wait_for(lambda: "warning" not in service.client.call("info", vm_id="box"))
+    service.output("box", "echo 3 >/proc/sys/vm/drop_caches")
+    assert service.output("box", "sha256sum <big").split()[0] == hashlib.sha256(data).hexdigest()
+    assert service.output("box", "dmesg | grep -ci 'i/o error' || true").strip() == "0"
+    service.output("box", "rm big && sync")
+
+
+def test_what_needs_room_is_refused_whole_and_what_needs_none_is_done(disk: Disk) -> None:
+    service = disk.service
+    disk.fill()
+    before = sorted(service.run_dir.rglob("*"))
+    for words in (("create", "-n", "other"), ("run", "true"), ("fork", "box", "other"), ("create", "--from", "box")):
+        done = service.cli(*words)
+        assert done.returncode == 1, words
+        assert b"No space left" in done.stderr, words
+        assert b"\nhint: " in done.stderr, words
+    assert sorted(service.run_dir.rglob("*")) == before
+    assert service.output("box", "echo still here") == "still here\n"
+    # The record cannot be written; the VM stops all the same, and starts again when there is room.
+    assert service.cli("stop", "box").returncode == 0
+    assert service.status("box") == "Stopped"
+    with pytest.raises(CapsemError):
+        service.client.call("resume", vm_id="box")
+    disk.empty()
+    assert service.cli("resume", "box").stdout == b"box\n"
+    assert service.output("box", "echo again") == "again\n"
+
+
+def test_a_vm_can_be_deleted_to_make_room(disk: Disk) -> None:
+    service = disk.service
+    disk.fill()
+    assert service.cli("delete", "box").returncode == 0
+    assert list((service.run_dir / "store/layers").iterdir()) == []
+    assert service.client.call("list")["sandboxes"] == []
