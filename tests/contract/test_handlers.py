@@ -99,6 +99,21 @@ def test_run_is_a_vm_for_one_command(tmp_path: Path) -> None:
     play(tmp_path, scene)
 
 
+def test_a_profile_without_an_image_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    async def scene(it: World) -> None:
+        for request in (ProvisionRequest(name="box", profile="code"), ProvisionRequest(profile="code")):
+            with pytest.raises(NotFound, match="no image code"):
+                await it.handlers.provision(request)
+        with pytest.raises(NotFound, match="no image code"):
+            await it.handlers.run(RunRequest(command="true", profile="code"))
+        assert await status(it) == {}
+        assert not list(it.layout.layers.iterdir())
+        await it.handlers.provision(ProvisionRequest(name="box", profile="default"))
+        assert await status(it) == {"box": "Running"}
+
+    play(tmp_path, scene)
+
+
 def test_names_are_taken_once(tmp_path: Path) -> None:
     async def scene(it: World) -> None:
         results = await asyncio.gather(

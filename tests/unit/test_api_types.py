@@ -33,6 +33,18 @@ def test_from_and_image_are_one_thing() -> None:
         decode(types.ProvisionRequest, b'{"image":"a","from":"b"}')
 
 
+def test_a_copy_has_the_profile_of_its_source() -> None:
+    assert decode(types.ProvisionRequest, b'{"profile":"code"}').profile == "code"
+    with pytest.raises(InvalidInput, match="profile of its source"):
+        decode(types.ProvisionRequest, b'{"profile":"code","from":"a"}')
+    for request, body in (
+        (types.ProvisionRequest, b'{"profile":"../x"}'),
+        (types.RunRequest, b'{"command":"","profile":"/"}'),
+    ):
+        with pytest.raises(InvalidInput, match="bad name"):
+            decode(request, body)
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [

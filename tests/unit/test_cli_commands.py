@@ -79,6 +79,8 @@ def test_create(service: FakeService) -> None:
         name="new", ram_mb=512, cpus=2, disk_mb=4096, persistent=True, env={"A": "b=c", "E": ""}
     )
     del service.manager.states["calm-otter-tmp"]
+    assert run(service, "create", "-n", "coder", "--profile", "code")[0] == 0
+    assert service.manager.requests[-1] == ProvisionRequest(name="coder", persistent=True, profile="code")
     assert run(service, "create", "--image", "off")[1] == "calm-otter-tmp (persistent)\n"
     assert service.manager.requests[-1] == ProvisionRequest(from_="off", persistent=True)
 
@@ -176,9 +178,9 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(service: FakeService) 
 
 def test_run(service: FakeService) -> None:
     assert run(service, "run", "both") == (0, "out\n", "err\n")
-    assert run(service, "run", "--timeout", "9", "-e", "A=b", "exit 3")[0] == 3
+    assert run(service, "run", "--timeout", "9", "-e", "A=b", "--profile", "code", "exit 3")[0] == 3
     asked = next(request for request in reversed(service.manager.requests) if isinstance(request, RunRequest))
-    assert asked == RunRequest(command="exit 3", timeout_secs=9, env={"A": "b"})
+    assert asked == RunRequest(command="exit 3", timeout_secs=9, env={"A": "b"}, profile="code")
     assert run(service, "run", "timeout")[0] == 124
 
 

@@ -14,7 +14,7 @@ from capsem.cli.main import main
 from capsem.image import manifest as manifests
 from capsem.image.catalog import open_image, write_pointer
 from capsem.image.manifest import ROLES, Manifest
-from capsem.image.recipe import DEFAULT, Recipe
+from capsem.image.recipe import Recipe, for_this_machine
 from capsem.model.errors import HostNotReady
 from capsem.model.spec import VmSpec
 from capsem.model.vm import VmRecord
@@ -145,7 +145,7 @@ def test_build(images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert shown.err == "fetching\npacking\n"
     assert shown.out.startswith("default ")
     assert f" is up to date: {images}/default-" in shown.out
-    assert asked == [(DEFAULT, "http://m", True)]
+    assert asked == [(for_this_machine(), "http://m", True)]
 
 
 @pytest.mark.parametrize(

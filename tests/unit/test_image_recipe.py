@@ -10,8 +10,8 @@ import pytest
 
 import capsem
 from capsem.image import recipe as recipes
-from capsem.image.recipe import DEFAULT, Recipe, for_machine, guest_files
-from capsem.model.errors import InvalidInput
+from capsem.image.recipe import PROFILES, Recipe, for_machine, for_this_machine, guest_files
+from capsem.model.errors import InvalidInput, NotFound
 
 OTHER = {
     "name": "other",
@@ -39,11 +39,11 @@ def test_every_field_counts(field: str) -> None:
 
 @pytest.mark.parametrize("path", ["guest/agent.py", "wire/frames.py", "image/guestfs/init", "image/rootfs.py"])
 def test_code_counts(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = DEFAULT.digest()
+    before = for_this_machine().digest()
     changed = Path(capsem.__file__).parent / path
     read_bytes = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda self: read_bytes(self) + (b"\n#" if self == changed else b""))
-    assert DEFAULT.digest() != before
+    assert for_this_machine().digest() != before
 
 
 def test_the_base_depends_on_packages_and_mirror_alone() -> None:
@@ -90,8 +90,18 @@ def test_machines_get_their_kernel() -> None:
     assert for_machine("aarch64").architecture == "arm64"
 
 
+def test_profiles_differ_in_name_and_packages_alone() -> None:
+    default, code = for_machine("x86_64"), for_machine("x86_64", "code")
+    assert {key for key, value in default.to_dict().items() if code.to_dict()[key] != value} == {"name", "packages"}
+    assert {*default.packages, "gcc", "nodejs", "npm", "python3-pip"} <= {*code.packages}
+    assert [*PROFILES] == ["default", "code"]
+    with pytest.raises(NotFound) as caught:
+        for_machine("x86_64", "cobol")
+    assert caught.value.hint == "there are: default, code"
+
+
 def test_to_dict_is_what_json_gives_back() -> None:
-    assert json.loads(json.dumps(DEFAULT.to_dict())) == DEFAULT.to_dict()
+    assert json.loads(json.dumps(for_this_machine().to_dict())) == for_this_machine().to_dict()
 
 
 def test_a_name_that_is_no_file_name_is_refused() -> None:
@@ -100,7 +110,9 @@ def test_a_name_that_is_no_file_name_is_refused() -> None:
 
 
 def test_hardening_of_the_contract_is_on_the_command_line() -> None:
-    assert {"ro", "init_on_alloc=1", "slab_nomerge", "page_alloc.shuffle=1"} <= {*DEFAULT.kernel_command_line.split()}
+    assert {"ro", "init_on_alloc=1", "slab_nomerge", "page_alloc.shuffle=1"} <= {
+        *for_this_machine().kernel_command_line.split()
+    }
 
 
 def test_makers_exist() -> None:

@@ -38,6 +38,7 @@ def _no_nul(key: str, text: str) -> None:
 class ProvisionRequest(_Body, frozen=True):
     """Create and boot a VM. What is None comes from the settings; `image` is another word for `from`.
 
+    `profile` names the image it is made from, `default` unless given; a copy has that of its source.
     A name alone does not make a VM persistent. Limits of the numbers and of `env` are `model.spec`'s.
     """
 
@@ -49,6 +50,7 @@ class ProvisionRequest(_Body, frozen=True):
     env: dict[str, str] | None = None
     from_: str | None = msgspec.field(default=None, name="from")
     image: str | None = None
+    profile: str | None = None
 
     def __post_init__(self) -> None:
         if self.name is not None:
@@ -57,6 +59,10 @@ class ProvisionRequest(_Body, frozen=True):
             check_name(self.source)
         if None not in (self.from_, self.image) and self.from_ != self.image:
             raise InvalidInput("from and image name different VMs", hint="they mean the same: give one")
+        if self.profile is not None:
+            check_name(self.profile)
+            if self.source is not None:
+                raise InvalidInput("a copy has the profile of its source", hint="leave the profile out")
 
     @property
     def source(self) -> str | None:
@@ -100,7 +106,7 @@ class ExecRequest(_Body, frozen=True):
 
 
 class RunRequest(_Body, frozen=True):
-    """Run `command` in a VM made for it and destroyed after it."""
+    """Run `command` in a VM made for it and destroyed after it; `profile` names the image, `default` unless given."""
 
     command: str
     timeout_secs: Seconds | None = None
@@ -108,9 +114,12 @@ class RunRequest(_Body, frozen=True):
     cpus: int | None = None
     disk_mb: int = DEFAULT_DISK_MB
     env: dict[str, str] | None = None
+    profile: str | None = None
 
     def __post_init__(self) -> None:
         _no_nul("command", self.command)
+        if self.profile is not None:
+            check_name(self.profile)
 
 
 class PersistRequest(_Body, frozen=True):

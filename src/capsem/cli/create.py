@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import click
 
-from capsem.cli.context import GIGABYTES, SESSION, Context, parse_env
+from capsem.cli.context import GIGABYTES, IMAGE, SESSION, Context, parse_env
 from capsem.cli.terminal import waiting
 
 
 @click.command(
     "create",
-    epilog="\b\nExamples:\n  capsem create\n  capsem create -n box --ram 0.5 --cpu 1 -e TOKEN=abc",
+    epilog="\b\nExamples:\n  capsem create\n  capsem create -n box --ram 0.5 --cpu 1 -e TOKEN=abc\n"
+    "  capsem create --profile code",
 )
 @click.option("-n", "--name", metavar="N", help="Its name; a VM with a name is persistent.")
 @click.option("--ram", type=GIGABYTES, metavar="GB", help="Memory, 0.25 to 16; 4 unless the settings say otherwise.")
 @click.option("--cpu", type=int, metavar="N", help="CPUs, 1 to 8; 4 unless the settings say otherwise.")
 @click.option("--disk", type=GIGABYTES, metavar="GB", help="Room on its volume; 16. What is not used takes no space.")
 @click.option("-e", "--env", multiple=True, metavar="K=V", help="An environment variable for every command in it.")
+@click.option("--profile", type=IMAGE, metavar="NAME", help="The image it is made from; `default`, or say `code`.")
 @click.option("--from", "--image", "source", type=SESSION, metavar="NAME", help="Begin with a copy of this VM's disk.")
 @click.pass_obj
 def create_command(
@@ -26,6 +28,7 @@ def create_command(
     cpu: int | None,
     disk: int | None,
     env: tuple[str, ...],
+    profile: str | None,
     source: str | None,
 ) -> None:
     """Create a VM, boot it, and print its id.
@@ -39,6 +42,7 @@ def create_command(
         "cpus": cpu,
         "disk_mb": disk,
         "env": parse_env(env),
+        "profile": profile,
         "from": source,
         "persistent": persistent,
     }

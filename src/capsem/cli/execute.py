@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from capsem.api import stream
-from capsem.cli.context import GIGABYTES, SECONDS, SESSION, Context, parse_env
+from capsem.cli.context import GIGABYTES, IMAGE, SECONDS, SESSION, Context, parse_env
 from capsem.cli.terminal import waiting
 from capsem.client.sync import BrokenOff, ExecStream
 from capsem.model.errors import CapsemError
@@ -80,6 +80,7 @@ def exec_command(
 @click.option("--ram", type=GIGABYTES, metavar="GB", help="Memory of the VM, 0.25 to 16.")
 @click.option("--cpu", type=int, metavar="N", help="CPUs of the VM, 1 to 8.")
 @click.option("--disk", type=GIGABYTES, metavar="GB", help="Room on its volume.")
+@click.option("--profile", type=IMAGE, metavar="NAME", help="The image it is made from; `default`, or say `code`.")
 @click.argument("command", nargs=-1, required=True)
 @click.pass_obj
 def run_command(
@@ -89,6 +90,7 @@ def run_command(
     ram: int | None,
     cpu: int | None,
     disk: int | None,
+    profile: str | None,
     command: tuple[str, ...],
 ) -> int:
     """Run a command in a VM of its own.
@@ -102,6 +104,7 @@ def run_command(
         "ram_mb": ram,
         "cpus": cpu,
         "disk_mb": disk,
+        "profile": profile,
     }
     with waiting("running in a new VM"):
         answer = obj.client().call("run", body=body)

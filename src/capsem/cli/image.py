@@ -13,7 +13,7 @@ from capsem.cli.context import IMAGE, Context
 from capsem.cli.terminal import Line, table, waiting
 from capsem.image.build import build
 from capsem.image.catalog import Catalog, Image
-from capsem.image.recipe import DEFAULT
+from capsem.image.recipe import PROFILES, for_this_machine
 from capsem.model.errors import Corrupt, WrongState
 from capsem.store import durable, records
 from capsem.store.layout import Layout
@@ -31,18 +31,24 @@ def image_command(ctx: click.Context, assets_dir: Path | None) -> None:
     ctx.obj = Catalog.from_environment(obj.environ, assets_dir)
 
 
-@image_command.command("build", epilog="\b\nExample:\n  capsem image build --mirror http://deb.debian.org/debian")
+@image_command.command(
+    "build",
+    epilog="\b\nExamples:\n  capsem image build\n  capsem image build --profile code\n"
+    "  capsem image build --mirror http://deb.debian.org/debian",
+)
+@click.option("--profile", type=click.Choice([*PROFILES]), default="default", help="What is in it; else `default`.")
 @click.option("--mirror", metavar="URL", help="A Debian mirror; else it is found out.")
 @click.option("--force", is_flag=True, help="Make it anew though nothing has changed.")
 @click.pass_obj
-def image_build(catalog: Catalog, mirror: str | None, force: bool) -> None:
-    """Make the default image.
+def image_build(catalog: Catalog, profile: str, mirror: str | None, force: bool) -> None:
+    """Make an image.
 
-    Nothing is done if it is there and its recipe has not changed.
+    Profile `default` is a small Debian with Python and git; `code` adds compilers, Node, npm, pip and the like. Nothing
+    is done if the image is there and its recipe has not changed.
     """
     began = time.time()
     with Steps() as steps:
-        image = build(DEFAULT, catalog.write_to, mirror=mirror, force=force, progress=steps.show)
+        image = build(for_this_machine(profile), catalog.write_to, mirror=mirror, force=force, progress=steps.show)
     done = "is up to date" if image.manifest.created_at < began else "built"
     click.echo(f"{image.name} {image.digest[:_SHORT]} {done}: {image.directory}")
 
@@ -88,7 +94,7 @@ def image_rm(ctx: click.Context, name: str, force: bool) -> None:
 
 
 @image_command.command("verify", epilog="\b\nExample:\n  capsem image verify")
-@click.argument("name", type=IMAGE, default=DEFAULT.name)
+@click.argument("name", type=IMAGE, default="default")
 @click.pass_obj
 def image_verify(catalog: Catalog, name: str) -> None:
     """Compare an image with its manifest.

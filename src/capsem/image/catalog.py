@@ -26,6 +26,7 @@ from typing import Final
 
 from capsem.image import manifest as manifests
 from capsem.image.manifest import Manifest
+from capsem.image.recipe import DEFAULT_PROFILE, PROFILES
 from capsem.model.errors import Corrupt, NotFound, WrongState
 from capsem.store import durable
 
@@ -102,12 +103,12 @@ class Catalog:
         first = [path for path in (assets_dir, Path(named) if named else None) if path is not None]
         return cls([*first, shared, own], assets_dir or (shared if _writable(shared) else own))
 
-    def find(self, name: str = "default") -> Image:
+    def find(self, name: str = DEFAULT_PROFILE) -> Image:
         """The current image of that name, or the very one when `name` is that of an image's directory
         (`default-0123456789ab`). Raises NotFound, Corrupt."""
         for directory in self._candidates(name):
             return open_image(directory)
-        raise NotFound(f"there is no image {name!r}", hint=_BUILD_HINT)
+        raise NotFound(f"there is no image {name!r}", hint=_build_hint(name))
 
     def find_digest(self, digest: str) -> Image:
         """The image with this digest (all 64 digits), current or not. Raises NotFound, Corrupt."""
@@ -186,6 +187,12 @@ class Catalog:
                     f"the image {place.name} is in use by {', '.join(sorted(users))}",
                     hint="delete the VMs made from it first",
                 )
+
+
+def _build_hint(name: str) -> str:
+    if name not in PROFILES:
+        return "see: capsem image list"
+    return _BUILD_HINT if name == DEFAULT_PROFILE else f"{_BUILD_HINT} --profile {name}"
 
 
 def _openable(place: Path) -> Iterator[Image]:

@@ -11,11 +11,13 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import capsem
+from capsem.model.errors import NotFound
 from capsem.model.ids import check_name
 
 FORMAT: Final = 1  # of the image directory and its manifest
@@ -27,6 +29,19 @@ _PACKAGES: Final = (
     "bash busybox-static ca-certificates coreutils curl debianutils file gawk git hostname iproute2 iptables iputils-ping "
     "kmod less mount nftables procps python3 python3-venv unzip util-linux xz-utils"
 ).split()
+
+# What an agent that writes code expects to find: compilers, the two languages it is most often asked for, each with what
+# installs its packages, and the tools with which it looks around. Debian 13 has no `uv`; pipx can bring it.
+_CODE_PACKAGES: Final = (
+    "bc fd-find g++ gcc jq make nano nodejs npm openssh-client patch pipx pkg-config python3-dev python3-pip ripgrep rsync "
+    "sqlite3 strace tmux tree zip"
+).split()
+
+DEFAULT_PROFILE: Final = "default"
+PROFILES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {DEFAULT_PROFILE: tuple(_PACKAGES), "code": (*_PACKAGES, *_CODE_PACKAGES)}
+)
+"""What can be built, by name: the packages of each image. All else they have in common."""
 
 # What the root file system needs: loaded by the initramfs. Modules that are built into the kernel are passed over.
 _EARLY_MODULES: Final = "virtio_pci virtio_blk erofs ext4 overlay".split()
@@ -62,11 +77,11 @@ _MAKERS: Final = ("build.py", "initramfs.py", "kernel.py", "modules.py", "rootfs
 class Recipe:
     """All choices that make an image; `volume_mb` in MiB. Raises InvalidInput for a name that cannot be a file name."""
 
-    name: str = "default"
+    name: str = DEFAULT_PROFILE
     suite: str = "trixie"
     architecture: str = "amd64"  # Debian's name
     variant: str = "apt"  # mmdebstrap's: the essential packages and apt
-    packages: tuple[str, ...] = tuple(_PACKAGES)
+    packages: tuple[str, ...] = PROFILES[DEFAULT_PROFILE]
     kernel_package: str = "linux-image-cloud-amd64"
     early_modules: tuple[str, ...] = tuple(_EARLY_MODULES)
     late_modules: tuple[str, ...] = tuple(_LATE_MODULES)
@@ -97,10 +112,25 @@ class Recipe:
         return _sha256(json.dumps(inputs).encode())
 
 
-def for_machine(machine: str) -> Recipe:
-    """The default recipe for a kind of machine as `platform.machine()` names it; an unknown one counts as x86_64."""
+def for_machine(machine: str, profile: str = DEFAULT_PROFILE) -> Recipe:
+    """The recipe of a profile for a kind of machine as `platform.machine()` names it; an unknown one counts as x86_64.
+
+    Raises NotFound for an unknown profile.
+    """
+    if profile not in PROFILES:
+        raise NotFound(f"there is no profile {profile!r}", hint=f"there are: {', '.join(PROFILES)}")
     architecture = ARCHITECTURES.get(machine, "amd64")
-    return replace(Recipe(), architecture=architecture, kernel_package=f"linux-image-cloud-{architecture}")
+    return Recipe(
+        name=profile,
+        packages=PROFILES[profile],
+        architecture=architecture,
+        kernel_package=f"linux-image-cloud-{architecture}",
+    )
+
+
+def for_this_machine(profile: str = DEFAULT_PROFILE) -> Recipe:
+    """The recipe of a profile for the machine we run on. Raises NotFound for an unknown profile."""
+    return for_machine(platform.machine(), profile)
 
 
 def guest_files() -> dict[str, bytes]:
@@ -120,6 +150,3 @@ def guest_files() -> dict[str, bytes]:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-DEFAULT: Final = for_machine(platform.machine())

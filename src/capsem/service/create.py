@@ -33,12 +33,12 @@ class Maker:
     catalog: Catalog
     launcher: Launcher
 
-    def make(self, name: str, spec: VmSpec, *, persistent: bool, image_name: str = "default") -> Vm:
+    def make(self, name: str, spec: VmSpec, *, persistent: bool, profile: str) -> Vm:
         """Volume, session directory and record of a new VM; what was begun is removed when it fails.
 
         Raises NotFound (no image), OSError (disk full).
         """
-        image = self.catalog.find(image_name)
+        image = self.catalog.find(profile)
         record = VmRecord(
             id=name,
             persistent=persistent,

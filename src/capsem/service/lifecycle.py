@@ -25,6 +25,7 @@ from capsem.api.types import (
     StopResponse,
 )
 from capsem.config import Settings
+from capsem.image.recipe import DEFAULT_PROFILE
 from capsem.model.errors import CapsemError, InvalidInput, MachineFailed, NotFound, NotRunning, TimedOut, host_failed
 from capsem.model.ids import check_name
 from capsem.model.lifecycle import State
@@ -49,7 +50,7 @@ class Lifecycle(Commands):
 
     async def provision(self, request: ProvisionRequest) -> ProvisionResponse:
         """Create and boot; returns when the guest is ready or after 5 s. Raises what went wrong before that."""
-        vm = await self._create(request.name, request.persistent, self._spec(request), request.source)
+        vm = await self._create(request, request.name, request.source, persistent=request.persistent)
         try:
             await self._wait_ready(vm, PROVISION_WAIT)
         except TimedOut:
@@ -64,11 +65,19 @@ class Lifecycle(Commands):
             env=MappingProxyType(dict(request.env or {})),
         )
 
-    async def _create(self, name: str | None, persistent: bool, spec: VmSpec, source: str | None) -> Vm:
+    async def _create(
+        self,
+        request: ProvisionRequest | RunRequest,
+        name: str | None = None,
+        source: str | None = None,
+        *,
+        persistent: bool = False,
+    ) -> Vm:
+        spec = self._spec(request)
         name = self._fleet.reserve(None if name is None else check_name(name))
         try:
             if source is None:
-                vm = self._maker.make(name, spec, persistent=persistent)
+                vm = self._maker.make(name, spec, persistent=persistent, profile=request.profile or DEFAULT_PROFILE)
             else:
                 vm = await self._clone(name, spec, source, persistent=persistent)
             async with vm.turn:
@@ -224,7 +233,7 @@ class Lifecycle(Commands):
 
     async def run(self, request: RunRequest) -> ExecResponse:
         """A command in a VM made for it alone."""
-        vm = await self._create(None, False, self._spec(request), None)
+        vm = await self._create(request)
         try:
             await self._wait_ready(vm, READY_LIMIT)
             return await self.execute(vm.id, ExecRequest(command=request.command, timeout_secs=request.timeout_secs))
