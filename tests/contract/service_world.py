@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,6 +39,10 @@ class OneImage:
         if name != "default":
             raise NotFound(f"no image {name}")
         return self.image
+
+    @contextlib.contextmanager
+    def taken(self, name: str, run_dir: Path) -> Iterator[SimpleNamespace]:
+        yield self.find(name)
 
     def list(self) -> list[SimpleNamespace]:
         return [self.image]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -12,7 +14,7 @@ import pytest
 import capsem.cli.image as image_commands
 from capsem.cli.main import main
 from capsem.image import manifest as manifests
-from capsem.image.catalog import open_image, write_pointer
+from capsem.image.catalog import Image, open_image, write_pointer
 from capsem.image.manifest import ROLES, Manifest
 from capsem.image.recipe import Recipe, for_this_machine
 from capsem.model.errors import HostNotReady
@@ -146,6 +148,36 @@ def test_build(images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert shown.out.startswith("default ")
     assert f" is up to date: {images}/default-" in shown.out
     assert asked == [(for_this_machine(), "http://m", True)]
+
+
+def test_a_build_clears_up_after_itself_and_prune_after_all(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, other = make_image(images, content=b"1"), make_image(images, "code", b"1")
+    make_image(images, "code", b"2")
+    contents = iter((b"2", b"3"))
+
+    def build(_recipe: Recipe, images_dir: Path, **_options: object) -> Image:
+        image = open_image(make_image(images_dir, content=next(contents)))
+        return replace(image, manifest=replace(image.manifest, created_at=time.time()))
+
+    monkeypatch.setattr(image_commands, "build", build)
+    assert main(["image", "--assets-dir", str(images), "build"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == f"default {old.name[-12:]} removed"
+    assert other.exists()
+    assert not old.exists()
+    assert main(["image", "--assets-dir", str(images), "prune"]) == 0
+    assert capsys.readouterr().out == f"code {other.name[-12:]} removed\n"
+    assert main(["image", "--assets-dir", str(images), "prune"]) == 0
+    assert capsys.readouterr().out == "Nothing to remove.\n"
+
+    # Where it is not sure whether a VM needs it, an old one stays; that is no failure of the build.
+    session = Layout(tmp_path / "home" / "run").session("box", persistent=True)
+    session.path.mkdir(parents=True)
+    session.record.write_text("{")
+    assert main(["image", "--assets-dir", str(images), "build"]) == 0
+    assert "note: older images stay: box may need the image" in capsys.readouterr().err
+    assert len([*images.glob("default-*")]) == 2
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from capsem.image import recipe as recipes
-from capsem.image.build import build
+from capsem.image.build import _write_with_holes, build
 from capsem.image.catalog import Catalog, Image
 from capsem.image.host import Host
 from capsem.image.recipe import Recipe
 from capsem.model.errors import HostNotReady, MachineFailed
+from capsem.store import durable
 
 RECIPE = Recipe(early_modules=("erofs",), late_modules=("dummy",), volume_mb=512)
 
@@ -103,7 +104,7 @@ def host() -> Pretender:
 
 
 def names(images: Path) -> set[str]:
-    return {path.name for path in images.iterdir()} - {".build.lock", "cache"}
+    return {path.name for path in images.iterdir()} - {".build.lock", "cache", "users"}
 
 
 def make(images: Path, host: Host, recipe: Recipe = RECIPE, *, force: bool = False, mirror: str | None = None) -> Image:
@@ -123,6 +124,13 @@ def test_makes_an_image_that_the_catalog_finds(tmp_path: Path, host: Pretender) 
     assert steps[-1] == ("done", 1.0)
     parts = [part for _, part in steps if part is not None]
     assert parts == sorted(parts)
+
+
+def test_zeroes_of_the_kernel_take_no_space(tmp_path: Path) -> None:
+    data = b"head" + bytes(3 << 20) + b"tail" + bytes(5000)
+    _write_with_holes(tmp_path / "vmlinux", data)
+    assert (tmp_path / "vmlinux").read_bytes() == data
+    assert durable.allocated_bytes(tmp_path / "vmlinux") < 1 << 20
 
 
 def test_an_unchanged_recipe_is_no_work(tmp_path: Path, host: Pretender) -> None:

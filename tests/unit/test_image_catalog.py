@@ -11,6 +11,10 @@ from capsem.image import manifest as manifests
 from capsem.image.catalog import Catalog, Image, open_image, read_pointer, write_pointer
 from capsem.image.manifest import ROLES, SPARSE, Manifest
 from capsem.model.errors import Corrupt, NotFound, WrongState
+from capsem.model.spec import VmSpec
+from capsem.model.vm import VmRecord
+from capsem.store import records
+from capsem.store.layout import Layout, SessionDir
 
 
 def fill(directory: Path, name: str, content: bytes) -> Manifest:
@@ -40,6 +44,16 @@ def add(images: Path, name: str = "default", content: bytes = b"x", *, current: 
     if current:
         write_pointer(images, name, place)
     return open_image(place)
+
+
+def add_vm(run_dir: Path, vm_id: str, digest: str) -> SessionDir:
+    """A VM's record in a run directory, which is made if it is not there."""
+    layout = Layout(run_dir)
+    layout.create()
+    session = layout.session(vm_id, persistent=True)
+    session.path.mkdir()
+    records.write(session, VmRecord(vm_id, True, VmSpec(1, 512, 1024), "default", digest, (), 0.0))
+    return session
 
 
 def test_finds_the_current_one_by_name_and_any_by_its_directory(tmp_path: Path) -> None:
@@ -145,32 +159,37 @@ class TestRemoving:
         images = [add(tmp_path, content=b"old"), add(tmp_path, content=b"new")]
         other = add(tmp_path, name="default-2")
         catalog = Catalog([tmp_path], tmp_path)
-        assert {image.digest for image in catalog.remove("default")} == {image.digest for image in images}
+        assert {image.digest for image in catalog.remove("default", tmp_path / "run")} == {
+            image.digest for image in images
+        }
         assert catalog.list() == [other]
         assert {path.name for path in tmp_path.iterdir()} == {"default-2.json", other.directory.name}
         with pytest.raises(NotFound):
-            catalog.remove("default")
+            catalog.remove("default", tmp_path / "run")
 
     def test_a_directory_name_takes_one(self, tmp_path: Path) -> None:
         old, new = add(tmp_path, content=b"old"), add(tmp_path, content=b"new")
         catalog = Catalog([tmp_path], tmp_path)
-        assert catalog.remove(old.directory.name) == [old]
+        assert catalog.remove(old.directory.name, tmp_path / "run") == [old]
         assert catalog.find() == new
-        catalog.remove(new.directory.name)
+        catalog.remove(new.directory.name, tmp_path / "run")
         assert read_pointer(tmp_path, "default") is None
 
     def test_an_image_in_use_stays_and_so_do_its_siblings(self, tmp_path: Path) -> None:
-        old, new = add(tmp_path, content=b"old"), add(tmp_path, content=b"new")
-        catalog = Catalog([tmp_path], tmp_path)
-        with pytest.raises(WrongState, match="in use"):
-            catalog.remove("default", in_use={old.digest: ["vm1"]})
+        images = tmp_path / "images"
+        old, new = add(images, content=b"old"), add(images, content=b"new")
+        add_vm(tmp_path / "run", "vm1", old.digest)
+        catalog = Catalog([images], images)
+        with pytest.raises(WrongState, match="in use by vm1"):
+            catalog.remove("default", tmp_path / "run")
         assert catalog.find() == new
         assert catalog.find_digest(old.digest) == old
+        assert len(catalog.remove("default", tmp_path / "run", force=True)) == 2
 
     def test_damaged_images_can_be_removed(self, tmp_path: Path) -> None:
         image = add(tmp_path)
         (image.directory / manifests.NAME).write_bytes(b"{")
-        assert Catalog([tmp_path], tmp_path).remove("default") == []
+        assert Catalog([tmp_path], tmp_path).remove("default", tmp_path / "run") == []
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("name", ["..", "../x", "", "cache", ".", "default.json"])
@@ -179,7 +198,7 @@ class TestRemoving:
         (tmp_path / "images" / "cache").mkdir()
         (tmp_path / "x").mkdir()
         with pytest.raises(NotFound):
-            Catalog([tmp_path / "images"], tmp_path).remove(name)
+            Catalog([tmp_path / "images"], tmp_path).remove(name, tmp_path / "run")
         assert (tmp_path / "x").is_dir()
 
 

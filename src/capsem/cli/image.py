@@ -14,9 +14,8 @@ from capsem.cli.terminal import Line, table, waiting
 from capsem.image.build import build
 from capsem.image.catalog import Catalog, Image
 from capsem.image.recipe import PROFILES, for_this_machine
-from capsem.model.errors import Corrupt, WrongState
-from capsem.store import durable, records
-from capsem.store.layout import Layout
+from capsem.model.errors import WrongState
+from capsem.store import durable
 
 _SHORT = 12  # hexadecimal digits that tell digests apart
 
@@ -39,18 +38,25 @@ def image_command(ctx: click.Context, assets_dir: Path | None) -> None:
 @click.option("--profile", type=click.Choice([*PROFILES]), default="default", help="What is in it; else `default`.")
 @click.option("--mirror", metavar="URL", help="A Debian mirror; else it is found out.")
 @click.option("--force", is_flag=True, help="Make it anew though nothing has changed.")
-@click.pass_obj
-def image_build(catalog: Catalog, profile: str, mirror: str | None, force: bool) -> None:
+@click.pass_context
+def image_build(ctx: click.Context, profile: str, mirror: str | None, force: bool) -> None:
     """Make an image.
 
     Profile `default` is a small Debian with Python and git; `code` adds compilers, Node, npm, pip and the like. Nothing
-    is done if the image is there and its recipe has not changed.
+    is done if the image is there and its recipe has not changed. An older one that no VM needs is removed.
     """
+    catalog, context = ctx.find_object(Catalog), ctx.find_root().obj
+    assert catalog is not None
     began = time.time()
     with Steps() as steps:
         image = build(for_this_machine(profile), catalog.write_to, mirror=mirror, force=force, progress=steps.show)
     done = "is up to date" if image.manifest.created_at < began else "built"
     click.echo(f"{image.name} {image.digest[:_SHORT]} {done}: {image.directory}")
+    if done == "built":
+        try:
+            _show_removed(catalog.prune(context.paths.run_dir, name=profile))
+        except WrongState as exc:
+            click.echo(f"note: older images stay: {exc.message}", err=True)
 
 
 @image_command.command("list", epilog="\b\nExample:\n  capsem image list --json")
@@ -86,11 +92,22 @@ def image_rm(ctx: click.Context, name: str, force: bool) -> None:
     """
     catalog, context = ctx.find_object(Catalog), ctx.find_root().obj
     assert catalog is not None
-    removed = catalog.remove(name, in_use={} if force else _in_use(context.paths.run_dir))
-    for image in removed:
-        click.echo(f"{image.name} {image.digest[:_SHORT]} removed")
+    removed = catalog.remove(name, context.paths.run_dir, force=force)
+    _show_removed(removed)
     if not removed:  # there was one, but it was damaged
         click.echo(f"{name} removed")
+
+
+@image_command.command("prune", epilog="\b\nExample:\n  capsem image prune")
+@click.pass_context
+def image_prune(ctx: click.Context) -> None:
+    """Remove images that are out of date and that no VM needs."""
+    catalog, context = ctx.find_object(Catalog), ctx.find_root().obj
+    assert catalog is not None
+    removed = catalog.prune(context.paths.run_dir)
+    _show_removed(removed)
+    if not removed:
+        click.echo("Nothing to remove.")
 
 
 @image_command.command("verify", epilog="\b\nExample:\n  capsem image verify")
@@ -130,6 +147,11 @@ class Steps:
         self._step = step
 
 
+def _show_removed(images: list[Image]) -> None:
+    for image in images:
+        click.echo(f"{image.name} {image.digest[:_SHORT]} removed")
+
+
 def _describe(image: Image) -> dict[str, object]:
     return {
         "name": image.name,
@@ -139,24 +161,6 @@ def _describe(image: Image) -> dict[str, object]:
         "kernel_version": image.manifest.kernel_version,
         "directory": str(image.directory),
     }
-
-
-def _in_use(run_dir: Path) -> dict[str, list[str]]:
-    """Digests of images -> the VMs of this run directory that were made from them. Raises WrongState when a record
-    cannot be read, for who knows what that VM needs."""
-    users: dict[str, list[str]] = {}
-    for session in records.sessions(Layout(run_dir)):
-        try:
-            record = records.read(session)
-        except FileNotFoundError:
-            continue  # just deleted
-        except Corrupt as exc:
-            raise WrongState(
-                f"{session.path.name} may need the image: {exc.message}",
-                hint=f"delete that VM first (capsem delete {session.path.name}), or use --force",
-            ) from exc
-        users.setdefault(record.image_digest, []).append(record.id)
-    return users
 
 
 def _size(image: Image) -> int:

@@ -3,6 +3,7 @@
 <images>/cache/...                      base systems, see base.py
 <images>/default-0123456789ab/          an image, named by its digest, never changed once it has that name
 <images>/default.json                   which one is current
+<images>/users/...                      who may need them, see users.py
 <images>/.tmp-build-.../                being made; swept by the next build if nobody is making it any more
 <images>/.build.lock                    held by who builds: of two at once, the second finds the work done
 """
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from capsem.image import base, initramfs, kernel, manifest, modules, rootfs
+from capsem.image import base, initramfs, kernel, manifest, modules, rootfs, users
 from capsem.image.base import Progress
 from capsem.image.catalog import DIGITS, Image, open_image, read_pointer, write_pointer
 from capsem.image.host import Host
@@ -30,6 +31,7 @@ from capsem.store import durable
 
 _TEMPORARY: Final = f"{durable.TEMPORARY}build-"
 _INITRAMFS_INIT, _INITRAMFS_MOUNTS = "initramfs-init.sh", "mounts"  # of the guest files, those not for its root
+_BLOCK: Final = 4096
 _TOOLS: Final = ("tar", "zstd", "mkfs.erofs", "mke2fs", "debugfs", "chroot")
 
 
@@ -56,6 +58,7 @@ def build(
     try:
         images_dir.mkdir(parents=True, exist_ok=True)
         images_dir = images_dir.resolve()
+        users.prepare(images_dir)
         files = guest_files()
         with _lock(images_dir, progress):
             current = _current(recipe.name, images_dir)
@@ -93,7 +96,7 @@ def _make(
     early = modules.load_order(tables, recipe.early_modules)
     late = modules.load_order(tables, recipe.late_modules, loaded=early)
     binaries = {name: _module(module_dir / tables.files[name], host) for name in (*early, *late)}
-    (image / ROLES["kernel"]).write_bytes(kernel.unpack(vmlinuz.read_bytes(), host))
+    _write_with_holes(image / ROLES["kernel"], kernel.unpack(vmlinuz.read_bytes(), host))
     archive = initramfs.for_guest(
         init=files[_INITRAMFS_INIT],
         mounts=files[_INITRAMFS_MOUNTS],
@@ -149,18 +152,30 @@ def _module(path: Path, host: Host) -> bytes:
     return modules.strip_signature(kernel.decompress(path.read_bytes(), host))
 
 
+def _write_with_holes(path: Path, data: bytes) -> None:
+    """Write a new file. Blocks of zeroes take no space: of an unpacked kernel they are a third."""
+    with path.open("xb") as file:
+        for offset in range(0, len(data), _BLOCK):
+            block = data[offset : offset + _BLOCK]
+            if block.strip(b"\0"):
+                file.seek(offset)
+                file.write(block)
+        file.truncate(len(data))
+
+
 def _publish(name: str, finished: Path, images_dir: Path) -> Image:
     """Give a finished image its final name and point to it. If the same image has that name already, it stays, and only
     its manifest is replaced: another recipe, or another build of the packages, may have led to the same files."""
     record = manifest.read(finished / manifest.NAME)
     target = images_dir / f"{name}-{record.digest[:DIGITS]}"
-    try:
-        open_image(target)
-        durable.write(target / manifest.NAME, record.to_json(), mode=0o644)
-    except (NotFound, Corrupt):
-        durable.remove_tree(target)
-        durable.rename(finished, target)
-    write_pointer(images_dir, name, target)
+    with users.locked(images_dir, alone=True):  # until it is pointed to, it looks like one that may go
+        try:
+            open_image(target)
+            durable.write(target / manifest.NAME, record.to_json(), mode=0o644)
+        except (NotFound, Corrupt):
+            durable.remove_tree(target)
+            durable.rename(finished, target)
+        write_pointer(images_dir, name, target)
     return open_image(target)
 
 

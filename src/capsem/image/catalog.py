@@ -18,13 +18,13 @@ import platform
 import pwd
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final
 
 from capsem.image import manifest as manifests
+from capsem.image import users
 from capsem.image.manifest import Manifest
 from capsem.image.recipe import DEFAULT_PROFILE, PROFILES
 from capsem.model.errors import Corrupt, NotFound, WrongState
@@ -126,30 +126,57 @@ class Catalog:
                     found.setdefault(image.directory, image)
         return [*found.values()]
 
-    def remove(self, name: str, *, in_use: Mapping[str, Sequence[str]] = MappingProxyType({})) -> builtins.list[Image]:
-        """Remove every image of that name and the pointer to it, or one image named by its directory, from where it is
-        found first; damaged ones too. Returns those that were whole. `in_use` has the digests that must stay, and who
-        needs them. Raises NotFound, WrongState (then nothing was removed)."""
+    @contextlib.contextmanager
+    def taken(self, name: str, run_dir: Path) -> Iterator[Image]:
+        """As `find`, for making a VM in `run_dir`: the image cannot be removed until the VM's record is written, which is
+        to happen within the block, nor as long as the VM is there. Blocks for a moment while images are being removed.
+
+        Raises NotFound, Corrupt.
+        """
+        with contextlib.ExitStack() as locks:
+            for directory in self.directories:
+                locks.enter_context(users.locked(directory, alone=False))
+            image = self.find(name)
+            self.declare(run_dir)
+            yield image
+
+    def declare(self, run_dir: Path) -> None:
+        """Tell all directories that VMs in `run_dir` may need their images."""
         for directory in self.directories:
-            pointer = directory / f"{name}.json"
-            places = [place for place in _children(directory) if place.name == name or _name_of(place) == name]
-            if not places and not pointer.is_file():
-                continue
-            self._refuse_if_used(places, in_use)
-            whole = [image for place in places for image in _openable(place)]
-            for each in [path for path in directory.glob("*.json") if path.is_file()]:
-                target = _target(each)
-                if each == pointer or target in places:
-                    each.unlink()
-            durable.sync_directory(directory)
-            for place in places:
-                # First out of sight, so that an interrupted removal leaves no half image.
-                hidden = place.with_name(f"{durable.TEMPORARY}removed-{place.name}")
-                durable.remove_tree(hidden)
-                durable.rename(place, hidden)
-                durable.remove_tree(hidden)
-            return whole
+            users.register(directory, run_dir)
+
+    def remove(self, name: str, run_dir: Path, *, force: bool = False) -> builtins.list[Image]:
+        """Remove every image of that name and the pointer to it, or one image named by its directory, from where it is
+        found first; damaged ones too. Returns those that were whole.
+
+        `run_dir` is the caller's, whose VMs are asked first; with `force`, nobody is asked. Raises NotFound, WrongState
+        when a VM needs one (then nothing was removed).
+        """
+        for directory in self.directories:
+            with users.locked(directory, alone=True):
+                pointer = directory / f"{name}.json"
+                places = [place for place in _children(directory) if place.name == name or _name_of(place) == name]
+                if not places and not pointer.is_file():
+                    continue
+                if not force:
+                    _refuse_if_needed(places, users.needed(directory, run_dir))
+                for each in [path for path in directory.glob("*.json") if path.is_file()]:
+                    if each == pointer or _target(each) in places:
+                        each.unlink()
+                return _remove(directory, places)
         raise NotFound(f"there is no image {name!r}", hint="see: capsem image list")
+
+    def prune(self, run_dir: Path, *, name: str | None = None) -> builtins.list[Image]:
+        """Remove, from the directory that is written to, all images (of one name) that are not current and that no VM
+        needs, in `run_dir` or elsewhere. Returns those that were whole. Raises WrongState when that cannot be found out."""
+        directory = self.write_to
+        with users.locked(directory, alone=True):
+            current = {_target(pointer) for pointer in directory.glob("*.json")}
+            old = [place for place in _superseded(directory, current) if name in (None, _name_of(place))]
+            if not old:
+                return []
+            digits = {digest[:DIGITS] for digest in users.needed(directory, run_dir)}
+            return _remove(directory, [place for place in old if place.name[-DIGITS:] not in digits])
 
     def verify(self, image: Image) -> None:
         """Compute the digests of all files again. Reads all of the image. Raises Corrupt, naming the first bad file."""
@@ -175,18 +202,35 @@ class Catalog:
                 yield target
             yield from (place for place in _children(directory) if place.name == name)
 
-    @staticmethod
-    def _refuse_if_used(places: Sequence[Path], in_use: Mapping[str, Sequence[str]]) -> None:
-        for place in places:
-            try:
-                digest = manifests.read(place / manifests.NAME).digest
-            except (FileNotFoundError, Corrupt):
-                continue  # nothing can run from it
-            if users := in_use.get(digest):
-                raise WrongState(
-                    f"the image {place.name} is in use by {', '.join(sorted(users))}",
-                    hint="delete the VMs made from it first",
-                )
+
+def _refuse_if_needed(places: Sequence[Path], needed: Mapping[str, Sequence[str]]) -> None:
+    for place in places:
+        try:
+            digest = manifests.read(place / manifests.NAME).digest
+        except (FileNotFoundError, Corrupt):
+            continue  # nothing can run from it
+        if vms := needed.get(digest):
+            raise WrongState(
+                f"the image {place.name} is in use by {', '.join(sorted(vms))}",
+                hint="delete the VMs made from it first",
+            )
+
+
+def _superseded(directory: Path, current: Collection[Path | None]) -> list[Path]:
+    return [place for place in _children(directory) if _IMAGE_DIRECTORY.match(place.name) and place not in current]
+
+
+def _remove(directory: Path, places: Sequence[Path]) -> list[Image]:
+    """Remove image directories; returns the images that were whole."""
+    whole = [image for place in places for image in _openable(place)]
+    durable.sync_directory(directory)
+    for place in places:
+        # First out of sight, so that an interrupted removal leaves no half image.
+        hidden = place.with_name(f"{durable.TEMPORARY}removed-{place.name}")
+        durable.remove_tree(hidden)
+        durable.rename(place, hidden)
+        durable.remove_tree(hidden)
+    return whole
 
 
 def _build_hint(name: str) -> str:

@@ -226,6 +226,7 @@ class Service:
         )
         driver = make_driver(hypervisor, fleet.layout.run_dir)
         catalog = Catalog.from_environment(os.environ, self.arguments.assets_dir)
+        catalog.declare(fleet.layout.run_dir)  # it may have been moved here since its VMs were made
         return Handlers(fleet, Maker(fleet, driver, catalog, launcher), self.settings)
 
 

@@ -38,18 +38,18 @@ class Maker:
 
         Raises NotFound (no image), OSError (disk full).
         """
-        image = self.catalog.find(profile)
-        record = VmRecord(
-            id=name,
-            persistent=persistent,
-            spec=spec,
-            image=image.name,
-            image_digest=image.digest,
-            layers=(),
-            created_at=self.fleet.system.clock.time(),
-            version=__version__,
-        )
-        return self._write(record)
+        with self.catalog.taken(profile, self.fleet.layout.run_dir) as image:
+            record = VmRecord(
+                id=name,
+                persistent=persistent,
+                spec=spec,
+                image=image.name,
+                image_digest=image.digest,
+                layers=(),
+                created_at=self.fleet.system.clock.time(),
+                version=__version__,
+            )
+            return self._write(record)
 
     def make_child(
         self,
