@@ -11,8 +11,29 @@ from real_service import Service, wait_for
 
 TOOLS = (
     "bash cat ls pgrep free ip iptables nft ping curl python3 mount dmesg base64 awk seq nohup setsid mkfifo which hostname ss "
-    "fsfreeze git"
+    "fsfreeze git e2fsck resize2fs"
 ).split()
+
+# Capture of connections, and a program that is captured: it asks what address it was on its way to.
+RULES = """
+table inet egress {
+  chain nat_out { type nat hook output priority -100; policy accept;
+    ip daddr { 127.0.0.0/8, 10.0.0.1 } return
+    meta nfproto ipv6 return; udp dport 53 redirect to :1053; meta l4proto tcp redirect to :10443
+  }
+  chain out { type filter hook output priority 0; policy drop;
+    oifname "lo" accept; meta nfproto ipv4 meta l4proto tcp ct status dnat accept
+    meta l4proto tcp reject with tcp reset; reject with icmpx admin-prohibited
+  }
+}"""
+REDIRECTED = """
+import socket
+proxy = socket.create_server(("127.0.0.1", 10443))
+program = socket.create_connection(("93.184.215.14", 443))
+connection, _ = proxy.accept()
+SO_ORIGINAL_DST = 80
+print(socket.inet_ntoa(connection.getsockopt(socket.SOL_IP, SO_ORIGINAL_DST, 16)[4:8]))
+"""
 
 
 def test_tools_are_there(service: Service, box: str) -> None:
@@ -61,21 +82,87 @@ def test_not_there(service: Service, box: str, path: str) -> None:
     assert service.exec(box, f"test -e {path}")[0] == 1
 
 
-def test_hardening(service: Service, box: str) -> None:
-    # Late modules are loaded behind the agent's back, then no more can be.
-    service.output(box, "until grep -q 1 /proc/sys/kernel/modules_disabled; do sleep 0.1; done")
+@pytest.fixture
+def locked_box(service: Service, box: str) -> str:
+    """The VM, once init-late is through: late modules are loaded behind the agent's back, then no more can be."""
+    service.output(box, "until ip route | grep -q default; do sleep 0.1; done")
+    return box
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("modules_disabled", "1"),
+        ("kexec_load_disabled", "1"),
+        ("unprivileged_bpf_disabled", "1"),
+        ("kptr_restrict", "1"),
+        ("dmesg_restrict", "1"),
+        ("randomize_va_space", "2"),
+    ],
+)
+def test_doors_of_the_kernel(service: Service, locked_box: str, name: str, value: str) -> None:
+    assert service.output(locked_box, f"cat /proc/sys/kernel/{name}") == f"{value}\n"
+
+
+def test_root_cannot_read_the_kernels_memory_by_another_way(service: Service, locked_box: str) -> None:
+    """A device or a /proc of one's own is quickly made."""
+    service.output(locked_box, "mkdir /tmp/own && mknod /tmp/mem c 1 1 && mount -t proc proc /tmp/own")
+    for path in ("/tmp/mem", "/tmp/own/kcore"):
+        code, out, err = service.exec(locked_box, f"head -c 64 {path}")
+        assert (code, out) == (1, ""), path
+        assert "Operation not permitted" in err
+    service.output(locked_box, "umount /tmp/own && rmdir /tmp/own && rm /tmp/mem")
+    assert "Lockdown" in service.output(locked_box, "dmesg")
+    assert service.exec(locked_box, "insmod /usr/lib/capsem/modules/dummy.ko")[0] != 0
+
+
+def test_our_own_programs_are_readable_and_executable_and_nothing_else(service: Service, box: str) -> None:
+    programs = service.output(box, "find /usr/lib/capsem -type f -perm /111 -printf '%f %m %u\\n' | sort").splitlines()
+    assert programs == ["busybox 555 root", "init 555 root", "init-late 555 root"]
+    assert service.output(box, "find /usr/lib/capsem -type f ! -perm 0444 ! -perm 0555") == ""
+
+
+def test_hardening(service: Service, locked_box: str) -> None:
+    box = locked_box
     assert service.output(box, "head -c 1 /proc/kcore | wc -c").strip() == "0"
-    assert service.output(box, "find / -xdev -perm /6000 -type f") == ""
+    assert service.output(box, "find / -xdev -perm /6000") == ""
     line = service.output(box, "cat /proc/cmdline").split()
     assert {"ro", "init_on_alloc=1", "slab_nomerge", "page_alloc.shuffle=1"} <= set(line)
     assert service.output(box, "pgrep -x 'systemd|sshd|cron' | wc -l").strip() == "0"
-    code, _, err = service.exec(
-        box, "echo x > /usr/lib/capsem/agent.py && touch /lower 2>/dev/null; mount -o remount,rw /dev/vda"
+    for attempt in (
+        "echo x > /usr/lib/capsem/agent.py",
+        "mount -o remount,rw /usr/lib/capsem && echo x > /usr/lib/capsem/agent.py",
+        "mkdir -p /tmp/lower && mount -t erofs -o rw /dev/vda /tmp/lower && touch /tmp/lower/x",
+        "dd if=/dev/zero of=/dev/vda bs=4k count=1 conv=notrunc,fsync",
+    ):
+        code, _, err = service.exec(box, attempt)
+        assert code != 0, (attempt, err)
+    assert (
+        service.output(box, "umount /tmp/lower 2>/dev/null; rm -df /tmp/lower; head -c 1 /dev/vda | wc -c").strip()
+        == "1"
     )
-    assert code != 0, err
 
 
-def test_kernel_modules_for_later_work_although_locked(service: Service, box: str) -> None:
+def test_modules_of_later_work_are_loaded_although_no_more_can_be(service: Service, locked_box: str) -> None:
+    """A checkpoint has the modules that its VM booted with, so they are there long before anything needs them."""
+    wanted = (
+        # Capture of connections, rules written by iptables-nft, what `ss` asks for, logs; then the rest of the machine.
+        "dummy nfnetlink nf_tables nf_defrag_ipv6 nf_defrag_ipv4 nf_conntrack nf_nat nft_chain_nat nft_redir "
+        "nf_reject_ipv4 nf_reject_ipv6 nft_reject nft_reject_inet nft_ct x_tables nft_compat xt_REDIRECT xt_owner "
+        "xt_tcpudp xt_addrtype nft_limit nft_log nf_log_syslog inet_diag tcp_diag libcrc32c virtio_rng pvpanic_pci"
+    ).split()
+    loaded = service.output(locked_box, "cut -d' ' -f1 /proc/modules").split()
+    assert {*wanted} - {*loaded} == set()
+    assert "does not load" not in service.client.call("logs", vm_id=locked_box)["logs"]
+    # Built into this kernel, which the same modules of another might not be.
+    assert (
+        service.output(locked_box, "test -c /dev/fuse && cat /sys/class/misc/hw_random/rng_current") == "virtio_rng.0\n"
+    )
+    box = locked_box
+    code, _, err = service.exec(box, f"nft -f - <<'END'\n{RULES}\nEND")
+    assert code == 0, err
+    assert service.output(box, f"timeout 20 python3 - <<'END'\n{REDIRECTED}\nEND") == "93.184.215.14\n"
+    service.output(box, "nft flush ruleset")
     service.output(
         box, "iptables -t nat -A OUTPUT -p tcp --dport 443 -j REDIRECT --to-ports 10443 && iptables -t nat -F OUTPUT"
     )

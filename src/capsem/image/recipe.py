@@ -26,8 +26,8 @@ ARCHITECTURES: Final = {"x86_64": "amd64", "aarch64": "arm64"}  # the kernel's n
 
 # The tools of interface.md 6.2, a complete Python, and what an agent would otherwise miss first.
 _PACKAGES: Final = (
-    "bash busybox-static ca-certificates coreutils curl debianutils file gawk git hostname iproute2 iptables iputils-ping "
-    "kmod less mount nftables procps python3 python3-venv unzip util-linux xz-utils"
+    "bash busybox-static ca-certificates coreutils curl debianutils e2fsprogs file gawk git hostname iproute2 iptables "
+    "iputils-ping kmod less mount nftables procps python3 python3-venv unzip util-linux xz-utils"
 ).split()
 
 # What an agent that writes code expects to find: compilers, the two languages it is most often asked for, each with what

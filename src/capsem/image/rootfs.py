@@ -115,6 +115,9 @@ def install_guest(tree: Path, files: Mapping[str, bytes], modules: Mapping[str, 
     compile_all = ["python3", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", f"/{GUEST_DIRECTORY}"]
     environment = ["env", "-i", "PATH=/usr/bin:/bin", "PYTHONHASHSEED=0"]
     host.run([*_as_root(host), "chroot", str(tree), *environment, *compile_all])
+    for path, info in _walk(home):
+        if stat.S_ISREG(info.st_mode):
+            path.chmod(0o555 if info.st_mode & stat.S_IXUSR else 0o444)
 
 
 def settle(tree: Path) -> None:
