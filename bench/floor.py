@@ -18,11 +18,23 @@ from capsem.image.catalog import Image
 from capsem.system.real import RealClock, RealEntropy
 from capsem.wire.messages import STDOUT, Exec
 
+SPARE_PORT = "org.capsem.spare"
+
 
 class Bare:
     """One QEMU process with the product's command line, started with the vCPUs running."""
 
-    def __init__(self, image: Image, directory: Path, accelerator: Accelerator, ram_mb: int, cpus: int) -> None:
+    def __init__(
+        self,
+        image: Image,
+        directory: Path,
+        accelerator: Accelerator,
+        ram_mb: int,
+        cpus: int,
+        *,
+        spare_port: bool = False,
+    ) -> None:
+        """`spare_port` adds a virtio port that the agent does not know; our end of it is `spare`."""
         layer, ram = directory / "layer.qcow2", directory / "ram"
         layer.unlink(missing_ok=True)
         with ram.open("wb") as file:
@@ -41,17 +53,22 @@ class Bare:
             ram_file=ram,
             command_line=image.kernel_command_line,
         )
-        pairs = {name: socket.socketpair() for name in ("qmp", "control", "console")}
+        pairs = {name: socket.socketpair() for name in ("qmp", "control", "console", "spare")}
         ends = {name: theirs.fileno() for name, (_, theirs) in pairs.items()}
+        spare = ends.pop("spare")
         line = [
             word
             for word in argv(spec, Channels(**ends), generation="4a1f2c33-0000-4000-8000-000000000000")
             if word != "-S"
         ]
-        self.process = subprocess.Popen(line, pass_fds=list(ends.values()), stderr=subprocess.DEVNULL)
+        if spare_port:
+            line += ["-chardev", f"socket,id=spare,fd={spare}"]
+            line += ["-device", f"virtserialport,id=spare-port,bus=ports.0,nr=2,chardev=spare,name={SPARE_PORT}"]
+        self.process = subprocess.Popen(line, pass_fds=[*ends.values(), spare], stderr=subprocess.DEVNULL)
         for _, theirs in pairs.values():
             theirs.close()
         self.control, self.console, self.qmp = pairs["control"][0], pairs["console"][0], pairs["qmp"][0]
+        self.spare = pairs["spare"][0]
 
     def first_byte(self) -> float:
         """Milliseconds from before exec to the agent's first byte."""
@@ -62,7 +79,7 @@ class Bare:
         """Kill it."""
         self.process.kill()
         self.process.wait()
-        for end in (self.control, self.console, self.qmp):
+        for end in (self.control, self.console, self.qmp, self.spare):
             end.close()
 
 

@@ -183,7 +183,14 @@ class Ends:
         self.fd = theirs.detach()
         self.received = bytearray()
         self.output: list[bytes] = []
-        self.port = Port(loop, self.fd, self._receive, lambda: self.output.pop(0) if self.output else b"", ends=ends)
+        self.port = Port(
+            loop,
+            self.fd,
+            self._receive,
+            lambda: self.output.pop(0) if self.output else b"",
+            missing=lambda: 0,
+            ends=ends,
+        )
         self.ours.setblocking(False)
 
     def _receive(self, data: memoryview) -> None:

@@ -84,7 +84,8 @@ class Agent:
         self._servants: dict[int, Servant] = {}
         self._jobs: OrderedDict[str, None] = OrderedDict()
         self._expected: Timer | None = None
-        self._port = Port(self._loop, fd, self._receive, self._mux.output, ends=ends)
+        decoder = self._mux.decoder
+        self._port = Port(self._loop, fd, self._receive, self._mux.output, missing=lambda: decoder.missing, ends=ends)
         system.install(self._loop, self._requested)
         self._begin_epoch()
 

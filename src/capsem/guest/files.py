@@ -12,6 +12,7 @@ import stat
 
 from capsem.guest.loop import Loop
 from capsem.guest.servant import Servant
+from capsem.guest.sink import Sink
 from capsem.wire import frames
 from capsem.wire.messages import (
     STDIN,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 MAX_ENTRIES = 50_000  # of one listing
-_PIECE = 8 * frames.MAX_DATA
+_PIECE = frames.MAX_DATA  # a frame's worth: cut nowhere, and of a size that the allocator has at hand
 _QUOTED = 1000  # characters of what was asked for that an answer repeats
 _TOO_LONG = (7, 36)  # E2BIG, ENAMETOOLONG
 
@@ -259,6 +260,7 @@ class Writer(Servant):
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self._fd = os.open(self._temporary, flags, 0o600, dir_fd=self._directory)
             os.fchmod(self._fd, request.mode & 0o777)
+            self._sink = Sink(self._fd)
         except BaseException:
             self.cancelled()
             raise
@@ -275,9 +277,7 @@ class Writer(Servant):
 
     def feed(self, data: bytes) -> None:
         """Bytes of the file. Raises OSError."""
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._fd, view) :]
+        self._sink.write(data)
         self._size += len(data)
         self._mux.consumed(self._stream, STDIN, len(data))
 
@@ -286,6 +286,7 @@ class Writer(Servant):
         self._loop.offload(self._commit, self._committed)
 
     def _commit(self) -> None:
+        self._sink.flush()
         os.fsync(self._fd)
         os.rename(self._temporary, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         self._temporary = ""

@@ -134,6 +134,7 @@ class FrameDecoder:
         self._searched = 0  # bytes of the buffer already known to hold no marker (but for one begun at the end)
         self._markers: dict[bytes, Marker] = {}
         self._hunting = hunting
+        self._awaited = 0  # how long the buffer has to be for the frame that it begins with; 0: not known
         self.arm(*nonces)
 
     def arm(self, *nonces: bytes) -> None:
@@ -153,6 +154,11 @@ class FrameDecoder:
         """Whether nothing counts but a marker."""
         return self._hunting
 
+    @property
+    def missing(self) -> int:
+        """How many bytes of the frame that the buffer begins with are still to come; 0 when that is not known."""
+        return max(0, self._awaited - len(self._buffer))
+
     def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Frame | Marker]:
         """Take received bytes; return what is complete, found one by one as it is asked for.
 
@@ -160,6 +166,8 @@ class FrameDecoder:
         sense, and feeding nothing goes on with what is left.
         """
         self._buffer += data
+        if len(self._buffer) < self._awaited and not self._hunting and self._find()[1] is None:
+            return iter(())  # a port hands out an eighth of a frame at a time: the rest must not cost as much
         return self._items()
 
     def _items(self) -> Iterator[Frame | Marker]:
@@ -181,6 +189,7 @@ class FrameDecoder:
 
     def _drop(self, size: int) -> None:
         del self._buffer[:size]
+        self._awaited = 0
         self._searched = max(0, self._searched - size)
 
     def _find(self) -> tuple[int, Marker | None]:
@@ -207,6 +216,7 @@ class FrameDecoder:
         if zero or length > _MAX_PAYLOAD.get(kind, -1):
             error, wrong = f"bad frame header {bytes(buffer[: HEADER.size]).hex()}", HEADER.size
         elif end < size:
+            self._awaited = size
             return None
         elif buffer[size - 1] != TRAILER[0]:
             error, wrong = "frame without its trailer", size
