@@ -19,7 +19,7 @@ from pathlib import Path
 
 from agent_host import SOURCE, START
 from capsem.api.internal import BOUND, Bootstrap, Stop
-from capsem.hypervisor.driver import Accelerator, Ending, Features, Layer, MachineSpec
+from capsem.hypervisor.driver import Accelerator, Ending, Features, Layer, MachineSpec, Merged
 from capsem.model.errors import CapsemError
 from capsem.store.layout import Layout, SessionDir
 from capsem.supervisor.supervisor import Names, Supervisor
@@ -128,6 +128,13 @@ class ProcessDriver:
     def create_layer(self, path: Path, *, size_mb: int, vm_id: str, layer_id: str) -> None:
         path.write_bytes(b"layer")
         path.with_suffix(".disk").mkdir()
+
+    async def merge_layers(self, sources: Sequence[Path], target: Path, *, vm_id: str, layer_id: str) -> Merged:
+        """A "disk" here is whole, not a difference to the one below: the highest says it all."""
+        with target.open("xb") as file:
+            file.write(b"layer")
+        shutil.copytree(sources[-1].with_suffix(".disk"), target.with_suffix(".disk"))
+        return Merged(copied_bytes=5, file_bytes=5)
 
     async def start(self, spec: MachineSpec, *, vmm_lock: int) -> ProcessMachine:
         if self.fail_start is not None:

@@ -14,6 +14,7 @@ Calls on one machine are made one at a time; different machines are independent 
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -62,6 +63,14 @@ class MachineSpec:
     ram_file: Path  # mapped privately, never written
     command_line: str = ""  # appended to the kernel command line of the image
     hardware: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What a merge of layers has cost: bytes of data read and written (or shared), and the length of the new file."""
+
+    copied_bytes: int
+    file_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +142,14 @@ class Driver(Protocol):
 
     def create_layer(self, path: Path, *, size_mb: int, vm_id: str, layer_id: str) -> None:
         """Write a new, empty qcow2 layer of `size_mb` MiB, mode 0600, that carries both ids; durable on return."""
+
+    async def merge_layers(self, sources: Sequence[Path], target: Path, *, vm_id: str, layer_id: str) -> Merged:
+        """Write a new layer `target`, mode 0600, that can take the place of `sources`: frozen layers that are adjacent in
+        a chain, lowest first. They are only read, and machines may run on them meanwhile. Durable on return.
+
+        Raises Corrupt, when a source is not a layer of ours or damaged, and OSError, among others FileExistsError and
+        ENOSPC. On any error and when cancelled nothing is left; after a crash there may be a target that nobody names.
+        """
 
     async def start(self, spec: MachineSpec, *, vmm_lock: int) -> Machine:
         """Spawn the VMM, vCPUs stopped. It inherits the locked descriptor `vmm_lock`, so that the lock lives exactly as

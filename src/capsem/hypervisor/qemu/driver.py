@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
+import threading
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from capsem.hypervisor.driver import Accelerator, Features, MachineSpec
+from capsem.hypervisor.driver import Accelerator, Features, MachineSpec, Merged
 from capsem.hypervisor.qemu import qcow2
 from capsem.hypervisor.qemu.command import Channels, argv
 from capsem.hypervisor.qemu.machine import QemuMachine, Record
+from capsem.hypervisor.qemu.merge import merge
 from capsem.hypervisor.qemu.probe import Verdict, probe
 from capsem.hypervisor.qemu.process import Process, complaint, find_qemu, lacking_features, query_version, spawn
 from capsem.hypervisor.qemu.qmp import Monitor
@@ -59,6 +63,22 @@ class QemuDriver:
     def create_layer(self, path: Path, *, size_mb: int, vm_id: str, layer_id: str) -> None:
         """See Driver; also raises OSError."""
         qcow2.create_layer(path, size_mb=size_mb, vm_id=vm_id, layer_id=layer_id)
+
+    async def merge_layers(self, sources: Sequence[Path], target: Path, *, vm_id: str, layer_id: str) -> Merged:
+        """See Driver. A thread does it; when cancelled, this returns once that has tidied up."""
+        stop = threading.Event()
+        call = functools.partial(merge, sources, target, vm_id=vm_id, layer_id=layer_id, cancelled=stop.is_set)
+        work = asyncio.get_running_loop().run_in_executor(None, call)
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            stop.set()
+            while not work.done():
+                with contextlib.suppress(asyncio.CancelledError):  # said once is enough
+                    await asyncio.wait([work])
+            if work.exception() is None:  # it was done before it looked
+                target.unlink(missing_ok=True)
+            raise
 
     async def start(self, spec: MachineSpec, *, vmm_lock: int) -> QemuMachine:
         """See Driver; also raises InvalidInput."""

@@ -1,4 +1,5 @@
-"""Our own writer of empty qcow2 layers, and the reader of the identity that they carry.
+"""Our own writer of empty qcow2 layers, and the reader of the identity that they carry. What lies where in a layer that
+QEMU has written to is read by `qcow2_map`.
 
 Format: QEMU's docs/interop/qcow2.txt (https://www.qemu.org/docs/master/interop/qcow2.html), version 3, big-endian.
 A new layer is five clusters of 64 KiB or a few more, most of them holes:
@@ -38,9 +39,9 @@ BYTES_PER_L1_ENTRY: Final = CLUSTER * (CLUSTER // 8)  # an L2 table of 8-byte en
 # magic, version, backing name offset and size, cluster bits, disk bytes, encryption, L1 entries and offset, refcount table
 # offset and clusters, snapshots and their offset, incompatible, compatible and autoclear features, refcount order,
 # header bytes, compression type and padding
-_HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQIIQ")
+HEADER: Final = struct.Struct(">4sIQIIQIIQQIIQQQQIIQ")
 _EXTENSION = struct.Struct(">II")
-assert _HEADER.size == HEADER_BYTES
+assert HEADER.size == HEADER_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +52,17 @@ class Identity:
     layer_id: str
 
 
-def header(size: int, identity: Identity) -> bytes:
-    """The first cluster of an empty image of `size` bytes, up to the end of its extensions."""
-    fields = _HEADER.pack(
+def header(size: int, identity: Identity, *, l1_offset: int = 3 * CLUSTER, refcount_table_clusters: int = 1) -> bytes:
+    """The first cluster of an image of `size` bytes, up to the end of its extensions; the refcount table is next to it."""
+    fields = HEADER.pack(
         MAGIC,
         VERSION,
         *(0, 0),  # no backing file
         CLUSTER_BITS,
         size,
         0,  # not encrypted
-        *(_l1_entries(size), 3 * CLUSTER),
-        *(1 * CLUSTER, 1),  # the refcount table
+        *(l1_entries(size), l1_offset),
+        *(1 * CLUSTER, refcount_table_clusters),
         *(0, 0),  # no internal snapshots
         *(0, 0, 0),  # no optional features
         REFCOUNT_ORDER,
@@ -85,7 +86,7 @@ def create_layer(path: Path, *, size_mb: int, vm_id: str, layer_id: str) -> None
     Raises OSError, among others FileExistsError; then there is no file (or the one that was there).
     """
     size = size_mb << 20
-    l1_clusters = -(-_l1_entries(size) * 8 // CLUSTER)
+    l1_clusters = -(-l1_entries(size) * 8 // CLUSTER)
     clusters = 3 + l1_clusters
     if clusters > CLUSTER // 2:
         raise ValueError(f"a disk of {size_mb} MiB needs more than one refcount block")
@@ -108,13 +109,17 @@ def create_layer(path: Path, *, size_mb: int, vm_id: str, layer_id: str) -> None
 def read_identity(path: Path) -> Identity:
     """Whose layer `path` is. Any content is safe to read: a header is untrusted input. Raises Corrupt, OSError."""
     with path.open("rb") as file:
-        start = file.read(CLUSTER)
+        return parse_identity(path, file.read(CLUSTER))
+
+
+def parse_identity(path: Path, start: bytes) -> Identity:
+    """Whose layer begins with `start`, its first cluster; `path` is for the message. Raises Corrupt."""
     if len(start) < HEADER_BYTES or start[:4] != MAGIC:
-        raise _corrupt(path, "it is not a qcow2 image")
-    _, version, *_ = _HEADER.unpack_from(start)
+        raise corrupt(path, "it is not a qcow2 image")
+    _, version, *_ = HEADER.unpack_from(start)
     (header_bytes,) = struct.unpack_from(">I", start, 100)
     if version != VERSION or header_bytes < 104 or header_bytes % 8:
-        raise _corrupt(path, "its qcow2 header is not of the kind that we write")
+        raise corrupt(path, "its qcow2 header is not of the kind that we write")
     offset = header_bytes
     while offset + _EXTENSION.size <= len(start):
         kind, length = _EXTENSION.unpack_from(start, offset)
@@ -124,7 +129,7 @@ def read_identity(path: Path) -> Identity:
         if kind == IDENTITY_EXTENSION and length <= IDENTITY_LIMIT and offset + length <= len(start):
             return _parse_identity(path, start[offset : offset + length])
         offset += length + -length % 8
-    raise _corrupt(path, "it does not say which VM it belongs to")
+    raise corrupt(path, "it does not say which VM it belongs to")
 
 
 def _parse_identity(path: Path, data: bytes) -> Identity:
@@ -132,17 +137,19 @@ def _parse_identity(path: Path, data: bytes) -> Identity:
         fields = json.loads(data)
         known, vm_id, layer_id = fields["format"] == 1, fields["vm_id"], fields["layer_id"]
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise _corrupt(path, "its identity cannot be read") from None
+        raise corrupt(path, "its identity cannot be read") from None
     if not (known and isinstance(vm_id, str) and isinstance(layer_id, str)):
-        raise _corrupt(path, "its identity is of an unknown form")
+        raise corrupt(path, "its identity is of an unknown form")
     return Identity(vm_id, layer_id)
 
 
-def _corrupt(path: Path, what: str) -> Corrupt:
+def corrupt(path: Path, what: str) -> Corrupt:
+    """The error to raise for a file that is not, or no longer, a layer of ours."""
     return Corrupt(
         f"{path} is not a layer of ours: {what}", hint="it was damaged or exchanged; nothing was done with it"
     )
 
 
-def _l1_entries(size: int) -> int:
+def l1_entries(size: int) -> int:
+    """How many L2 tables a disk of `size` bytes needs when all of it is written."""
     return -(-size // BYTES_PER_L1_ENTRY)
