@@ -159,6 +159,9 @@ def test_headers_that_qemu_wrote_anew(tmp_path: Path) -> None:
     write(str(path), ["write -P 7 1M 1M"])
     run("qemu-img", "amend", "-f", "qcow2", "-o", "lazy_refcounts=on", path)
     run("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", "/some/where", path)
+    start = path.read_bytes()[:CLUSTER]
+    assert struct.pack(">I", 0x6803F857) in start  # feature names
+    assert b"/some/where" in start
     target = tmp_path / "target"
     merge([path], target, vm_id="box", layer_id=OTHER)
     assert "No errors" in run("qemu-img", "check", target)

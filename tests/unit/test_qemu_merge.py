@@ -130,11 +130,11 @@ def test_whenever_it_is_cancelled_nothing_is_left(tmp_path: Path, monkeypatch: p
         looks = itertools.count(1)
         return lambda: next(looks) == number
 
-    for number in range(1, 6):  # before each of two tables, when they are counted, and each of three clusters
+    for number in range(1, 8):  # before each of two tables, twice, and each of three clusters
         with pytest.raises(Cancelled):
             merge(paths, target, vm_id="box", layer_id=OTHER, cancelled=at(number))
         assert sorted(tmp_path.iterdir()) == paths
-    merge(paths, target, vm_id="box", layer_id=OTHER, cancelled=at(6))
+    merge(paths, target, vm_id="box", layer_id=OTHER, cancelled=at(8))
     assert read_layer(target) == {0: 1, 1: 4, 2: None, 9000: 3}
 
 

@@ -53,8 +53,9 @@ def merge(
     """Write the layer `target`, which must not exist, mode 0600, with what `sources` say, the lowest first; durable on return.
 
     Blocks for as long as copying takes; `cancelled` is called often, from this thread. Sources are never written to.
-    Raises Corrupt, OSError (among others FileExistsError, and ENOSPC before anything is written) and Cancelled; then
-    there is no `target`, or the one that was there. A crash may leave one, which is not a valid layer or a complete one.
+    Raises Corrupt, OSError (among others FileExistsError, and ENOSPC, if it can be foreseen before anything is written)
+    and Cancelled; then there is no `target`, or the one that was there. A crash may leave one that is not a layer, or,
+    at the very end, a complete one.
     """
 
     def check() -> None:
@@ -121,14 +122,15 @@ def lay_out(size: int, tables: int, data: int) -> Plan:
 
 def _plan(layers: Sequence[LayerMap], check: Callable[[], None]) -> Plan:
     tables = data = 0
-    for _, table in _combined(layers):
-        check()
+    for _, table in _combined(layers, check):
         tables += 1
         data += sum(host != ZEROES for _, _, host in table)
     return lay_out(layers[0].size, tables, data)
 
 
-def _combined(layers: Sequence[LayerMap]) -> Iterator[tuple[int, list[tuple[int, LayerMap, int]]]]:
+def _combined(
+    layers: Sequence[LayerMap], check: Callable[[], None]
+) -> Iterator[tuple[int, list[tuple[int, LayerMap, int]]]]:
     """Each L2 table of the result: its place in the L1 table, and (slot, layer that decides, its host offset or ZEROES)."""
 
     def of(layer: LayerMap) -> Iterator[tuple[int, LayerMap, Table]]:
@@ -136,6 +138,7 @@ def _combined(layers: Sequence[LayerMap]) -> Iterator[tuple[int, list[tuple[int,
 
     place = itemgetter(0)
     for index, several in groupby(heapq.merge(*map(of, layers), key=place), key=place):
+        check()
         decided: list[tuple[int, LayerMap, int] | None] = [None] * SLOTS
         for _, layer, table in several:  # lowest first: what is equal stays in order
             for slot, host in table:
@@ -160,7 +163,7 @@ def _write(copier: _Copier, layers: Sequence[LayerMap], plan: Plan) -> int:
     fd = copier.fd
     l1 = array("Q", bytes(8 * l1_entries(layers[0].size)))
     next_table, next_data = plan.l2, plan.data
-    for index, table in _combined(layers):
+    for index, table in _combined(layers, copier.check):
         entries = array("Q", bytes(CLUSTER))
         for slot, layer, host in table:
             if host == ZEROES:
@@ -192,7 +195,7 @@ class _Copier:
         self.fd = fd
         self.copied = 0
         self._to = to
-        self._check = check
+        self.check = check
         self._layer: LayerMap | None = None
         self._start = self._end = 0  # the run in `_layer` that is not copied yet
         self._unsynced = 0
@@ -214,7 +217,7 @@ class _Copier:
             return
         end = min(self._end, layer.length)
         while start < end:
-            self._check()
+            self.check()
             done = self._move(layer.fd, start, to, min(PIECE, end - start))
             if not done:
                 raise corrupt(layer.path, "it became shorter while it was read")
