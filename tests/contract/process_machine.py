@@ -12,7 +12,9 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +115,23 @@ class ProcessMachine:
         return Ending(clean=code == 100, reason="guest powered off" if code == 100 else f"agent ended with {code}")
 
 
+class FlatVolume:
+    """A volume as a guest's would be, with the "disk" of a machine as its workspace."""
+
+    def __init__(self, root: Path) -> None:
+        with tempfile.TemporaryDirectory() as text:
+            image, tree = Path(text) / "volume", Path(text) / "tree"
+            shutil.copytree(root, tree / "workspace", symlinks=True)
+            subprocess.run(["/usr/sbin/mke2fs", "-q", "-t", "ext4", "-d", tree, image, "64M"], check=True)
+            self._file = image.open("rb")
+
+    def read(self, offset: int, size: int) -> bytes:
+        return os.pread(self._file.fileno(), size, offset).ljust(size, b"\0")
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class ProcessDriver:
     """Each VM's "disk" is a directory beside its layer, its memory directory is gone with every boot."""
 
@@ -135,6 +154,9 @@ class ProcessDriver:
             file.write(b"layer")
         shutil.copytree(sources[-1].with_suffix(".disk"), target.with_suffix(".disk"))
         return Merged(copied_bytes=5, file_bytes=5)
+
+    def open_volume(self, volume: Sequence[Layer]) -> FlatVolume:
+        return FlatVolume(volume[-1].path.with_suffix(".disk") / "root")
 
     async def start(self, spec: MachineSpec, *, vmm_lock: int) -> ProcessMachine:
         if self.fail_start is not None:

@@ -218,8 +218,7 @@ def test_round_trip(live: Live, inside: Path, size: int, chunked: bool) -> None:
     assert (status, hashlib.sha256(content).digest()) == (200, hashlib.sha256(data).digest())
     assert headers["content-type"] == "text/plain"
     assert headers["content-disposition"] == 'attachment; filename="weirdnme.txt"'
-    if size < 256 * 1024:
-        assert headers["content-length"] == str(size)
+    assert (headers["content-length"], headers["x-capsem-mode"]) == (str(size), "644")
 
 
 def test_more_than_10_mib_comes_in_but_not_out(live: Live, inside: Path) -> None:
@@ -268,13 +267,29 @@ def test_many_at_once(live: Live, inside: Path) -> None:
         assert all(pool.map(one, range(8)))
 
 
+def test_vms_that_do_not_run_are_read_and_not_written(live: Live) -> None:
+    [machine] = [each for each in live.world.driver.machines if each._directory / "root" != live.workspace]
+    root = machine._directory / "root"
+    (root / "kept").write_bytes(b"x" * (10 * MIB))
+    (root / "kept").chmod(0o750)
+    (root / "large").write_bytes(b"y" * (10 * MIB + 1))
+    status, headers, content = live.request("GET", "/files/off/content?path=kept")
+    assert (status, headers["content-length"], headers["x-capsem-mode"]) == (200, str(10 * MIB), "750")
+    assert content == b"x" * (10 * MIB)
+    assert live.request("GET", "/files/off/content?path=large")[0] == 413
+    assert len(live.request("GET", "/files/off/content?path=large&whole=1")[2]) == 10 * MIB + 1
+    names = {each["name"] for each in json.loads(live.request("GET", "/files/off")[2])["entries"]}
+    assert names >= {"kept", "large"}
+    status, _, content = live.request("POST", "/files/off/content?path=a", b"x")
+    assert (status, json.loads(content)["hint"]) == (409, "capsem resume off")
+    (root / "large").unlink()
+
+
 @pytest.mark.parametrize(
     ("method", "route"),
     [("GET", "/files/{}"), ("GET", "/files/{}/content?path=a"), ("POST", "/files/{}/content?path=a")],
 )
-def test_vms_that_do_not_run(live: Live, method: str, route: str) -> None:
-    status, _, content = live.request(method, route.format("off"))
-    assert (status, json.loads(content)["hint"]) == (409, "capsem resume off")
+def test_vms_that_are_not_there(live: Live, method: str, route: str) -> None:
     assert live.request(method, route.format("nobody"))[0] == 404
     assert live.request(method, route.format("../x"))[0] == 400
 

@@ -23,6 +23,7 @@ from capsem.wire.messages import (
     Exec,
     Exited,
     Failed,
+    FileFound,
     FileRead,
     FileWritten,
     ListDir,
@@ -168,5 +169,15 @@ REQUESTS: dict[type[Message], type[Message]] = {
     Persist: Persisted,
     AddLayer: LayerAdded,
 }
-_ALL: tuple[type[Message], ...] = (Hello, State, ShutdownAsked, Signal, Failed, Exited, *REQUESTS, *REQUESTS.values())
+_ALL: tuple[type[Message], ...] = (
+    Hello,
+    State,
+    ShutdownAsked,
+    Signal,
+    FileFound,
+    Failed,
+    Exited,
+    *REQUESTS,
+    *REQUESTS.values(),
+)
 MESSAGES: dict[str, type[Message]] = {cls.tag: cls for cls in _ALL}

@@ -60,6 +60,7 @@ ABANDON, FINISH = OnDisconnect.ABANDON, OnDisconnect.FINISH
 _GONE: Final = frozenset({State.DELETING, State.DELETED})
 _KNOWN: Final = frozenset(State) - _GONE
 _AWAKE: Final = frozenset({State.STARTING, State.RUNNING})
+_READABLE: Final = _KNOWN - {State.STOPPING}  # running, or with a volume that nobody writes to
 
 
 class Operation(NamedTuple):
@@ -108,7 +109,8 @@ class Operation(NamedTuple):
         if refusal is NotRunning:
             raise NotRunning(f"{vm_id} is not running", hint=f"capsem resume {vm_id}")
         if refusal is WrongState:  # for what could be done of a VM that does not run, but is not
-            raise WrongState(f"{vm_id} is {state}: its files can be had while it runs", hint=f"capsem resume {vm_id}")
+            what = "its files can be written while it runs, and read also when it has stopped"
+            raise WrongState(f"{vm_id} is {state}: {what}", hint=f"capsem resume {vm_id}")
         raise refusal(f"{vm_id} is {state}: cannot {self.name} it now", hint="try again in a moment")
 
 
@@ -197,7 +199,7 @@ _TABLE: Final = (
         "ReadFileResponse",
         request="ReadFileRequest",
         errors=(InvalidInput, PayloadTooLarge, *_GUEST),
-        legal=_AWAKE,
+        legal=_READABLE,
         retry_safe=True,
         answer_within=FILE_CALL,
     ),
@@ -208,7 +210,7 @@ _TABLE: Final = (
         "what is in a directory of a VM's workspace",
         "FilesResponse",
         errors=(InvalidInput, PermissionDenied, WrongState, *_GUEST),
-        legal=_AWAKE,
+        legal=_READABLE,
         otherwise=WrongState,
         retry_safe=True,
         answer_within=FILE_CALL,
@@ -220,7 +222,7 @@ _TABLE: Final = (
         "the bytes of a file in a VM's workspace",
         "FileContent",
         errors=(InvalidInput, PermissionDenied, PayloadTooLarge, WrongState, *_GUEST),
-        legal=_AWAKE,
+        legal=_READABLE,
         otherwise=WrongState,
         retry_safe=True,
         answer_within=None,

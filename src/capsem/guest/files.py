@@ -19,6 +19,7 @@ from capsem.wire.messages import (
     STDOUT,
     DirListed,
     Failed,
+    FileFound,
     FileRead,
     FileWritten,
     ListDir,
@@ -138,13 +139,21 @@ class Reader(Servant):
             self.cancelled()
             raise problem
         self._limit = request.limit
+        self._left: int | None = None  # of what was announced
+        if request.announce:
+            self._left = info.st_size
+            mux.message(stream, FileFound(size=info.st_size, mode=self._mode))
 
     def credit(self, channel: int) -> None:
         """Send as much as the host takes. Raises OSError."""
         while self._fd >= 0 and (room := self._mux.room(self._stream, STDOUT)):
-            data = os.read(self._fd, min(room, _PIECE))
+            data = os.read(self._fd, min(room, _PIECE) if self._left is None else min(room, _PIECE, self._left))
             self._size += len(data)
-            if self._limit is not None and self._size > self._limit:
+            if self._left is not None:
+                if not data and self._left:
+                    raise Refused("guest_failed", "the file shrank while it was read")
+                self._left -= len(data)  # what it has grown by since is another reading's
+            elif self._limit is not None and self._size > self._limit:
                 raise Refused("payload_too_large", "the file grew while it was read")
             if not data:
                 self.cancelled()

@@ -130,6 +130,16 @@ class Machine(Protocol):
         """Return how the machine ended, once it has."""
 
 
+class Volume(Protocol):
+    """A volume that no machine runs on, as its guest would read it."""
+
+    def read(self, offset: int, size: int) -> bytes:
+        """That many bytes. Raises OSError, Corrupt."""
+
+    def close(self) -> None:
+        """Let go of its files."""
+
+
 class Driver(Protocol):
     """Makes machines."""
 
@@ -150,6 +160,9 @@ class Driver(Protocol):
         Raises Corrupt, when a source is not a layer of ours or damaged, and OSError, among others FileExistsError and
         ENOSPC. On any error and when cancelled nothing is left; after a crash there may be a target that nobody names.
         """
+
+    def open_volume(self, volume: Sequence[Layer]) -> Volume:
+        """Open a layer chain, base first, that no machine writes to. Raises OSError, Corrupt."""
 
     async def start(self, spec: MachineSpec, *, vmm_lock: int) -> Machine:
         """Spawn the VMM, vCPUs stopped. It inherits the locked descriptor `vmm_lock`, so that the lock lives exactly as

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from capsem import __version__
-from capsem.hypervisor.driver import Driver
+from capsem.hypervisor.driver import Driver, Layer, Volume
 from capsem.image.catalog import Catalog, Image
 from capsem.image.volume import format_volume
 from capsem.model.errors import CapsemError, HostNotReady, MachineFailed, NotFound
@@ -126,6 +126,15 @@ class Maker:
             await asyncio.to_thread(format_volume, temporary, size_mb)
             durable.rename(temporary, path)
         return path
+
+    async def open_volume(self, record: VmRecord) -> Volume:
+        """The volume of a VM that does not run, to read from; the caller holds the VM's turn, and closes it.
+
+        Raises NotFound (image gone), Corrupt, OSError.
+        """
+        base = await self._volume(self.image_of(record), record.spec.disk_mb)
+        layers = (Layer(self.fleet.layout.layer(each), "qcow2") for each in record.layers)
+        return self.driver.open_volume((Layer(base, "raw"), *layers))
 
     async def start(self, vm: Vm) -> None:
         """Start a VM's supervisor; the caller holds the VM's turn. Returns when the machine is about to run.

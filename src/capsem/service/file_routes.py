@@ -36,6 +36,8 @@ class ContentResponse(StreamingResponse):
         }
         if content.size is not None:
             headers["Content-Length"] = str(content.size)
+        if content.mode is not None:
+            headers["X-Capsem-Mode"] = f"{content.mode & 0o777:o}"
         super().__init__(content.pieces, headers=headers)
         self.headers["Content-Type"] = content.mime  # as it is: nobody here knows the charset of a guest's text
         self._content = content
@@ -55,11 +57,17 @@ async def _list(manager: Manager, vm_id: str, request: Request) -> Response:
 
 
 async def _get(manager: Manager, vm_id: str, request: Request) -> Response:
-    return ContentResponse(await manager.get_file(vm_id, request.query_params.get("path", "")))
+    query = request.query_params
+    whole = query.get("whole", "") in ("1", "true")  # ours: without the contract's limit, for `capsem cp`
+    return ContentResponse(await manager.get_file(vm_id, query.get("path", ""), whole=whole))
 
 
 async def _put(manager: Manager, vm_id: str, request: Request) -> Response:
-    written = await manager.put_file(vm_id, request.query_params.get("path", ""), _body(request))
+    query = request.query_params
+    mode = query.get("mode", "644")  # ours: the contract knows no other
+    if not re.fullmatch(r"[0-7]{3}", mode):
+        raise InvalidInput(f"mode: {mode[:80]!r} is no file mode", hint="three octal digits, such as 755")
+    written = await manager.put_file(vm_id, query.get("path", ""), _body(request), mode=int(mode, 8))
     return Response(encode(written), media_type="application/json")
 
 

@@ -10,24 +10,36 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import mimetypes
+import posixpath
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Final, NamedTuple
 
 import msgspec
 
-from capsem.api.types import FileEntry, FilesResponse, FileWrittenResponse
+from capsem.api.types import FileEntry, FilesResponse, FileWrittenResponse, ReadFileRequest, ReadFileResponse
 from capsem.control.channel import Stream
-from capsem.model.errors import GuestFailed, InvalidInput, NotFound, PayloadTooLarge, TimedOut
-from capsem.service.commands import Commands
-from capsem.service.link import Link
-from capsem.wire.messages import STDIN, STDOUT, DirListed, FileWritten, ListDir, ReadFile, WriteFile
+from capsem.model.errors import GuestFailed, InvalidInput, NotFound, PayloadTooLarge, PermissionDenied, TimedOut
+from capsem.offline.workspace import GUEST_PATH
+from capsem.service.commands import TEXT_FILE_LIMIT, Commands
+from capsem.service.create import Maker
+from capsem.service.offline import Offline, pieces_of
+from capsem.wire.messages import (
+    STDIN,
+    STDOUT,
+    DirListed,
+    FileFound,
+    FileWritten,
+    ListDir,
+    Message,
+    ReadFile,
+    WriteFile,
+)
 
 CONTENT_LIMIT: Final = 10 * 1024 * 1024  # bytes of a file in one answer
 DEEPEST: Final = 6
 IDLE_LIMIT: Final = 30.0  # seconds without any progress on the guest's side
 _HIDDEN: Final = "system"  # at the top of the workspace
-_AHEAD: Final = 256 * 1024  # bytes read before the answer begins: a file that ends within them has a known length
 _LISTING_LIMIT: Final = 64 * 1024 * 1024  # bytes of the agent's answer; it lists at most 50,000 entries
 
 _STRIPPED: Final = re.compile(r"[^A-Za-z0-9._/-]")
@@ -43,11 +55,14 @@ _entries = msgspec.json.Decoder(list[tuple[str, str, int, int]])
 
 
 class Content(NamedTuple):
-    """A file on its way out. `size` is None when it is not known before the end; `pieces` is to be closed."""
+    """A file on its way out. `size` and `mode` are None for an agent that is too old to announce them.
+    `pieces` is to be closed.
+    """
 
     name: str
     mime: str
     size: int | None
+    mode: int | None
     pieces: AsyncGenerator[bytes, None]
 
 
@@ -59,6 +74,18 @@ def clean_path(path: str, *, directory: bool = False) -> str:
     if not parts and not directory:
         raise InvalidInput("path: is empty", hint="a path is relative to the workspace, /root")
     return "/".join(parts)
+
+
+def inside_workspace(path: str) -> str:
+    """A guest's path, absolute or relative to the workspace, as one relative to it. Raises InvalidInput, PermissionDenied."""
+    if not path or "\0" in path or ".." in path.split("/"):
+        raise InvalidInput(
+            f"path: {path[:200]!r} is empty, or holds '..' or NUL", hint=f"use a path inside {GUEST_PATH}"
+        )
+    full = posixpath.normpath(posixpath.join(GUEST_PATH, path)).replace("//", "/")
+    if full != GUEST_PATH and not full.startswith(GUEST_PATH + "/"):
+        raise PermissionDenied(f"{path}: outside of {GUEST_PATH}", hint=f"use a path inside {GUEST_PATH}")
+    return full[len(GUEST_PATH) + 1 :]
 
 
 def kind_of(name: str) -> tuple[str | None, bool | None]:
@@ -109,19 +136,20 @@ def tree(listed: list[tuple[str, str, int, int]], directory: str) -> list[FileEn
 class Files(Commands):
     """See service.manager.Manager."""
 
-    async def _workspace(self, operation: str, vm_id: str) -> Link:
-        """The link to the guest whose workspace it is. Raises WrongState when it does not run."""
-        return await self._vm(operation, vm_id).ready_link()
+    _maker: Maker
 
     async def list_files(self, vm_id: str, path: str, depth: int) -> FilesResponse:
         """What is in a directory of the workspace."""
         where = clean_path(path, directory=True)
         if depth < 1:
             raise InvalidInput(f"depth is {depth}", hint=f"1 to {DEEPEST}")
-        link = await self._workspace("list_files", vm_id)
-        stream = link.open(ListDir(path=where or ".", depth=min(depth, DEEPEST)))
-        text = bytearray()
+        depth = min(depth, DEEPEST)
+        vm = self._vm("list_files", vm_id)
         with _missing():
+            if not vm.running and (found := await Offline(self._maker).list_files(vm, where, depth)) is not None:
+                return FilesResponse(entries=tree(found[0], where), truncated=found[1])
+            stream = (await vm.ready_link()).open(ListDir(path=where or ".", depth=depth))
+            text = bytearray()
             async with contextlib.aclosing(_pieces(stream, f"listing {where or '/root'}")) as pieces:
                 async for piece in pieces:
                     text += piece
@@ -134,34 +162,49 @@ class Files(Commands):
             raise GuestFailed(f"the guest's list of files makes no sense: {error}") from error
         return FilesResponse(entries=entries, truncated=isinstance(result, DirListed) and result.truncated)
 
-    async def get_file(self, vm_id: str, path: str) -> Content:
+    async def get_file(self, vm_id: str, path: str, *, whole: bool = False) -> Content:
         """The content of a file, from its first bytes on: what is wrong is known before the answer begins."""
         where = clean_path(path)
-        link = await self._workspace("get_file", vm_id)
-        stream = link.open(ReadFile(path=where, limit=CONTENT_LIMIT))
-        pieces = _pieces(stream, f"reading {where}")
         name = where.rpartition("/")[2]
-        head: list[bytes] = []
-        size: int | None = 0
-        try:
-            with _missing():
-                while (size := sum(map(len, head))) < _AHEAD:
-                    piece = await anext(pieces, None)
-                    if piece is None:
-                        break
-                    head.append(piece)
-                else:
-                    size = None
-        except BaseException:
-            await pieces.aclose()
-            raise
-        return Content(name, kind_of(name)[0] or "application/octet-stream", size, _joined(head, pieces))
+        mime = kind_of(name)[0] or "application/octet-stream"
+        vm = self._vm("get_file", vm_id)
+        with _missing():
+            if not vm.running:
+                limit = vm.record.spec.disk_mb << 20 if whole else CONTENT_LIMIT
+                if (found := await Offline(self._maker).get_file(vm, where, limit)) is not None:
+                    return Content(name, mime, found[0].size, found[0].mode, pieces_of(found[1]))
+            link = await vm.ready_link()
+            stream = link.open(ReadFile(path=where, limit=None if whole else CONTENT_LIMIT, announce=True))
+            announced: list[Message] = []
+            stream.on_message = announced.append
+            pieces = _pieces(stream, f"reading {where}")
+            try:
+                first = await anext(pieces, b"")
+            except BaseException:
+                await pieces.aclose()
+                raise
+        file = announced[0] if announced else None
+        size, mode = (file.size, file.mode) if isinstance(file, FileFound) else (None, None)
+        return Content(name, mime, size, mode, _joined(first, pieces))
 
-    async def put_file(self, vm_id: str, path: str, body: AsyncIterator[bytes]) -> FileWrittenResponse:
+    async def read_file(self, vm_id: str, request: ReadFileRequest) -> ReadFileResponse:
+        """A text file of the workspace, as the agent would read it."""
+        vm = self._vm("read_file", vm_id)
+        if not vm.running:
+            path = inside_workspace(request.path)
+            found = await Offline(self._maker).get_file(vm, path, TEXT_FILE_LIMIT)
+            if found is not None:
+                with found[1] as copy:
+                    return ReadFileResponse(content=copy.read().decode("utf-8", "replace"))
+        return await super().read_file(vm_id, request)
+
+    async def put_file(
+        self, vm_id: str, path: str, body: AsyncIterator[bytes], *, mode: int = 0o644
+    ) -> FileWrittenResponse:
         """Replace a file by what `body` yields; what was there stays until all of it has come, and is durable."""
         where = clean_path(path)
-        link = await self._workspace("put_file", vm_id)
-        stream = link.open(WriteFile(path=where))
+        link = await self._vm("put_file", vm_id).ready_link()
+        stream = link.open(WriteFile(path=where, mode=mode))
         what = f"writing {where}"
         try:
             async for data in body:
@@ -193,11 +236,10 @@ async def _pieces(stream: Stream, what: str) -> AsyncGenerator[bytes, None]:
         stream.reset()
 
 
-async def _joined(head: list[bytes], rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+async def _joined(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
     async with contextlib.aclosing(rest):
-        for piece in head:
-            yield piece
-        head.clear()
+        if first:
+            yield first
         async for piece in rest:
             yield piece
 

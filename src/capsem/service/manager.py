@@ -81,10 +81,12 @@ class Manager(Protocol):
     async def list_files(self, vm_id: str, path: str, depth: int) -> FilesResponse:
         """What is in a directory of the workspace; a path is relative to that."""
 
-    async def get_file(self, vm_id: str, path: str) -> Content:
-        """A file of at most 10 MiB; whoever takes it closes its `pieces`."""
+    async def get_file(self, vm_id: str, path: str, *, whole: bool = False) -> Content:
+        """A file of at most 10 MiB, or `whole` of any size; whoever takes it closes its `pieces`."""
 
-    async def put_file(self, vm_id: str, path: str, body: AsyncIterator[bytes]) -> FileWrittenResponse:
+    async def put_file(
+        self, vm_id: str, path: str, body: AsyncIterator[bytes], *, mode: int = 0o644
+    ) -> FileWrittenResponse:
         """Replace a file, of any size; it is durable when this returns. `body` may raise: then nothing has changed."""
 
     async def stop(self, vm_id: str) -> StopResponse:

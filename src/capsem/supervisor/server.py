@@ -215,6 +215,7 @@ async def copy(source: Stream, target: Stream, channel: int) -> None:
 
 async def relay(stream: Stream, target: Stream) -> Message:
     """Join a peer's stream with one to the guest, in both directions; returns the guest's result."""
+    target.on_message = stream.send
     tasks = [
         asyncio.create_task(copy(stream, target, STDIN)),
         asyncio.create_task(copy(target, stream, STDOUT)),

@@ -211,10 +211,21 @@ class Exited(Message, tag="exited"):
 
 
 class ReadFile(Message, tag="read-file"):
-    """Read a regular file inside the workspace; its bytes come on STDOUT. More than `limit` bytes: refused."""
+    """Read a regular file inside the workspace; its bytes come on STDOUT. More than `limit` bytes: refused.
+
+    With `announce`, FileFound comes before the first byte, and exactly as many follow as it says, or Failed.
+    """
 
     path: str
     limit: int | None = None
+    announce: bool = False
+
+
+class FileFound(Message, tag="file-found"):
+    """On a ReadFile stream, from the guest: what the file is when it is opened."""
+
+    size: int
+    mode: int
 
 
 class FileRead(Message, tag="file-read"):
@@ -313,7 +324,7 @@ STREAMS: dict[type[Message], type[Message]] = {
 }
 # Tags that later versions will use to open streams, so that nothing else takes them.
 RESERVED_STREAMS = ("egress", "resolve", "bulk-in", "bulk-out", "watch", "forward", "terminal")
-MESSAGES = {**CONTROL_MESSAGES, **_by_tag(*STREAMS, *STREAMS.values(), Signal, Frozen, Thaw, Failed)}
+MESSAGES = {**CONTROL_MESSAGES, **_by_tag(*STREAMS, *STREAMS.values(), Signal, FileFound, Frozen, Thaw, Failed)}
 
 
 def _no_constant(text: str) -> float:

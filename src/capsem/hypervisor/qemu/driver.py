@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from capsem.hypervisor.driver import Accelerator, Features, MachineSpec, Merged
+from capsem.hypervisor.driver import Accelerator, Features, Layer, MachineSpec, Merged
 from capsem.hypervisor.qemu import qcow2
+from capsem.hypervisor.qemu.chain import Chain
 from capsem.hypervisor.qemu.command import Channels, argv
 from capsem.hypervisor.qemu.machine import QemuMachine, Record
 from capsem.hypervisor.qemu.merge import merge
@@ -79,6 +80,10 @@ class QemuDriver:
             if work.exception() is None:  # it was done before it looked
                 target.unlink(missing_ok=True)
             raise
+
+    def open_volume(self, volume: Sequence[Layer]) -> Chain:
+        """See Driver."""
+        return Chain(volume)
 
     async def start(self, spec: MachineSpec, *, vmm_lock: int) -> QemuMachine:
         """See Driver; also raises InvalidInput."""
