@@ -388,7 +388,9 @@ def test_cp_that_fails(live: Live, inside: Path, tmp_path: Path) -> None:
         ((tmp_path, "box:file/x"), 1, "file"),
         (("-", "box:"), 2, "no name"),
         (("nobody:x", tmp_path), 1, "nobody"),
-        (("off:x", tmp_path), 1, "not running"),
+        (("off:x", tmp_path), 1, "off:x: no such file"),
+        (("off:x y", tmp_path), 1, "not running"),
+        ((__file__, "off:x"), 1, "while it runs"),
         (("..:x", tmp_path), 2, "bad session"),
     ]:
         done = live.cp(*words)

@@ -1,14 +1,16 @@
 """`capsem cp`: files and directories between this host and a VM.
 
-Everything goes over one command's stream: any path of the guest, any size, in constant memory. A directory travels as a
-tar archive. What comes from a guest is not trusted: `capsem.cli.unpack` takes regular files and directories below the
-target, and links that stay inside it.
+A file of the workspace goes over the files API, which is the fastest way, and out of a VM that does not run the only
+one. What that refuses or cannot name goes over one command's stream: any path of the guest, any size, in constant
+memory; a directory travels as a tar archive. What comes from a guest is not trusted: `capsem.cli.unpack` takes regular
+files and directories below the target, and links that stay inside it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import shlex
 import stat
@@ -16,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
@@ -25,7 +27,15 @@ import click
 from capsem.api import stream
 from capsem.cli.context import SESSION, Context
 from capsem.cli.terminal import PATIENCE, Line, printable
-from capsem.model.errors import AlreadyExists, GuestFailed, Interrupted, InvalidInput, NotFound
+from capsem.model.errors import (
+    AlreadyExists,
+    GuestFailed,
+    Interrupted,
+    InvalidInput,
+    NotFound,
+    NotRunning,
+    PermissionDenied,
+)
 
 if TYPE_CHECKING:
     from capsem.client.sync import Client
@@ -34,6 +44,9 @@ _MISSING, _NO_FILE = 66, 67  # exit codes of our scripts
 _HEAD_LIMIT: Final = 200
 _ERROR_LIMIT: Final = 4096
 _PIECE: Final = 256 * 1024
+_PLAIN: Final = re.compile(r"[A-Za-z0-9._/-]+")
+# What the files API refuses, and a command may be able to do: a directory, a link, a path elsewhere.
+_REFUSED: Final = (NotFound, InvalidInput, PermissionDenied)
 
 # One line that says what it is, then the content.
 _READ: Final = """
@@ -98,6 +111,14 @@ def _remote(word: str) -> tuple[str, str] | None:
     return session, f"./{path}" if path.startswith("-") else path or "."
 
 
+def _plain(path: str) -> str | None:
+    """A guest's path as one relative to the workspace that the files API takes as it is; None if it does not."""
+    inner = path.removeprefix("/root/").removeprefix("./")
+    if not _PLAIN.fullmatch(inner) or inner.startswith("/") or inner.endswith("/") or ".." in inner:
+        return None
+    return None if inner in (".", "/root") else inner
+
+
 def _script(text: str, **variables: str) -> dict[str, Any]:
     settings = "".join(f"{name}={shlex.quote(value)}\n" for name, value in variables.items())
     return {"command": settings + text}
@@ -145,6 +166,25 @@ class _Output:
 
 
 def _download(client: Client, session: str, path: str, destination: str, progress: _Progress) -> None:
+    plain = _plain(path)
+    if plain is None:
+        _download_by_command(client, session, path, destination, progress)
+        return
+    from capsem.client.transfer import Download
+
+    try:
+        with contextlib.closing(Download(client, session, plain)) as file:
+            progress.total = file.size or 0
+            _receive_file(progress.counted(file), destination, Path(path).name, file.mode)
+    except _REFUSED as refusal:
+        try:
+            _download_by_command(client, session, path, destination, progress)
+        except NotRunning:
+            hint = f"without a start only files can be had: capsem resume {session}"
+            raise type(refusal)(f"{session}:{refusal.message}", hint=hint) from None
+
+
+def _download_by_command(client: Client, session: str, path: str, destination: str, progress: _Progress) -> None:
     name = Path(path).name
     if name in ("", ".."):
         name = session
@@ -158,36 +198,42 @@ def _download(client: Client, session: str, path: str, destination: str, progres
                 pass
             _check(command.result, output.errors, where)
 
+        def content() -> Iterator[bytes]:
+            yield from iter(output.piece, b"")
+            finish()
+
         if not kind:
             finish()
             raise Interrupted(f"{where}: the VM sent nothing")
         progress.total = int(numbers[1]) if len(numbers) == 2 and numbers[1].isdecimal() else 0
-        if destination == "-":
-            while data := output.piece():
-                sys.stdout.buffer.write(data)
-            finish()
-            sys.stdout.buffer.flush()
-            return
-        target = Path(destination)
-        if target.is_dir():
-            target /= name
-        if kind == "directory":
-            _receive_directory(output, finish, target)
+        if kind == "directory" and destination != "-":
+            _receive_directory(output, finish, _target(destination, name))
         else:
-            mode = int(numbers[0], 8) & 0o777 if numbers and numbers[0].isdecimal() else 0o644
-            _receive_file(output, finish, target, mode)
+            mode = int(numbers[0], 8) & 0o777 if numbers and numbers[0].isdecimal() else None
+            _receive_file(content(), destination, name, mode)
 
 
-def _receive_file(output: _Output, finish: Callable[[], None], target: Path, mode: int) -> None:
+def _target(destination: str, name: str) -> Path:
+    target = Path(destination)
+    return target / name if target.is_dir() else target
+
+
+def _receive_file(pieces: Iterable[bytes], destination: str, name: str, mode: int | None) -> None:
+    """Write a file, or standard output, from pieces that raise when something is missing."""
+    if destination == "-":
+        for data in pieces:
+            sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        return
+    target = _target(destination, name)
     if target.is_dir():
         raise AlreadyExists(f"{target} is a directory", hint="give another name")
     fd, temporary = tempfile.mkstemp(prefix=".capsem-", dir=target.parent)
     try:
         with os.fdopen(fd, "wb", buffering=0) as file:
-            while data := output.piece():
+            for data in pieces:
                 _write_all(file, data)
-            finish()
-            os.fchmod(file.fileno(), mode)
+            os.fchmod(file.fileno(), 0o644 if mode is None else mode)
         os.replace(temporary, target)
     except BaseException:
         Path(temporary).unlink()
@@ -269,12 +315,31 @@ def _upload(client: Client, source: str, session: str, path: str, progress: _Pro
                 _send(client, session, _script(_UNPACK, p=path, n=name), _Source(end, progress), where, failure)
         elif stat.S_ISREG(info.st_mode):
             progress.total = info.st_size
+            if _upload_plain(client, fd, info, session, path, name, progress):
+                return
             mode = f"{stat.S_IMODE(info.st_mode) & 0o777:o}"
             _send(client, session, _script(_WRITE, p=path, n=name, m=mode), _Source(fd, progress), where)
         else:
             raise InvalidInput(f"{source} is neither a file nor a directory", hint='"-" reads standard input')
     finally:
         os.close(fd)
+
+
+def _upload_plain(
+    client: Client, fd: int, info: os.stat_result, session: str, path: str, name: str, progress: _Progress
+) -> bool:
+    """Over the files API; False when it refuses, as it does where a directory or a link is in the way."""
+    plain = _plain(f"./{name}" if path in (".", "/root", "/root/") else path)
+    if plain is None:
+        return False
+    from capsem.client.transfer import upload
+
+    try:
+        upload(client, session, plain, fd, info.st_size, stat.S_IMODE(info.st_mode), progress.add)
+    except _REFUSED:
+        progress.restart()
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -360,6 +425,16 @@ class _Progress:
     def __exit__(self, *_exc: object) -> None:
         self._shown = False
         self._line.clear()
+
+    def restart(self) -> None:
+        """It goes another way, from the beginning."""
+        self._done = 0
+
+    def counted(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """The pieces, counted on their way."""
+        for data in pieces:
+            self.add(len(data))
+            yield data
 
     def add(self, size: int) -> None:
         """So many bytes more."""

@@ -2,7 +2,8 @@
 
 Only what is plainly inside is made: every name is relative and without "..", nothing is ever written through a link,
 because links are made when all else is there, and only those that point inside the tree however they are combined.
-Owners, devices, hard links and set-id bits are none of it.
+Owners, devices, hard links and set-id bits are none of it, nor are sparse files, a few bytes of which could fill the
+disk. And what is made was all sent: an archive that ends without saying so is not one.
 """
 
 from __future__ import annotations
@@ -25,23 +26,50 @@ class Readable(Protocol):
         """Up to `size` bytes; less only at the end."""
 
 
+class _Counted:
+    """The source, and where the last byte of it was that is not zero: `tarfile` takes a header that is cut off, or is
+    none, for the end, which only a block of zeroes is.
+    """
+
+    def __init__(self, source: Readable) -> None:
+        self._source = source
+        self._total = 0
+        self._content = 0
+
+    def read(self, size: int, /) -> bytes:
+        """As the source's."""
+        data = self._source.read(size)
+        if used := len(data.rstrip(b"\0")):
+            self._content = self._total + used
+        self._total += len(data)
+        return data
+
+    def check_end(self, offset: int) -> None:
+        """Read what is left. Raises TarError unless from `offset` on all is zero, at least a block of it."""
+        while self.read(_PIECE):
+            pass
+        if self._content > offset or self._total < offset + tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("it ends without its end")
+
+
 def unpack(source: Readable, directory: Path) -> list[str]:
     """Unpack into `directory`, which is empty and nobody else's; returns what was left out, with the reason.
 
     Raises GuestFailed when it is no archive, or one that wants out of the directory; OSError.
     """
     left_out: list[str] = []
+    counted = _Counted(source)
     links: list[tuple[Path, str]] = []
     modes: list[tuple[Path, int]] = []
     try:
-        with tarfile.open(fileobj=source, mode="r|", bufsize=_PIECE) as archive:  # type: ignore[call-overload]
+        with tarfile.open(fileobj=counted, mode="r|", bufsize=_PIECE) as archive:  # type: ignore[call-overload]
             for entry in archive:
                 name = _inside(entry.name)
                 path = directory / name
                 if entry.isdir():
                     path.mkdir(mode=0o700, parents=True, exist_ok=True)
                     modes.append((path, entry.mode & 0o777 | 0o700))
-                elif entry.isreg():
+                elif entry.isreg() and not entry.issparse():
                     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                     _write(archive, entry, path)
                 elif entry.issym() and stays_inside(name, entry.linkname):
@@ -49,7 +77,10 @@ def unpack(source: Readable, directory: Path) -> list[str]:
                 elif entry.issym():
                     left_out.append(f"{name}: a link that leads out, to {entry.linkname}")
                 else:
-                    left_out.append(f"{name}: neither a file nor a directory")
+                    left_out.append(
+                        f"{name}: {'a sparse file' if entry.issparse() else 'neither a file nor a directory'}"
+                    )
+            counted.check_end(archive.offset)
     except (tarfile.TarError, EOFError, UnicodeError) as error:
         raise GuestFailed(f"what the VM sent is no archive: {error}") from error
     for path, target in links:

@@ -25,10 +25,10 @@ def path_of(row: Operation, vm_id: str | None) -> str:
     """The path of the request, the id percent-encoded. ValueError if the id is missing, or is one too many."""
     if row.takes_id != (vm_id is not None):
         raise ValueError(f"{row.name} {'needs an id' if row.takes_id else 'takes no id'}")
-    return row.path if vm_id is None else row.path.replace("{id}", _quote(vm_id))
+    return row.path if vm_id is None else row.path.replace("{id}", quote(vm_id))
 
 
-def _quote(text: str) -> str:
+def quote(text: str) -> str:
     """Percent-encoding; `urllib.parse` is slow to import."""
     kept = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.~"
     return "".join(chr(byte) if byte in kept else f"%{byte:02X}" for byte in text.encode(errors="surrogateescape"))

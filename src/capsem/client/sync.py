@@ -57,7 +57,7 @@ class Client:
         row = request.operation(operation_name)
         data = request.encode_request(row, vm_id, body)
         timeout = self._timeout if self._timeout is not None else row.answer_within
-        with self._connect() as connection:
+        with self.connect() as connection:
             connection.settimeout(timeout)
             answer, parts = Answer(), []
             # A service that refuses a large body answers and closes before it has read it: the answer is there.
@@ -65,7 +65,7 @@ class Client:
                 connection.sendall(data)
             while not answer.done:
                 with _said(timeout):
-                    parts.append(_receive(connection, answer, timeout))
+                    parts.append(receive(connection, answer, timeout))
         return request.decode_answer(answer.status, answer.headers, b"".join(parts))
 
     def stream(self, vm_id: str, body: Mapping[str, Any], stdin: Input | None = None) -> ExecStream:
@@ -73,11 +73,12 @@ class Client:
         an error of the service comes when iterating.
         """
         row = request.operation("exec_stream")
-        connection = self._connect()
+        connection = self.connect()
         connection.settimeout(None)
         return ExecStream(connection, request.encode_stream_head(row, vm_id), request.encode_body(body), stdin)
 
-    def _connect(self) -> socket.socket:
+    def connect(self) -> socket.socket:
+        """A connection for one request. Raises Unavailable."""
         try:
             return _connect(self.uds_path)
         except (FileNotFoundError, ConnectionRefusedError) as exc:
@@ -148,7 +149,7 @@ class ExecStream:
         answer = self._answer
         refusal: list[bytes] = []
         while not answer.done:
-            data = _receive(self._connection, answer, None)
+            data = receive(self._connection, answer, None)
             if answer.status == 200:
                 yield from self._frames(data)
             else:
@@ -231,7 +232,7 @@ def _connect(path: str) -> socket.socket:
     return connection
 
 
-def _receive(connection: socket.socket, answer: Answer, timeout: float | None) -> bytes:
+def receive(connection: socket.socket, answer: Answer, timeout: float | None) -> bytes:
     """Wait for bytes and return those of the answer's body. Raises Interrupted, and TimeoutError after `timeout` seconds."""
     poll = select.poll()
     poll.register(connection, select.POLLIN)

@@ -1,0 +1,90 @@
+"""Whole files over the files API, of any size, in constant memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final
+
+from capsem.api.operations import Operation
+from capsem.client import request
+from capsem.client.http import Answer, encode_head
+from capsem.client.sync import Client, receive
+from capsem.model.errors import Interrupted
+
+_PIECE: Final = 1024 * 1024
+
+
+class Download:
+    """A file of a VM's workspace, whether that runs or not; `size` and `mode` are None where they are not known."""
+
+    def __init__(self, client: Client, vm_id: str, path: str) -> None:
+        """Ask for it; close it. Raises the CapsemError that the service answers with, and what `Client.call` does."""
+        row = request.operation("get_file")
+        self._answer = Answer()
+        self._first = b""
+        self._connection = client.connect()
+        try:
+            self._connection.settimeout(None)
+            self._connection.sendall(_head(row, vm_id, {"path": path, "whole": "1"}, {}))
+            while not self._answer.status:
+                self._first += receive(self._connection, self._answer, None)
+            if self._answer.status != 200:
+                raise request.decode_error(self._answer.status, self._answer.headers, b"".join(self))
+        except BaseException:
+            self.close()
+            raise
+        length, mode = self._answer.headers.get("content-length", ""), self._answer.headers.get("x-capsem-mode", "")
+        self.size = int(length) if length.isdecimal() else None
+        self.mode = int(mode, 8) & 0o777 if mode.isdecimal() and not set(mode) & set("89") else None
+
+    def __iter__(self) -> Iterator[bytes]:
+        """The file's bytes. Raises Interrupted when it ends too early."""
+        if self._first:
+            yield self._first
+        while not self._answer.done:
+            if data := receive(self._connection, self._answer, None):
+                yield data
+
+    def close(self) -> None:
+        """Hang up, or let go of what is done."""
+        self._connection.close()
+
+
+def upload(
+    client: Client, vm_id: str, path: str, fd: int, size: int, mode: int, sent: Callable[[int], None] = lambda _n: None
+) -> None:
+    """Write a file of a running VM's workspace from the first `size` bytes of the local file `fd`; durable on return.
+
+    `sent` is told how many bytes more have gone. Raises the CapsemError that the service answers with; Interrupted
+    when the local file is shorter.
+    """
+    row = request.operation("put_file")
+    head = _head(row, vm_id, {"path": path, "mode": f"{mode & 0o777:03o}"}, {"Content-Length": str(size)})
+    with client.connect() as connection:
+        connection.settimeout(None)
+        # A service that refuses answers and closes before it has read everything: the answer is there.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.sendall(head)
+            _send(connection, fd, size, sent)
+        answer, parts = Answer(), []
+        while not answer.done:
+            parts.append(receive(connection, answer, None))
+    request.decode_answer(answer.status, answer.headers, b"".join(parts))
+
+
+def _send(connection: socket.socket, fd: int, size: int, sent: Callable[[int], None]) -> None:
+    at = 0
+    while at < size:
+        step = os.sendfile(connection.fileno(), fd, at, min(size - at, _PIECE))
+        if not step:
+            raise Interrupted("the file became shorter while it was sent", hint="copy it again")
+        at += step
+        sent(step)
+
+
+def _head(row: Operation, vm_id: str, query: Mapping[str, str], headers: Mapping[str, str]) -> bytes:
+    words = "&".join(f"{key}={request.quote(value)}" for key, value in query.items())
+    return encode_head(row.method, f"{request.path_of(row, vm_id)}?{words}", headers)
