@@ -121,7 +121,9 @@ async def half_written(bench: Bench, path: str = "file"):  # type: ignore[no-unt
     stream = bench.guest.channel.open(WriteFile(path=path))
     await stream.write(STDIN, bytes(3 * WINDOW))
     await bench.guest.ping(10)
-    assert leftovers(bench.workspace)
+    links = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{bench.pid}/fd")]
+    assert any(link.startswith(f"{bench.workspace}/") for link in links)
+    assert leftovers(bench.workspace) == []
     return stream
 
 
@@ -163,6 +165,7 @@ def test_a_write_cut_off_by_the_agents_death_changes_nothing(with_agent: Run) ->
         with pytest.raises(Interrupted):
             await stream.result()
         assert (bench.workspace / "file").read_bytes() == b"old"
+        assert names(bench) == ["file"]
         await bench.guest.write_file("file", b"new")
         assert (bench.workspace / "file").read_bytes() == b"new"
 

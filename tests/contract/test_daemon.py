@@ -46,6 +46,21 @@ def cli(home: Path, *args: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+def test_companions_are_accepted_and_left_alone(home: Path) -> None:
+    """interface.md 1.2: a gateway or a tray that is missing or fails does not keep the service from starting."""
+    options = "--foreground --gateway-binary /nonexistent/a --gateway-port 0 --tray-binary /nonexistent/b".split()
+    process = subprocess.Popen([sys.executable, "-m", "capsem.service", *options], env=environment(home))
+    try:
+        deadline = time.monotonic() + 15
+        while json.loads(cli(home, "status", "--json")[1])["pid"] != process.pid:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+        assert not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    finally:
+        process.terminate()
+        assert process.wait(15) == 0
+
+
 def test_start_status_stop(home: Path) -> None:
     assert cli(home, "status")[0] == 1
     assert cli(home, "stop")[0] == 1

@@ -54,7 +54,8 @@ class Case:
     def _recorded(self, name: str, real: Callable[..., None]) -> Callable[..., None]:
         def call(target: Any, *rest: Any, **options: Any) -> None:
             path = Path(f"/proc/self/fd/{target}").readlink() if isinstance(target, int) else target
-            shown = "temporary" if Path(path).name.startswith(".capsem-") else Path(path).name
+            name_ = Path(path).name  # "#<inode> (deleted)" is what the kernel shows for a file without a name
+            shown = "temporary" if name_.startswith(".capsem-") or name_.endswith(" (deleted)") else name_
             self.calls.append((name, shown))
             if self.fail == name:
                 raise OSError(28, "injected")
@@ -99,6 +100,25 @@ def test_nothing_is_acknowledged_before_file_and_directory_are_durable(case: Cas
     assert (case.workspace / "file").read_bytes() == b"content"
     assert case.names() == ["file"]
     assert case.finished == [1]
+
+
+def test_a_file_system_that_knows_no_nameless_files(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = files.os.open
+
+    def open_(path: str, flags: int, *rest: Any, **options: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(95, "Operation not supported")
+        return real(path, flags, *rest, **options)
+
+    monkeypatch.setattr(files.os, "open", open_)
+    writer, given_up = case.writer(), case.writer("other")
+    assert [name.startswith(".capsem-") for name in case.names()] == [True, True]
+    writer.feed(b"content")
+    writer.feed_end()
+    case.loop.run()
+    given_up.cancelled()
+    assert (case.workspace / "file").read_bytes() == b"content"
+    assert case.names() == ["file"]
 
 
 def test_parents_are_durable_too(case: Case) -> None:

@@ -37,6 +37,7 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 MAX_ENTRIES = 50_000  # of one listing
 _PIECE = frames.MAX_DATA  # a frame's worth: cut nowhere, and of a size that the allocator has at hand
 _QUOTED = 1000  # characters of what was asked for that an answer repeats
+_NO_TMPFILE = (21, 22, 95)  # EISDIR, EINVAL, EOPNOTSUPP: a file system that knows no files without a name
 _TOO_LONG = (7, 36)  # E2BIG, ENAMETOOLONG
 
 
@@ -249,12 +250,16 @@ class Lister(Servant):
 
 
 class Writer(Servant):
-    """Serves a WriteFile request: a temporary file beside the target, renamed over it when all has come."""
+    """Serves a WriteFile request: a file without a name, which gets the target's when all has come.
+
+    So an agent that is killed in the middle leaves nothing behind. A link cannot replace a file: it is made beside the
+    target and renamed over it, at the very end.
+    """
 
     def __init__(
         self, loop: Loop, mux: Mux, stream: int, request: WriteFile, workspace: str, done: Callable[[int], None]
     ) -> None:
-        """Open the temporary file. Raises Refused, OSError."""
+        """Open the file. Raises Refused, OSError."""
         self._loop = loop
         self._mux = mux
         self._stream = stream
@@ -263,16 +268,27 @@ class Writer(Servant):
         self._size = 0
         self._directory, self._name = open_parent(workspace, request.path, create=True)
         self._temporary = f".capsem-{stream}-{os.urandom(8).hex()}"
+        self._nameless = False
         self._fd = -1
         try:
             self._check_target()
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._fd = os.open(self._temporary, flags, 0o600, dir_fd=self._directory)
+            self._open()
             os.fchmod(self._fd, request.mode & 0o777)
             self._sink = Sink(self._fd)
         except BaseException:
             self.cancelled()
             raise
+
+    def _open(self) -> None:
+        flags = os.O_WRONLY | os.O_CLOEXEC
+        try:
+            self._fd = os.open(".", flags | os.O_TMPFILE, 0o600, dir_fd=self._directory)
+            self._nameless = True
+        except OSError as error:
+            if error.errno not in _NO_TMPFILE:
+                raise
+            flags |= os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            self._fd = os.open(self._temporary, flags, 0o600, dir_fd=self._directory)
 
     def _check_target(self) -> None:
         try:
@@ -297,6 +313,9 @@ class Writer(Servant):
     def _commit(self) -> None:
         self._sink.flush()
         os.fsync(self._fd)
+        if self._nameless:
+            os.link(f"/proc/self/fd/{self._fd}", self._temporary, dst_dir_fd=self._directory)
+            self._nameless = False
         os.rename(self._temporary, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         self._temporary = ""
         os.fsync(self._directory)
@@ -309,7 +328,7 @@ class Writer(Servant):
 
     def cancelled(self) -> None:
         """Let go, and remove the temporary file if it is still there."""
-        if self._temporary and self._fd >= 0:
+        if self._temporary and self._fd >= 0 and not self._nameless:
             try:
                 os.unlink(self._temporary, dir_fd=self._directory)
             except FileNotFoundError:
