@@ -1,7 +1,11 @@
-.PHONY: test lint demo docs bench lock
+.PHONY: test soak lint demo docs bench lock
 
 test:
 	./scripts/test
+
+# Many boots, and nothing that they leave behind; figures on standard error.
+soak:
+	./scripts/test -m soak -s tests/vm
 
 demo:
 	./scripts/demo

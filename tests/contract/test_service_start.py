@@ -230,10 +230,17 @@ def test_a_vm_with_a_spoilt_record_is_defunct_until_it_is_deleted(tmp_path: Path
 
 def test_purge_takes_spoilt_vms_too(tmp_path: Path) -> None:
     async def scene(it: World) -> None:
-        await it.handlers.provision(ProvisionRequest(name="box", persistent=True))
-        await it.handlers.stop("box")
-        it.layout.session("box", persistent=True).record.write_text("?")
+        for name, persistent in (("box", True), ("gone", False)):
+            await it.handlers.provision(ProvisionRequest(name=name, persistent=persistent))
+        await it.fleet.stop_all()
+        gone = it.layout.session("gone", persistent=False)
+        gone.path.mkdir()
+        for session in (it.layout.session("box", persistent=True), gone):
+            session.record.write_text("?")
         await it.restart()
+        assert await status(it) == {"box": "Defunct", "gone": "Defunct"}
+        assert json.loads(it.layout.registry.read_text())["vms"]["box"]["defunct"]
+        assert (await it.handlers.purge(PurgeRequest())).ephemeral_purged == 1
         assert (await it.handlers.purge(PurgeRequest(all=True))).persistent_purged == 1
         assert await status(it) == {}
 

@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from capsem.model.errors import CapsemError, GuestFailed, InvalidInput, NotFound, PermissionDenied, TimedOut
-from real_service import Service
+from capsem.model.spec import ENV_ENTRY_BYTES, ENV_TOTAL_BYTES
+from capsem.service.commands import COMMAND_LIMIT
+from real_service import SMALL, Service
 
 
 def test_outputs_and_exit_code(service: Service, box: str) -> None:
@@ -25,6 +27,21 @@ def test_three_at_once_do_not_mix(service: Service, box: str) -> None:
     with ThreadPoolExecutor(3) as pool:
         for n, answer in enumerate(pool.map(one, range(3))):
             assert answer == (n, f"out{n}\n" * 300, f"err{n}\n" * 300)
+
+
+def test_the_largest_environment_and_the_longest_command(service: Service) -> None:
+    env, left = {"BIG": "x" * (ENV_ENTRY_BYTES - len("BIG=") - 1)}, ENV_TOTAL_BYTES - ENV_ENTRY_BYTES - 8
+    for number in range(left // 100_000):
+        env[f"N{number:02}"] = "x" * (100_000 - len("N00=") - 1 - 8)
+    left %= 100_000
+    env["REST"] = "\1" * (left - len("REST=") - 1 - 8)
+    command = "echo ${#BIG} ${#N00} ${#REST}; /bin/true #"
+    service.client.call("provision", body={"name": "full", "env": env, **SMALL})
+    out = service.output("full", command + "x" * (COMMAND_LIMIT - len(command)))
+    assert out.split() == [str(len(env[name])) for name in ("BIG", "N00", "REST")]
+    with pytest.raises(InvalidInput, match="too large"):
+        service.client.call("provision", body={"name": "fuller", "env": {**env, "REST": env["REST"] + "x"}, **SMALL})
+    service.client.call("delete", vm_id="full")
 
 
 def test_time_out(service: Service, box: str) -> None:

@@ -38,6 +38,7 @@ class Fleet:
         self._reserved: set[str] = set()  # names that are being given
         self._starting: set[str] = set()  # those of them whose VMs are about to run
         self.stopping = False
+        self._index_waits = False
 
     # -- finding
 
@@ -110,6 +111,8 @@ class Fleet:
 
     def write_index(self) -> None:
         """Bring the contract's registry file up to date."""
+        if self._index_waits:
+            return
         persistent = [vm for vm in self.all() if vm.record.persistent]
         try:
             records.write_registry(self.layout, [(vm.record, vm.session.path) for vm in persistent])
@@ -180,6 +183,7 @@ class Fleet:
         """Take over what an earlier service left: adopt living supervisors, settle the rest, sweep remains."""
         found: list[Vm] = []
         skipped = 0
+        self._index_waits = True  # else it would be written anew for each of them
         for session in records.sessions(self.layout):
             try:
                 found.append(self._found(session))
@@ -187,6 +191,8 @@ class Fleet:
                 skipped += 1
                 log.error("%s is skipped: %s", session.path, error)
         await asyncio.gather(*(self._take_over(vm) for vm in found))
+        self._index_waits = False
+        self.write_index()
         self._sweep()
         if not skipped and not any(isinstance(vm.obstacle, Corrupt) for vm in found):  # whose layers nobody knows
             self._sweep_layers()
