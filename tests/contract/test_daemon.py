@@ -143,7 +143,7 @@ def test_the_unit(home: Path) -> None:
     program = start.removeprefix("ExecStart=").split()[0].strip('"')
     assert os.access(program, os.X_OK)
     assert start.endswith('"--foreground"')
-    assert {"Restart=on-failure", "KillMode=mixed", f'Environment="CAPSEM_HOME={home}"'} <= set(lines)
+    assert {"Restart=on-failure", "KillMode=process", f'Environment="CAPSEM_HOME={home}"'} <= set(lines)
     code, out, _ = cli(home, "uninstall")
     assert code == 0
     assert not path.exists()
