@@ -32,8 +32,12 @@ class Service:
         return self.home / "run"
 
     @property
+    def socket(self) -> Path:
+        return self.run_dir / "service.sock"
+
+    @property
     def client(self) -> Client:
-        return Client(self.run_dir / "service.sock")
+        return Client(self.socket)
 
     @property
     def env(self) -> dict[str, str]:
@@ -69,8 +73,8 @@ def environment(home: Path) -> dict[str, str]:
     return {**os.environ, "HOME": str(home), "CAPSEM_HOME": str(home), "CAPSEM_RUN_DIR": str(home / "run")}
 
 
-def start_process(home: Path, *options: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([BIN / "capsem-service", "--foreground", *options], env=environment(home))
+def start_process(home: Path, *options: str, **env: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([BIN / "capsem-service", "--foreground", *options], env=environment(home) | env)
 
 
 def wait_until_it_answers(client: Client, limit: float = 15) -> None:

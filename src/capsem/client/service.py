@@ -51,6 +51,12 @@ def start(
     try:
         paths.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as exc:
+        raise HostNotReady(
+            f"the run directory {paths.run_dir} cannot be used: {exc.strerror}",
+            hint="CAPSEM_RUN_DIR names it; it has to be a directory that you may write to",
+        ) from exc
+    try:
         try:
             # The working directory is the root: the service must keep no directory of ours from being unmounted.
             process = subprocess.Popen(

@@ -23,7 +23,7 @@ from capsem import log as logs
 from capsem.config import Paths, Settings
 from capsem.hypervisor.registry import make_driver
 from capsem.image.catalog import Catalog
-from capsem.model.errors import CapsemError
+from capsem.model.errors import CapsemError, HostNotReady
 from capsem.service.app import build_app
 from capsem.service.create import Maker
 from capsem.service.fleet import Fleet
@@ -258,6 +258,18 @@ async def _watch_parent(pid: int | None, stop: asyncio.Event) -> None:
         await asyncio.sleep(PARENT_TURN)
 
 
+def _open_run_directory(path: Path) -> None:
+    """Make it where it is missing, and log into it. Raises HostNotReady."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        logs.setup(os.environ, path / "service.log")
+    except OSError as error:
+        raise HostNotReady(
+            f"the run directory {path} cannot be used: {error.strerror}",
+            hint="CAPSEM_RUN_DIR names it; it has to be a directory that you may write to",
+        ) from error
+
+
 def main() -> int:
     """Entry point."""
     set_process_name("capsem-service")
@@ -266,8 +278,7 @@ def main() -> int:
     try:
         paths = Paths.from_environment(os.environ)
         settings = config.load(os.environ)
-        paths.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        logs.setup(os.environ, paths.run_dir / "service.log")
+        _open_run_directory(paths.run_dir)
         for warning in settings.warnings:
             log.warning("%s", warning)
         return asyncio.run(Service(arguments, paths, settings).run())

@@ -143,9 +143,9 @@ async def _routing_error(request: Request, exc: Exception) -> Response:
     where = f"{request.method} {request.url.path[:200]}"
     error: CapsemError
     if exc.status_code == 405:
-        error = InvalidInput(f"{where}: this route takes another method")
+        error = InvalidInput(f"{where}: this route takes another method", hint="the header Allow says which")
     elif exc.status_code == 404:
-        error = NotFound(f"{where}: there is no such route")
+        error = NotFound(f"{where}: there is no such route", hint="docs/http.md lists those there are")
     else:
         error = CapsemError(f"{where}: {exc.detail}")
     response = _json(exc.status_code, msgspec.json.encode(error.to_dict()))

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Final
 
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -22,6 +23,7 @@ from capsem.api.types import ExecRequest
 from capsem.model.errors import Interrupted, InvalidInput, PayloadTooLarge
 from capsem.model.ids import check_name
 from capsem.service.manager import Manager
+from capsem.service.unread import leave_unread
 
 _HELD: Final = 4 * stream.WINDOW  # bytes of standard input that wait here before listening stops
 
@@ -51,7 +53,7 @@ class ExecStream:
             if reply.started:
                 await reply.end(stream.ERROR, bytes(response.body))
             else:
-                response.headers["Connection"] = "close"  # whatever input is still to come, nobody wants it
+                leave_unread(response, Headers(scope=scope))
                 await response(scope, receive, send)
 
     async def _attend(self, vm_id: str, request: ExecRequest, incoming: _Incoming, reply: _Reply) -> None:

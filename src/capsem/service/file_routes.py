@@ -18,6 +18,7 @@ from capsem.model.errors import InvalidInput
 from capsem.model.ids import check_name
 from capsem.service.files import Content
 from capsem.service.manager import Manager
+from capsem.service.unread import leave_unread
 
 ErrorResponse = Callable[[Exception, Operation], Response]
 Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -93,7 +94,7 @@ def file_endpoint(operation: Operation, manager: Manager, error_response: ErrorR
         except Exception as exc:  # noqa: BLE001  this is the edge: everything becomes an answer
             response = error_response(exc, operation)
             if operation.name == "put_file":
-                response.headers["Connection"] = "close"  # whatever is still to come, nobody wants it
+                leave_unread(response, request.headers)
             return response
 
     return answer

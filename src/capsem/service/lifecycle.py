@@ -163,7 +163,7 @@ class Lifecycle(Commands):
         """A running ephemeral VM becomes persistent under a name, without a pause; its old id is unknown afterwards."""
         vm, name = self._fleet.get(vm_id), request.name
         if vm.record.persistent:
-            raise InvalidInput(f"{vm_id} is persistent already")
+            raise InvalidInput(f"{vm_id} is persistent already", hint=f"`capsem fork {vm_id} NAME` makes a copy")
         self._fleet.take_name(name)
         try:
             async with vm.turn:
