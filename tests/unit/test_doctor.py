@@ -84,8 +84,10 @@ def test_kvm(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_missing_is_named_with_its_package(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "BUILD_TOOLS", ("mmdebstrap", "mkfs.erofs"))
     monkeypatch.setattr(health.shutil, "which", lambda *_args, **_more: None)
-    tools = look()["build tools"]
-    assert (tools.status, tools.fix) == ("warning", "sudo apt-get install -y mmdebstrap erofs-utils")
+    for user, packages in ((0, "mmdebstrap erofs-utils"), (1000, "mmdebstrap erofs-utils uidmap")):
+        monkeypatch.setattr("os.geteuid", lambda user=user: user)
+        tools = look()["build tools"]
+        assert (tools.status, tools.fix) == ("warning", f"sudo apt-get install -y {packages}")
     monkeypatch.setenv("CAPSEM_QEMU", "/none")
     qemu = look()["qemu"]
     assert qemu.status == "failed"

@@ -234,6 +234,18 @@ def test_missing_tools_are_told_before_any_work(tmp_path: Path, host: Pretender)
     assert host.ran == []
 
 
+def test_an_ordinary_user_is_told_what_only_that_one_needs(
+    tmp_path: Path, host: Pretender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "is_root", lambda: False)
+    monkeypatch.setattr("shutil.which", lambda name, path=None: None if name == "newuidmap" else name)
+    monkeypatch.setattr(host, "require", lambda *tools: Host.require(host, *(t for t in tools if t[0] != "/")))
+    with pytest.raises(HostNotReady, match="newuidmap") as caught:
+        make(tmp_path, host)
+    assert caught.value.hint == "apt-get install -y uidmap"
+    assert host.ran == ["unshare"]  # to see whether that is allowed at all
+
+
 def test_of_two_builds_at_once_one_does_the_work(tmp_path: Path, host: Pretender) -> None:
     entered, waiting = threading.Event(), threading.Event()
     results: list[Image] = []

@@ -60,9 +60,19 @@ def test_an_interrupted_program_is_ended() -> None:
         Host().run([sys.executable, "-c", program], on_line=stop)
 
 
+def test_a_host_without_user_namespaces_says_what_would_allow_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("capsem.image.host.AS_ROOT", (sys.executable, "-c", "exit('Operation not permitted')"))
+    with pytest.raises(HostNotReady, match="Operation not permitted") as caught:
+        Host().require_user_namespace()
+    assert "sysctl -w user.max_user_namespaces" in str(caught.value.hint)
+
+
 def test_without_user_ids_of_its_own_a_user_is_told_what_to_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pathlib.Path.exists", lambda _self: True)
     monkeypatch.setattr("pathlib.Path.read_text", lambda _self: "somebody-else:100000:65536\n")
     with pytest.raises(HostNotReady) as caught:
         Host().require_user_ids()
     assert "usermod --add-subuids" in str(caught.value.hint)
+    monkeypatch.setattr("os.getuid", lambda: 4_000_000_000)  # one that has no name here
+    with pytest.raises(HostNotReady, match="4000000000 has no line in /etc/subuid"):
+        Host().require_user_ids()

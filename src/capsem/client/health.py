@@ -25,8 +25,8 @@ from capsem.hypervisor.driver import Accelerator
 from capsem.hypervisor.qemu.driver import QemuDriver
 from capsem.hypervisor.qemu.process import find_qemu, query_version
 from capsem.image.catalog import Catalog
-from capsem.image.host import PACKAGE_OF
-from capsem.model.errors import CapsemError
+from capsem.image.host import PACKAGE_OF, Host
+from capsem.model.errors import CapsemError, HostNotReady
 from capsem.store.layout import SOCKET_PATH_LIMIT
 
 OLDEST_PYTHON: Final = (3, 11)
@@ -131,9 +131,17 @@ def _accelerator(paths: Paths) -> Check:
 
 def _build_tools(environ: Mapping[str, str]) -> Check:
     path = (environ.get("PATH") or os.defpath) + ":/usr/sbin:/sbin"
-    missing = [tool for tool in BUILD_TOOLS if shutil.which(tool, path=path) is None]
+    ordinary = os.geteuid() != 0
+    wanted = (*BUILD_TOOLS, "newuidmap") if ordinary else BUILD_TOOLS
+    missing = [tool for tool in wanted if shutil.which(tool, path=path) is None]
     if not missing:
-        return _ok("build tools", ", ".join(BUILD_TOOLS))
+        if ordinary:
+            try:
+                Host().require_user_namespace()
+                Host().require_user_ids()
+            except HostNotReady as exc:
+                return Check("build tools", Status.WARNING, exc.message, exc.hint)
+        return _ok("build tools", ", ".join(wanted))
     packages = " ".join(dict.fromkeys(PACKAGE_OF[tool] for tool in missing))
     found = f"missing: {', '.join(missing)} (wanted for `capsem image build` alone)"
     return Check("build tools", Status.WARNING, found, f"sudo apt-get install -y {packages}")

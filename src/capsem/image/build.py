@@ -65,7 +65,10 @@ def build(
             if current is not None and current.manifest.recipe_digest == recipe.digest(files) and not force:
                 return current
             _sweep(images_dir)
-            host.require(*_TOOLS, *(() if host.is_root() else ("unshare",)))
+            host.require(*_TOOLS)
+            if not host.is_root():
+                host.require("unshare")
+                host.require_user_namespace()
             system = base.obtain(recipe, images_dir / "cache", host, mirror=mirror, refresh=force, progress=progress)
             with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=images_dir) as work:
                 finished = _make(recipe, files, system, Path(work), host, progress)

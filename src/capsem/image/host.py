@@ -30,6 +30,7 @@ PACKAGE_OF: Final[Mapping[str, str]] = {
     "newuidmap": "uidmap",
     "/usr/share/keyrings/debian-archive-keyring.gpg": "debian-archive-keyring",
 }
+AS_ROOT: Final = ("unshare", "--map-root-user", "--")
 _LAST_LINES: Final = 8
 
 _BOUND: Final = ("setpriv", "--pdeathsig", "KILL", "--")  # dies with us
@@ -52,14 +53,29 @@ class Host:
     def require_user_ids(self) -> None:
         """Check that this user, who is not root, may use other user ids in a namespace of its own, as installing packages
         needs. Raises HostNotReady, with the command that allows it."""
-        user = pwd.getpwuid(os.getuid())
+        number = os.getuid()
+        try:
+            name = pwd.getpwuid(number).pw_name
+        except KeyError:  # a container can run as a user that it has no name for
+            name = str(number)
         for file in (Path("/etc/subuid"), Path("/etc/subgid")):
             owners = [line.split(":", 1)[0] for line in file.read_text().splitlines()] if file.exists() else []
-            if not {user.pw_name, str(user.pw_uid)} & {*owners}:
+            if not {name, str(number)} & {*owners}:
                 raise HostNotReady(
-                    f"{user.pw_name} has no line in {file}, so packages cannot be installed without root",
-                    hint="as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 " + user.pw_name,
+                    f"{name} has no line in {file}, so packages cannot be installed without root",
+                    hint=f"as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {name}",
                 )
+
+    def require_user_namespace(self) -> None:
+        """Check that this user, who is not root, may be it in a namespace of its own. Raises HostNotReady."""
+        try:
+            self.run([*AS_ROOT, "true"])
+        except MachineFailed as exc:
+            raise HostNotReady(
+                f"this host lets no ordinary user make a user namespace ({exc.message})",
+                hint="build the image as root, or allow it as root: sysctl -w user.max_user_namespaces=10000, and on Ubuntu "
+                "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0",
+            ) from exc
 
     def is_root(self) -> bool:
         """Whether this process may change owners and roots without further ado."""

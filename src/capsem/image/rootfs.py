@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from capsem.image.base import KERNEL, Base
-from capsem.image.host import Host
+from capsem.image.host import AS_ROOT, Host
 from capsem.model.errors import Corrupt
 from capsem.store import durable
 
@@ -168,7 +168,7 @@ def _write(path: Path, data: bytes, mode: int) -> None:
 
 
 def _as_root(host: Host) -> list[str]:
-    return [] if host.is_root() else ["unshare", "--map-root-user", "--"]
+    return [] if host.is_root() else [*AS_ROOT]
 
 
 def _walk(tree: Path) -> Iterator[tuple[Path, os.stat_result]]:
