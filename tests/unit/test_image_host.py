@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
@@ -30,6 +31,18 @@ def test_output_comes_back_and_input_goes_in() -> None:
 def test_environment_is_added_to() -> None:
     program = "import os; print(os.environ['A'], os.environ['LC_ALL'], '/sbin' in os.environ['PATH'])"
     assert Host().run([sys.executable, "-c", program], env={"A": "1"}) == b"1 C.UTF-8 True\n"
+
+
+def test_files_get_their_usual_modes_whatever_the_callers_umask() -> None:
+    program = "import os, sys; print(oct(os.umask(0)), file=sys.stderr)"
+    lines: list[str] = []
+    before = os.umask(0o077)
+    try:
+        Host().run([sys.executable, "-c", program], on_line=lines.append)
+        assert Host().run(["sh", "-c", "umask"]) == b"0022\n"
+    finally:
+        os.umask(before)
+    assert lines == ["0o22"]
 
 
 def test_failure_comes_with_the_last_words() -> None:

@@ -132,6 +132,25 @@ def test_the_agent_is_installed_and_compiled_by_the_guests_python(tree: Path, ro
     assert "unchecked-hash" in argv
 
 
+def test_modes_do_not_depend_on_who_builds(tree: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        rootfs.install_guest(
+            tree, {"init": b"#!", "capsem/guest/agent.py": b"pass"}, {"nfnetlink": b"1"}, Recorder(root=True)
+        )
+        rootfs.settle(tree)
+    finally:
+        os.umask(before)
+    made = [
+        tree / rootfs.GUEST_DIRECTORY,
+        *(tree / rootfs.GUEST_DIRECTORY).rglob("*/"),
+        tree / "mnt",
+        tree / "mnt/system",
+    ]
+    assert {path.stat().st_mode & 0o777 for path in made if path.is_dir()} == {0o755}
+    assert (tree / "etc/hosts").stat().st_mode & 0o777 == 0o644
+
+
 def test_the_file_system_has_a_fixed_identity(tree: Path) -> None:
     host = Recorder(root=True)
     rootfs.make_erofs(tree, tree.parent / "root.erofs", host, newest=1)

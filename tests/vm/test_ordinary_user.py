@@ -36,11 +36,12 @@ class Installation:
     become: list[str]  # the user
 
     def run(self, *argv: str) -> subprocess.CompletedProcess[str]:
-        # The user's own umask, language and so on; what root had set for itself stays behind.
+        # What root had set for itself stays behind.
         environment = {"HOME": str(self.home), "PATH": f"{self.venv}/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}
         return subprocess.run(
             [*self.become, "env", "-i", *(f"{key}={value}" for key, value in environment.items()), *argv],
             cwd=self.home,
+            umask=0o077,  # a careful user's; what is in the image is not to depend on it
             capture_output=True,
             text=True,
             timeout=300,

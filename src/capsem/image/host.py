@@ -31,6 +31,7 @@ PACKAGE_OF: Final[Mapping[str, str]] = {
     "/usr/share/keyrings/debian-archive-keyring.gpg": "debian-archive-keyring",
 }
 AS_ROOT: Final = ("unshare", "--map-root-user", "--")
+_UMASK: Final = 0o022  # of all that is run: the caller's own must not decide what is in an image
 _LAST_LINES: Final = 8
 
 _BOUND: Final = ("setpriv", "--pdeathsig", "KILL", "--")  # dies with us
@@ -104,7 +105,9 @@ class Host:
         environment = {**os.environ, "LC_ALL": "C.UTF-8", **(env or {}), "PATH": _search_path()}
         try:
             if on_line is None:
-                done = subprocess.run(argv, input=stdin, env=environment, capture_output=True, check=False)
+                done = subprocess.run(
+                    argv, input=stdin, env=environment, capture_output=True, check=False, umask=_UMASK
+                )
                 code, stdout, lines = done.returncode, done.stdout, done.stderr.decode(errors="replace").splitlines()
             else:
                 prefix = (*_BOUND, *(_NAMESPACES if self.may_contain() else ()))
@@ -136,7 +139,7 @@ def _follow(
     """
     lines: list[str] = []
     with subprocess.Popen(
-        argv, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        argv, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, umask=_UMASK
     ) as process:
         assert process.stderr is not None
         try:

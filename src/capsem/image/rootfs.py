@@ -103,7 +103,6 @@ def install_guest(tree: Path, files: Mapping[str, bytes], modules: Mapping[str, 
     `modules` are the files by name in the order of loading. Raises MachineFailed, HostNotReady.
     """
     home = tree / GUEST_DIRECTORY
-    home.mkdir()
     for name, data in files.items():
         _write(home / name, data, 0o555 if name in _PROGRAMS else 0o444)
     for name, data in modules.items():
@@ -129,7 +128,7 @@ def settle(tree: Path) -> None:
         (tree / name).unlink(missing_ok=True)
         (tree / name).symlink_to(target)
     for name in _DIRECTORIES:
-        (tree / name).mkdir(parents=True, exist_ok=True)
+        _make_directory(tree / name)
     (tree / "root").chmod(0o700)
     (tree / "tmp").chmod(0o1777)
     for path, info in _walk(tree):
@@ -161,10 +160,18 @@ def make_erofs(tree: Path, output: Path, host: Host, *, newest: int) -> None:
 
 def _write(path: Path, data: bytes, mode: int) -> None:
     """Write a new file below the tree; a link at its place would be an error, not followed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_directory(path.parent)
     with path.open("xb") as file:
         file.write(data)
     path.chmod(mode)
+
+
+def _make_directory(path: Path) -> None:
+    """Make a directory and those above it, if they are not there, with a mode that the caller's umask does not decide."""
+    if not path.is_dir():
+        _make_directory(path.parent)
+        path.mkdir()
+        path.chmod(0o755)
 
 
 def _as_root(host: Host) -> list[str]:
