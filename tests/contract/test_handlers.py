@@ -19,6 +19,7 @@ from capsem.api.types import (
     WriteFileRequest,
 )
 from capsem.control import heartbeat
+from capsem.image.catalog import Catalog
 from capsem.model.errors import (
     AlreadyExists,
     CapsemError,
@@ -110,6 +111,17 @@ def test_a_profile_without_an_image_is_refused_and_leaves_nothing(tmp_path: Path
         assert not list(it.layout.layers.iterdir())
         await it.handlers.provision(ProvisionRequest(name="box", profile="default"))
         assert await status(it) == {"box": "Running"}
+
+    play(tmp_path, scene)
+
+
+def test_list_tells_whether_the_default_image_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(it: World) -> None:
+        health = (await it.handlers.list()).asset_health
+        assert (health.ready, health.version, health.missing) == (True, "d" * 12, [])
+        monkeypatch.setattr(it.catalog, "find", Catalog([tmp_path], tmp_path).find)  # where there is none
+        health = (await it.handlers.list()).asset_health
+        assert (health.ready, health.version, health.missing) == (False, "", ["default image"])
 
     play(tmp_path, scene)
 

@@ -21,13 +21,11 @@ class Handlers(Lifecycle, Files):
     """Implements service.manager.Manager."""
 
     async def list(self) -> ListResponse:
-        """Every VM, and whether there is an image to make more."""
-        images = self._maker.catalog.list()
-        health = AssetHealth(
-            ready=bool(images),
-            version=images[0].digest[:12] if images else "",
-            missing=[] if images else ["default image"],
-        )
+        """Every VM, and whether there is an image to make more, of no profile in particular."""
+        try:
+            health = AssetHealth(ready=True, version=self._maker.catalog.find().digest[:12], missing=[])
+        except (NotFound, Corrupt):
+            health = AssetHealth(ready=False, version="", missing=["default image"])
         return ListResponse(sandboxes=[self._info(vm) for vm in self._fleet.all()], asset_health=health)
 
     async def df(self) -> UsageResponse:
