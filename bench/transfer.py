@@ -2,7 +2,8 @@
 
 The floor is QEMU with the same guest and one more port: a socket on the host, and in the guest a Python that reads into
 one kept buffer, or writes 32 KiB at a time; no protocol, no file, no fsync. Each of ours is taken right after its floor.
-A second table tells what the fsync and the process of `capsem cp` cost of it, which no port could save.
+A second table tells what the fsync and the process of `capsem cp` cost of it, which no port could save, and the same
+ratios in CPU time of the two VMMs, which hold on a busy host too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from time import perf_counter
 
-from bench.__main__ import BIN, milliseconds, service, status
+from bench.__main__ import BIN, cpu_seconds, milliseconds, service, status
 from bench.floor import SPARE_PORT, Bare, guest_of
 from bench.table import Row, show
 from capsem.client.http import Answer
@@ -147,6 +148,11 @@ def download(path: Path, data: bytes) -> float:
     return milliseconds(began)
 
 
+def children(pid: int) -> list[int]:
+    """Processes that the main thread of `pid` started."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def command(home: Path, *words: str) -> float:
     """Milliseconds of `capsem` as a process."""
     env = {**os.environ, "CAPSEM_HOME": str(home), "CAPSEM_RUN_DIR": str(home / "run")}
@@ -180,15 +186,22 @@ def measure(runs: int) -> tuple[list[Row], list[Row]]:
             "cp in": (port.into, lambda: command(home, "cp", str(local), "box:ten")),
             "cp out": (port.out_of, lambda: command(home, "cp", "box:ten", str(local))),
         }
+        [vmm] = children(supervisor)
+        cpu = {name: Row(f"10 MB, {name}: CPU of the VMM (ms)", [], []) for name in steps}
         rows = {name: Row(f"10 MB, {name} (ms)", [], [], "1.5 x") for name in steps}
         extra: dict[str, list[float]] = {"write and fsync in the guest": [], "capsem list as a process": []}
         for _ in range(runs):
             for name, (floor_of, ours_of) in steps.items():
-                rows[name].floor.append(floor_of())
-                rows[name].ours.append(ours_of())
+                for pid, take, times, used in (
+                    (bare.process.pid, floor_of, rows[name].floor, cpu[name].floor),
+                    (vmm, ours_of, rows[name].ours, cpu[name].ours),
+                ):
+                    before_it = cpu_seconds(pid)
+                    times.append(take())
+                    used.append((cpu_seconds(pid) - before_it) * 1e3)
             extra["write and fsync in the guest"].append(port.durable())
             extra["capsem list as a process"].append(command(home, "list"))
-        explained = [Row(f"{name} (ms)", times) for name, times in extra.items()]
+        explained = [*cpu.values(), *(Row(f"{name} (ms)", times) for name, times in extra.items())]
         for name, pid in peaks.items():
             explained.append(Row(f"{name}: peak RSS before (MB)", [before[name]]))
             explained.append(Row(f"{name}: peak RSS after (MB)", [status(pid, "VmHWM")]))

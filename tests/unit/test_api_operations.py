@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from capsem.api.operations import OPERATIONS, OnDisconnect
-from capsem.model.errors import CapsemError, NotFound, NotRunning, Unavailable
+from capsem.model.errors import CapsemError, NotFound, NotRunning, Unavailable, WrongState
 from capsem.model.lifecycle import LIVE, PUBLIC_STATUS, State
 from capsem.service.app import HANDLERS
 from capsem.service.file_routes import FILE_ROUTES
@@ -52,7 +52,10 @@ def test_what_the_contract_says_about_states() -> None:
     def code(name: str, state: State) -> type[CapsemError] | None:
         return OPERATIONS[name].refusal(state)
 
-    for name in ("exec", "exec_stream", "write_file", "read_file", "stop"):
+    for name in ("read_file", "list_files", "get_file"):
+        assert {code(name, state) for state in (State.CREATED, State.RUNNING, State.STOPPED, State.FAILED)} == {None}
+    assert code("put_file", State.STOPPED) is code("get_file", State.STOPPING) is WrongState
+    for name in ("exec", "exec_stream", "write_file", "stop"):
         assert code(name, State.STOPPED) is NotRunning
         assert code(name, State.FAILED) is NotRunning
         assert code(name, State.STARTING) is None  # it waits until the guest is ready

@@ -51,4 +51,4 @@ def test_printable_leaves_no_control_character(text: str) -> None:
 def test_percent_encoding(text: str) -> None:
     from urllib.parse import quote
 
-    assert request._quote(text) == quote(text, safe="")
+    assert request.quote(text) == quote(text, safe="")

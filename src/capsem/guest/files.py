@@ -12,7 +12,6 @@ import stat
 
 from capsem.guest.loop import Loop
 from capsem.guest.servant import Servant
-from capsem.guest.sink import Sink
 from capsem.wire import frames
 from capsem.wire.messages import (
     STDIN,
@@ -274,7 +273,6 @@ class Writer(Servant):
             self._check_target()
             self._open()
             os.fchmod(self._fd, request.mode & 0o777)
-            self._sink = Sink(self._fd)
         except BaseException:
             self.cancelled()
             raise
@@ -302,7 +300,9 @@ class Writer(Servant):
 
     def feed(self, data: bytes) -> None:
         """Bytes of the file. Raises OSError."""
-        self._sink.write(data)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._fd, view) :]
         self._size += len(data)
         self._mux.consumed(self._stream, STDIN, len(data))
 
@@ -311,7 +311,6 @@ class Writer(Servant):
         self._loop.offload(self._commit, self._committed)
 
     def _commit(self) -> None:
-        self._sink.flush()
         os.fsync(self._fd)
         if self._nameless:
             os.link(f"/proc/self/fd/{self._fd}", self._temporary, dst_dir_fd=self._directory)
