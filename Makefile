@@ -16,6 +16,8 @@ lint:
 # Regenerates the pages that are made from tables; a test fails when they are out of date.
 docs:
 	.venv/bin/python -m capsem.model.lifecycle > docs/lifecycle.md
+	.venv/bin/python -m capsem.cli.reference > docs/cli.md
+	.venv/bin/python -m capsem.api.reference > docs/http.md
 
 bench:
 	.venv/bin/python -m bench

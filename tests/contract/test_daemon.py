@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,18 @@ def test_the_unit(home: Path) -> None:
     assert code == 0
     assert not path.exists()
     assert cli(home, "uninstall")[:2] == (0, "Not installed.\n")
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+def test_systemd_understands_the_unit(home: Path) -> None:
+    cli(home, "install")
+    unit = home / ".config/systemd/user/capsem.service"
+    done = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True, timeout=60)
+    complaints = [line for line in done.stderr.splitlines() if "capsem" in line]
+    assert (done.returncode, complaints) == (0, []), done.stderr
+    unit.write_text(unit.read_text().replace("ExecStart=", "ExecStart=relative/"))
+    wrong = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True, timeout=60)
+    assert wrong.returncode != 0  # it does look
 
 
 def test_odd_names_in_a_unit() -> None:

@@ -5,19 +5,26 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from capsem.model.lifecycle import to_markdown
+from capsem.api import reference as http
+from capsem.cli import reference as cli
+from capsem.model import lifecycle
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 CAPSEM = Path(sys.executable).parent / "capsem"
 
 
-def test_the_lifecycle_page_is_up_to_date() -> None:
-    assert (ROOT / "docs/lifecycle.md").read_text() == to_markdown(), "run `make docs`"
+@pytest.mark.parametrize(
+    ("page", "generate"),
+    [("lifecycle.md", lifecycle.to_markdown), ("cli.md", cli.to_markdown), ("http.md", http.to_markdown)],
+)
+def test_pages_made_from_tables_are_up_to_date(page: str, generate: Callable[[], str]) -> None:
+    assert (ROOT / "docs" / page).read_text() == generate(), "run `make docs`"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -31,7 +38,7 @@ def test_commands_in_the_text_exist(page: Path) -> None:
     """Every `capsem VERB` in a page is a verb of the command line."""
     listed = subprocess.run([CAPSEM, "--help"], capture_output=True, text=True, check=True).stdout
     verbs = set(re.findall(r"^  ([a-z-]+)", listed, re.MULTILINE)) | {"list", "ls", "attach", "rm"}
-    for verb in re.findall(r"(?:^    |`)capsem ([a-z]+)", page.read_text(), re.MULTILINE):
+    for verb in re.findall(r"(?:^    |`)capsem ([a-z-]+)", page.read_text(), re.MULTILINE):
         assert verb in verbs, f"{page.name}: there is no `capsem {verb}`"
 
 

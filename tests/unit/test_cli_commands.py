@@ -7,9 +7,11 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -373,3 +375,56 @@ def test_on_a_terminal_waiting_is_shown_and_taken_back(service: FakeService, int
     assert b"\rrunning in a new VM ... 1 s" in shown
     assert b"\x1b" not in shown
     assert shown.endswith(b"\n" if interrupted else b" \r")
+
+
+def test_version_as_an_option() -> None:
+    assert run(None, "--version") == run(None, "version")
+
+
+def test_update_tells_and_changes_nothing() -> None:
+    code, out, err = run(None, "update")
+    assert (code, err) == (0, "")
+    assert f"{sys.executable} -m pip install --upgrade" in out
+
+
+@pytest.mark.parametrize(("typed", "expected"), [("sto", "stop"), ("completions fi", "fish"), ("info br", "broken")])
+def test_completion_in_a_real_bash(service: FakeService, tmp_path: Path, typed: str, expected: str) -> None:
+    """The script is sourced, and its function called as readline calls it."""
+    words = ["capsem", "--uds-path", str(service.path), *typed.split()]
+    program = tmp_path / "capsem"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m capsem "$@"\n')
+    program.chmod(0o755)
+    script = f"""
+        eval "$(capsem completions bash)"
+        COMP_WORDS=({" ".join(words)}) COMP_CWORD={len(words) - 1} COMP_LINE="{" ".join(words)}"
+        name=$(complete -p capsem | sed 's/.*-F \\([^ ]*\\) .*/\\1/')
+        $name capsem "{words[-1]}" "{words[-2]}"
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    env = environment()
+    env["PATH"] = f"{tmp_path}:{env['PATH']}"
+    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=30)
+    assert done.stdout.split() == [expected], done.stderr
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_completion_scripts_are_scripts(shell: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    script = run(None, "completions", shell)[1]
+    subprocess.run([shell, "-n"], input=script, text=True, check=True, timeout=30)
+
+
+def test_a_support_bundle_is_written_without_a_service(tmp_path: Path) -> None:
+    report = tmp_path / "report.tar.gz"
+    process = subprocess.run(
+        [sys.executable, "-m", "capsem", "support-bundle", report],
+        env=environment(CAPSEM_HOME=str(tmp_path / "home")),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (process.returncode, process.stdout) == (0, f"report: {report}\n"), process.stderr
+    with tarfile.open(report) as archive:
+        assert any(name.endswith("doctor.json") for name in archive.getnames()), archive.getnames()
+    assert not (tmp_path / "home/run/service.sock").exists()

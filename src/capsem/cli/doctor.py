@@ -1,4 +1,4 @@
-"""`capsem doctor`: what was found, what is missing, and the command that mends it."""
+"""`capsem doctor`: what was found, what is missing, and the command that mends it; `support-bundle` is its report alone."""
 
 from __future__ import annotations
 
@@ -58,6 +58,21 @@ def doctor_command(ctx: click.Context, fast: bool, as_json: bool, bundle: Path |
         write(bundle, obj.paths, obj.environ, checks)
         click.echo(f"report: {bundle}", err=as_json)
     ctx.exit(int(any(check.status == "failed" for check in checks)))
+
+
+@click.command("support-bundle", epilog="\b\nExample:\n  capsem support-bundle report.tar.gz")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False), default=_REPORT)
+@click.pass_obj
+def support_bundle_command(obj: Context, file: Path) -> None:
+    """Write a bug report, without secrets, to FILE.
+
+    It holds the logs and records of all VMs, and what `doctor --fast` finds. Nothing is started.
+    """
+    from capsem.client.bundle import write
+    from capsem.client.health import host_checks
+
+    write(file, obj.paths, obj.environ, list(_progress(host_checks(obj.paths, obj.environ, fast=True))))
+    click.echo(f"report: {file}")
 
 
 def _checks(obj: Context, *, fast: bool) -> Iterator[Check]:

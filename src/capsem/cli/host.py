@@ -1,4 +1,4 @@
-"""`capsem version` and `completions`: what needs no service."""
+"""`capsem version`, `update` and `completions`: what needs no service."""
 
 from __future__ import annotations
 
@@ -21,6 +21,18 @@ def version_command(as_json: bool) -> None:
         click.echo(json.dumps({"version": __version__, "python": python, "platform": platform}))
     else:
         click.echo(f"capsem {__version__} (Python {python}, {platform})")
+
+
+@click.command("update", epilog="\b\nExample:\n  capsem update")
+def update_command() -> None:
+    """Say how to upgrade Capsem.
+
+    Nothing is changed: whatever installed it upgrades it.
+    """
+    click.echo(f"capsem {__version__} is installed in {sys.prefix}. To upgrade it:")
+    click.echo(f"  {sys.executable} -m pip install --upgrade capsem  # or whatever installed it")
+    click.echo("  capsem image build  # makes a new image where its recipe has changed")
+    click.echo("  capsem stop && capsem start  # VMs stop with the service; persistent ones stay")
 
 
 @click.command(

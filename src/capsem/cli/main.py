@@ -24,7 +24,7 @@ PROGRAM: Final = "capsem"
 _COMPLETION: Final = "_CAPSEM_COMPLETE"
 _BROKEN_PIPE: Final = 141
 
-# Command -> the module that has it, as an attribute `<command>_command`.
+# Command -> the module that has it, as an attribute `<command>_command` (a "-" as "_").
 COMMANDS: Final = MappingProxyType(
     {
         "create": "capsem.cli.create",
@@ -44,6 +44,9 @@ COMMANDS: Final = MappingProxyType(
         "image": "capsem.cli.image",
         "df": "capsem.cli.show",
         "doctor": "capsem.cli.doctor",
+        "support-bundle": "capsem.cli.doctor",
+        "setup": "capsem.cli.setup",
+        "update": "capsem.cli.host",
         "status": "capsem.cli.daemon",
         "start": "capsem.cli.daemon",
         "install": "capsem.cli.daemon",
@@ -67,8 +70,16 @@ class LazyGroup(click.Group):
         name = ALIASES.get(cmd_name, cmd_name)
         if name not in COMMANDS:
             return None
-        command: click.Command = getattr(import_module(COMMANDS[name]), f"{name}_command")
+        command: click.Command = getattr(import_module(COMMANDS[name]), f"{name.replace('-', '_')}_command")
         return command
+
+
+def _version(ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        command = cli.get_command(ctx, "version")
+        assert command is not None
+        ctx.invoke(command)
+        ctx.exit()
 
 
 @click.command(
@@ -80,6 +91,9 @@ class LazyGroup(click.Group):
     "--uds-path",
     metavar="PATH",
     help="Talk to the service at this socket, and start none.",
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="As `capsem version`."
 )
 @click.pass_context
 def cli(ctx: click.Context, uds_path: str | None) -> None:

@@ -1,0 +1,126 @@
+"""docs/http.md, made from OPERATIONS and the types that it names: `python -m capsem.api.reference`."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from capsem.api import stream
+from capsem.api.operations import FINISH, OPERATIONS, Operation
+from capsem.model.errors import BY_CODE, CapsemError
+from capsem.model.lifecycle import State
+
+HEAD = """# HTTP
+
+Generated from `capsem.api.operations` by `make docs`; do not edit.
+
+The service listens on a Unix socket, by default `$CAPSEM_HOME/run/service.sock`, and speaks HTTP/1.1. Who may open the
+socket (mode 0600) may do everything; there is no other authentication. Bodies are JSON objects unless said otherwise.
+Unknown fields of a request are ignored, optional ones may be null; fields of an answer that say nothing are left out.
+
+    curl --unix-socket ~/.capsem/run/service.sock http://capsem/list
+
+An error is a status and `{"error": text, "code": code, "message": text, "hint": text}`; `error` is the message with the
+hint. `code` is one of the table at the end. Every operation may also answer `internal` and, while the host refuses
+something, `machine_failed`. A client that hangs up ends what it waited for; operations marked *goes on* run to their end.
+"""
+
+
+def to_markdown() -> str:
+    """The page."""
+    lines = [HEAD]
+    for operation in OPERATIONS.values():
+        lines += _operation(operation)
+    lines += ["## Types", ""]
+    for name in _named():
+        lines += _type(name)
+    lines += ["## The frames of an exec stream", "", "```text", inspect.cleandoc(stream.__doc__ or ""), "```", ""]
+    lines += ["## Error codes", "", "| code | status | meaning |", "|---|---|---|"]
+    lines += [f"| {code} | {kind.status} | {_sentence(kind)} |" for code, kind in BY_CODE.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _operation(operation: Operation) -> Iterator[str]:
+    yield f"## {operation.name}"
+    yield ""
+    goes_on = "; *goes on*" if operation.on_disconnect is FINISH else ""
+    yield f"`{operation.method} {operation.path}` - {operation.summary}{goes_on}."
+    yield ""
+    if operation.request:
+        yield f"- request: `{operation.request}`, at most {operation.body_limit >> 10} KiB"
+    yield f"- answer: `{operation.response}`"
+    if operation.legal is not None:
+        states = "any" if operation.legal >= set(State) - {State.DELETING, State.DELETED} else ""
+        yield f"- states: {states or ', '.join(sorted(operation.legal))}"
+    if operation.errors:
+        yield f"- errors: {', '.join(f'{kind.code} ({kind.status})' for kind in operation.errors)}"
+    yield ""
+
+
+def _named() -> list[str]:
+    """The types that the table names, and those that they name, each once."""
+    found: dict[str, None] = {}
+
+    def add(kind: type[Any]) -> None:
+        if kind.__name__ not in found:
+            found[kind.__name__] = None
+            for hint in typing.get_type_hints(kind).values():
+                for part in (hint, *typing.get_args(hint)):
+                    if isinstance(part, type) and issubclass(part, msgspec.Struct):
+                        add(part)
+
+    for operation in OPERATIONS.values():
+        for kind in (operation.request_type(), operation.response_type()):
+            if kind is not None:
+                add(kind)
+    return list(found)
+
+
+def _type(name: str) -> Iterator[str]:
+    from capsem.api import types as api
+
+    kind = getattr(api, name)
+    yield f"### {name}"
+    yield ""
+    yield inspect.cleandoc(kind.__doc__ or "")
+    yield ""
+    for field in msgspec.structs.fields(kind):
+        default = "" if field.required else ", optional"
+        if not field.required and field.default not in (None, msgspec.NODEFAULT):
+            default = f", default {msgspec.json.encode(field.default).decode()}"
+        yield f"- `{field.encode_name}`: {_words(field.type)}{default}"
+    yield ""
+
+
+_JSON = {str: "string", int: "integer", float: "number", bool: "true or false", types.NoneType: "null"}
+
+
+def _words(hint: Any) -> str:
+    """A type as JSON has it."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _words(parts[0])
+    if origin in (typing.Union, types.UnionType):
+        words = dict.fromkeys(_words(part) for part in parts if part is not types.NoneType)
+        return "number" if words.keys() == {"integer", "number"} else " or ".join(words)
+    if origin is list:
+        return f"list of {_words(parts[0])}"
+    if origin is dict:
+        return f"object of {_words(parts[1])}"
+    return _JSON.get(hint) or (f"`{hint.__name__}`" if issubclass(hint, msgspec.Struct) else "string")
+
+
+def _sentence(kind: type[CapsemError]) -> str:
+    if kind is CapsemError:
+        return "Something that the service did not expect; its log has the details"
+    return " ".join(inspect.cleandoc(kind.__doc__ or "").split()).partition(". ")[0].rstrip(".")
+
+
+if __name__ == "__main__":
+    sys.stdout.write(to_markdown())
