@@ -389,12 +389,12 @@ def test_no_service_at_the_socket_that_was_named(home: Path) -> None:
 
 # -- what a VM needs and is not there
 
-NO_IMAGE = "import sys; sys.prefix = '/nonexistent'; from capsem.service.__main__ import main; sys.exit(main())"
+NO_IMAGE = "import sys; sys.prefix = sys.argv.pop(1); from capsem.service.__main__ import main; sys.exit(main())"
 
 
 def test_without_an_image(home: Path) -> None:
     env = {**os.environ, "HOME": str(home), "CAPSEM_HOME": str(home)}
-    process = subprocess.Popen([sys.executable, "-c", NO_IMAGE, "--foreground"], env=env)
+    process = subprocess.Popen([sys.executable, "-c", NO_IMAGE, str(home / "prefix"), "--foreground"], env=env)
     service = Service(home, process)
     try:
         wait_until_it_answers(service.client)

@@ -29,6 +29,13 @@ def test_the_doctor_finds_nothing_wrong(service: Service) -> None:
     assert vm_id not in {box["id"] for box in service.client.call("list")["sandboxes"]}
 
 
+def test_setup_does_no_more_than_look_when_all_is_there(service: Service) -> None:
+    done = service.cli("setup")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"making it" not in done.stdout
+    assert b"checks passed" in done.stdout
+
+
 def test_disk_usage_of_a_running_vm(service: Service, box: str) -> None:
     service.output(box, "head -c 3000000 /dev/urandom > /root/three && sync; rm /root/three")
     answer = service.client.call("df")
