@@ -119,7 +119,7 @@ def test_there_is_no_such_program(home: Home) -> None:
 
 def test_a_run_directory_that_cannot_be_made(home: Home) -> None:
     (home.path / "run").write_text("a file")
-    with pytest.raises(HostNotReady, match="cannot start"):
+    with pytest.raises(HostNotReady, match="cannot be used"):
         service.start(home.paths, home.environ, command=COMMAND)
 
 

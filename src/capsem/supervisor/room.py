@@ -27,8 +27,10 @@ async def keep_going(machine: Machine, store: Path, warn: Callable[[str | None],
         warning = f"the host's disk is full: the VM stands still until there is room in {store}"
         log.error("%s", warning)
         warn(warning)
-        while not has_room(store):
+        while True:  # a pause in any case: a machine that is paused on purpose stays out of space through a retry
             await asyncio.sleep(TURN)
+            if has_room(store):
+                break
         try:
             await machine.retry()
         except MachineFailed as error:

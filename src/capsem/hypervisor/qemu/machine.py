@@ -133,6 +133,7 @@ class QemuMachine:
     async def pause(self) -> None:
         """See Machine."""
         self._paused = True
+        self._record.out_of_space.clear()  # it stands still for another reason now; QEMU tries again when it runs
         await self._command(self._monitor.stop())
 
     async def out_of_space(self) -> None:
