@@ -23,6 +23,9 @@ class State(StrEnum):
     RUNNING = "running"
     STOPPING = "stopping"
     STOPPED = "stopped"
+    SUSPENDING = "suspending"
+    SUSPENDED = "suspended"
+    RESUMING = "resuming"
     FAILED = "failed"
     DELETING = "deleting"
     DELETED = "deleted"
@@ -35,6 +38,12 @@ class Event(StrEnum):
     READY = "ready"
     STOP = "stop"
     EXITED = "exited"
+    SUSPEND = "suspend"
+    SUSPENDED = "suspended"
+    RESUME = "resume"
+    ABORTED = "aborted"
+    ROLL_BACK = "roll back"
+    FORGET = "forget"
     LOST = "lost"
     DELETE = "delete"
     DELETED = "deleted"
@@ -49,19 +58,37 @@ class Status(StrEnum):
     DEFUNCT = "Defunct"
 
 
+_REST: Final = MappingProxyType(
+    {Event.START: State.STARTING, Event.ROLL_BACK: State.SUSPENDED, Event.DELETE: State.DELETING}
+)
+
 TRANSITIONS: Final = MappingProxyType(
     {
-        State.CREATED: {Event.START: State.STARTING, Event.DELETE: State.DELETING},
+        State.CREATED: {**_REST},
         State.STARTING: {
             Event.READY: State.RUNNING,
             Event.STOP: State.STOPPING,
             Event.EXITED: State.STOPPED,
             Event.LOST: State.FAILED,
         },
-        State.RUNNING: {Event.STOP: State.STOPPING, Event.EXITED: State.STOPPED, Event.LOST: State.FAILED},
+        State.RUNNING: {
+            Event.STOP: State.STOPPING,
+            Event.SUSPEND: State.SUSPENDING,
+            Event.EXITED: State.STOPPED,
+            Event.LOST: State.FAILED,
+        },
         State.STOPPING: {Event.EXITED: State.STOPPED, Event.LOST: State.FAILED},
-        State.STOPPED: {Event.START: State.STARTING, Event.DELETE: State.DELETING},
-        State.FAILED: {Event.START: State.STARTING, Event.DELETE: State.DELETING},
+        State.STOPPED: {**_REST},
+        State.SUSPENDING: {
+            Event.SUSPENDED: State.SUSPENDED,
+            Event.ABORTED: State.RUNNING,
+            Event.STOP: State.STOPPING,
+            Event.EXITED: State.STOPPED,
+            Event.LOST: State.FAILED,
+        },
+        State.SUSPENDED: {Event.RESUME: State.RESUMING, Event.FORGET: State.STOPPED, **_REST},
+        State.RESUMING: {Event.READY: State.RUNNING, Event.ABORTED: State.SUSPENDED},
+        State.FAILED: {**_REST},
         State.DELETING: {Event.DELETED: State.DELETED},
         State.DELETED: {},
     }
@@ -74,6 +101,9 @@ INVARIANTS: Final = MappingProxyType(
         State.RUNNING: "The supervisor holds the claim; the VMM is alive; the handshake is done; `.ready` exists.",
         State.STOPPING: "The guest was asked to power off; a deadline runs; no new command is admitted.",
         State.STOPPED: "No process; no memory; the volume is intact; how the last run ended is recorded.",
+        State.SUSPENDING: "The machine is being saved to the checkpoint `saving`; until that is committed it can go on.",
+        State.SUSPENDED: "No process; `checkpoint` is committed and its layers are the volume's: nothing writes to them.",
+        State.RESUMING: "A machine runs on a copy of `checkpoint`; nobody may use it until it has shown that it is well.",
         State.FAILED: "The last run ended without a word of its own; nothing runs; the volume is what the guest last flushed.",
         State.DELETING: "Files are being removed; doing it again is safe.",
         State.DELETED: "Nothing is left; the name is free.",
@@ -87,6 +117,9 @@ PUBLIC_STATUS: Final = MappingProxyType(
         State.RUNNING: Status.RUNNING,
         State.STOPPING: Status.RUNNING,
         State.STOPPED: Status.STOPPED,
+        State.SUSPENDING: Status.RUNNING,
+        State.SUSPENDED: Status.SUSPENDED,
+        State.RESUMING: Status.SUSPENDED,
         State.FAILED: Status.DEFUNCT,
         State.DELETING: None,
         State.DELETED: None,
@@ -94,7 +127,7 @@ PUBLIC_STATUS: Final = MappingProxyType(
 )
 
 # States in which a supervisor owns a VMM process, or is about to.
-LIVE: Final = frozenset({State.STARTING, State.RUNNING, State.STOPPING})
+LIVE: Final = frozenset({State.STARTING, State.RUNNING, State.STOPPING, State.SUSPENDING, State.RESUMING})
 
 
 def step(state: State, event: Event) -> State:
@@ -106,15 +139,20 @@ def step(state: State, event: Event) -> State:
     return moves[event]
 
 
-def recover(state: State, *, supervisor_alive: bool, same_host_boot: bool) -> State:
+def recover(state: State, *, supervisor_alive: bool, same_host_boot: bool, saved: bool = False) -> State:
     """What a recorded state means now, for a service that looks at it from outside.
 
     `supervisor_alive` is whether somebody holds the VM's claim: then the record is theirs and stands as it is.
     With nobody there, a live state was lost with its process, unless the whole host went down meanwhile, which
-    is no fault of the VM's: it is then Stopped. An interrupted delete is to be run again.
+    is no fault of the VM's: it is then Stopped. A resume that was cut short has changed nothing, and a suspend whose
+    checkpoint was committed (`saved`) is done: the machine had stopped for good. An interrupted delete is to be run again.
     """
     if supervisor_alive or state not in LIVE:
         return state
+    if state == State.RESUMING:
+        return step(state, Event.ABORTED)
+    if state == State.SUSPENDING and saved:
+        return step(state, Event.SUSPENDED)
     return step(state, Event.LOST if same_host_boot else Event.EXITED)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from capsem.model.errors import Corrupt
 from capsem.model.ids import check_name, check_object_id
-from capsem.model.lifecycle import Event, State, step
+from capsem.model.lifecycle import Event, State, recover, step
 from capsem.model.spec import VmSpec
 
 FORMAT: Final = 1
@@ -20,7 +20,7 @@ THIS_HOST: Final = 0  # owner epoch: which host may run the VM, counted up when 
 class Exit:
     """How a run ended, written by the supervisor before it exits."""
 
-    how: str  # clean, failed
+    how: str  # clean, suspended, failed
     reason: str
     log_tail: str = ""
 
@@ -44,7 +44,13 @@ class VmRecord:
     description: str | None = None
     started_at: float | None = None
     host_boot_id: str | None = None  # of the run that `state` speaks of
-    boot_kind: str | None = None
+    boot_kind: str | None = None  # cold, warm, forked, cold-after-failure
+    boot_note: str | None = None  # why it was not warm though it could have been
+    checkpoint: str | None = None  # suspended in; resuming from; while it runs: last resumed from
+    saving: str | None = None  # while suspending: the checkpoint that is being made
+    current: str | None = None  # the newest checkpoint on the way to where the VM is now: the next one's parent
+    kept: tuple[str, ...] = ()  # checkpoints made by a suspend that the owner wants to see
+    machine_id: str = ""  # of the guest, 32 hexadecimal digits; a fork's is its own
     last_exit: Exit | None = None
     extra: MappingProxyType[str, Any] = field(default_factory=lambda: MappingProxyType({}))  # keys of a newer version
 
@@ -52,12 +58,32 @@ class VmRecord:
         """The record after a lifecycle event, with other changes. Raises WrongState."""
         return replace(self, state=step(self.state, event), **changes)
 
+    def recovered(self, host_boot_id: str, *, saved: bool) -> VmRecord:
+        """The record of a VM that nobody supervises any more; see `lifecycle.recover`. How it ended is left to the caller.
+
+        `saved`: the checkpoint `saving` is committed.
+        """
+        same_boot = self.host_boot_id in (None, host_boot_id)
+        state = recover(self.state, supervisor_alive=False, same_host_boot=same_boot, saved=saved)
+        if state == self.state:
+            return self
+        if state != State.SUSPENDED:
+            return replace(self, state=state, saving=None)
+        # What was to be written to next lies on top of what the checkpoint holds, and goes.
+        checkpoint = self.saving or self.checkpoint
+        return replace(self, state=state, saving=None, checkpoint=checkpoint, layers=self.layers[:-1])
+
     @property
     def last_error(self) -> str | None:
         """Why the VM is Defunct, for people."""
         if self.state != State.FAILED or self.last_exit is None:
             return None
         return "\n".join(part for part in (self.last_exit.reason, self.last_exit.log_tail) if part)
+
+    @property
+    def failure(self) -> str | None:
+        """Why the last run failed, also when it left the VM as it was before."""
+        return self.last_exit.reason if self.last_exit is not None and self.last_exit.how == "failed" else None
 
     def to_json(self) -> bytes:
         """The file's content."""
@@ -87,10 +113,14 @@ def record_from_json(data: bytes, *, source: str) -> VmRecord:
         spec = body.pop("spec")
         last_exit = body.pop("last_exit", None)
         known = {name: body.pop(name) for name in VmRecord.__dataclass_fields__ if name in body}
+        for key in ("checkpoint", "saving", "current"):
+            if key in known:
+                check_object_id(known[key])
         return VmRecord(
             **{
                 **known,
                 "id": check_name(known["id"]),
+                "kept": tuple(check_object_id(each) for each in known.get("kept", ())),
                 "layers": tuple(check_object_id(layer) for layer in known["layers"]),
                 "state": State(known["state"]),
                 "spec": VmSpec(spec["cpus"], spec["ram_mb"], spec["disk_mb"], MappingProxyType(dict(spec["env"]))),

@@ -9,6 +9,7 @@
 <run_dir>/persistent/<name>/           session directory of a persistent VM
 <run_dir>/store/layers/<object id>.qcow2   layers of volumes; never renamed, never rewritten once committed
 <run_dir>/store/volumes/<MiB>.raw      empty formatted volumes of other than the image's size
+<run_dir>/store/checkpoints/<object id>/   a checkpoint (class CheckpointDir); one without a manifest is a draft
 <run_dir>/store/ram/empty-<MiB>.ram    sparse, shared by all machines of that size that boot cold
 <session_dir>/vm.json                  the VM's record
 <session_dir>/claim                    flock: held by the one supervisor (or a service at rest) that owns the VM
@@ -60,6 +61,48 @@ class SessionDir:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointDir:
+    """The files of one checkpoint; docs/checkpoint-format.md says what is in them."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        """The checkpoint's id."""
+        return self.path.name
+
+    @property
+    def manifest(self) -> Path:
+        """Written last: with it the checkpoint is committed, without it there is only a draft."""
+        return self.path / "manifest.json"
+
+    @property
+    def memory(self) -> Path:
+        """The guest's RAM, and an identity behind it."""
+        return self.path / "memory.ram"
+
+    @property
+    def sums(self) -> Path:
+        """A checksum for each page of RAM."""
+        return self.path / "memory.sums"
+
+    @property
+    def devices(self) -> Path:
+        """The state of the virtual devices, as the hypervisor wrote it."""
+        return self.path / "devices.state"
+
+    @property
+    def jobs(self) -> Path:
+        """Commands that were under way, and what they had written so far."""
+        return self.path / "jobs.state"
+
+    @property
+    def draft(self) -> Path:
+        """flock: held by whoever makes the checkpoint."""
+        return self.path / "draft"
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """The files of one run directory (canonical, absolute)."""
 
@@ -105,6 +148,15 @@ class Layout:
         """Directory of RAM files."""
         return self.run_dir / "store" / "ram"
 
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of checkpoints."""
+        return self.run_dir / "store" / "checkpoints"
+
+    def checkpoint(self, checkpoint_id: str) -> CheckpointDir:
+        """The directory of a checkpoint."""
+        return CheckpointDir(self.checkpoints / checkpoint_id)
+
     def session(self, vm_id: str, *, persistent: bool) -> SessionDir:
         """The session directory of a VM."""
         return SessionDir((self.persistent if persistent else self.sessions) / vm_id)
@@ -135,5 +187,6 @@ class Layout:
 
     def create(self) -> None:
         """Make all directories, mode 0700."""
-        for path in (self.run_dir, self.instances, self.sessions, self.persistent, self.layers, self.volumes, self.ram):
+        store = (self.layers, self.volumes, self.ram, self.checkpoints)
+        for path in (self.run_dir, self.instances, self.sessions, self.persistent, *store):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)

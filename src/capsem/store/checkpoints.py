@@ -1,0 +1,198 @@
+"""Checkpoints on disk: prepare -> commit -> open -> remove.
+
+A checkpoint is a directory named by its id. Whoever makes one holds the lock on its `draft` file, fills in the parts,
+makes each durable, and writes the manifest last; from then on nothing in it changes. A directory without a manifest
+whose lock nobody holds is what a crash left: `sweep` removes it. Removing goes the other way round: the manifest first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from capsem.model.checkpoint import Checkpoint, Devices, FrozenLayer, checkpoint_from_json
+from capsem.model.errors import CapsemError, Corrupt, InvalidInput, NotFound
+from capsem.model.ids import check_object_id
+from capsem.store import durable, ram
+from capsem.store.layout import CheckpointDir, Layout
+from capsem.store.locks import Lock, is_locked, take_lock
+
+HEAD: Final = 4096  # bytes of a layer that its `head` digest covers
+SIZE_LIMIT: Final = 256 * 1024 * 1024  # of a manifest; RAM in single pages makes long lists of runs
+_COLD: Final = "the VM can be resumed cold"
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A checkpoint in the making."""
+
+    files: CheckpointDir
+    lock: Lock
+
+    @property
+    def id(self) -> str:
+        """The checkpoint's id."""
+        return self.files.id
+
+
+class CheckpointStore:
+    """The checkpoints of one run directory."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._known: dict[str, Checkpoint] = {}
+
+    # -- making
+
+    def prepare(self, checkpoint_id: str) -> Draft:
+        """A new, empty draft. Raises OSError."""
+        files = self._layout.checkpoint(checkpoint_id)
+        files.path.mkdir(mode=0o700)
+        try:
+            return Draft(files, take_lock(files.draft, f"checkpoint {checkpoint_id}"))
+        except BaseException:
+            durable.remove_tree(files.path)
+            raise
+
+    def freeze(self, layers: Collection[str]) -> tuple[FrozenLayer, ...]:
+        """What a manifest says of these layers, to which nothing writes any more. Raises OSError."""
+        return tuple(FrozenLayer(layer, self._head(layer)) for layer in layers)
+
+    def _head(self, layer: str) -> str:
+        with self._layout.layer(layer).open("rb", buffering=0) as file:
+            return hashlib.sha256(file.read(HEAD)).hexdigest()
+
+    def commit(self, draft: Draft, checkpoint: Checkpoint) -> None:
+        """Make a draft, whose parts are durable, a checkpoint. Raises OSError; then it is still a draft.
+
+        The draft's lock is let go of.
+        """
+        assert checkpoint.id == draft.id
+        durable.sync_directory(draft.files.path)
+        durable.sync_directory(self._layout.checkpoints)
+        try:
+            durable.write(draft.files.manifest, checkpoint.to_json())
+        except BaseException:
+            draft.files.manifest.unlink(missing_ok=True)
+            raise
+        draft.files.draft.unlink(missing_ok=True)
+        draft.lock.release()
+
+    def discard(self, draft: Draft) -> None:
+        """Remove a draft."""
+        durable.remove_tree(draft.files.path)
+        draft.lock.release()
+
+    # -- reading
+
+    def is_committed(self, checkpoint_id: str) -> bool:
+        """Whether there is a checkpoint of that id."""
+        return self._layout.checkpoint(checkpoint_id).manifest.exists()
+
+    def read(self, checkpoint_id: str) -> Checkpoint:
+        """The manifest alone. Raises NotFound, Corrupt."""
+        files = self._layout.checkpoint(check_object_id(checkpoint_id))
+        try:
+            if files.manifest.stat().st_size > SIZE_LIMIT:
+                raise Corrupt(f"{files.manifest} is too large for a manifest", hint=_COLD)
+            checkpoint = checkpoint_from_json(files.manifest.read_bytes(), source=str(files.manifest))
+        except FileNotFoundError:
+            raise NotFound(
+                f"there is no checkpoint {checkpoint_id[:12]}", hint="capsem checkpoints shows them"
+            ) from None
+        if checkpoint.id != checkpoint_id:
+            raise Corrupt(f"{files.path} holds checkpoint {checkpoint.id[:12]}: it was exchanged", hint=_COLD)
+        return checkpoint
+
+    def open(self, checkpoint_id: str) -> tuple[Checkpoint, CheckpointDir]:
+        """A checkpoint that is about to be used: identity of every part, digests of all that is small.
+
+        What is not read are the pages of RAM and the data of layers; `verify` does. Raises NotFound, Corrupt.
+        """
+        checkpoint = self.read(checkpoint_id)
+        files = self._layout.checkpoint(checkpoint_id)
+        self.check_layers(checkpoint)
+        try:
+            if checkpoint.memory is not None:
+                identity = ram.read_identity(files.memory, checkpoint.memory.size)
+                if identity != ram.RamIdentity(checkpoint.vm_id, checkpoint.id, checkpoint.memory.size):
+                    raise Corrupt(
+                        f"{files.memory} is the memory of {identity.vm_id} in checkpoint {identity.checkpoint_id[:12]}, "
+                        f"not of {checkpoint.vm_id} in {checkpoint.id[:12]}",
+                        hint=_COLD,
+                    )
+            if checkpoint.devices is not None and describe(files.devices) != checkpoint.devices:
+                raise Corrupt(f"{files.devices} is not what was written: its digest is wrong", hint=_COLD)
+        except OSError as error:
+            raise Corrupt(f"checkpoint {checkpoint.id[:12]} lacks a part: {error}", hint=_COLD) from error
+        return checkpoint, files
+
+    def check_layers(self, checkpoint: Checkpoint) -> None:
+        """Are the layers those that were frozen, as far as their headers tell? Raises Corrupt."""
+        for layer in checkpoint.layers:
+            try:
+                head = self._head(layer.id)
+            except OSError as error:
+                raise Corrupt(f"layer {layer.id[:12]} of checkpoint {checkpoint.id[:12]} is gone: {error}") from error
+            if head != layer.head:
+                raise Corrupt(
+                    f"layer {layer.id[:12]} of checkpoint {checkpoint.id[:12]} is not the one that was frozen",
+                    hint="it was damaged or exchanged; restore it from a backup",
+                )
+
+    def verify(self, checkpoint_id: str) -> Checkpoint:
+        """Read everything of a checkpoint that has a checksum. Raises NotFound, Corrupt, OSError."""
+        checkpoint, files = self.open(checkpoint_id)
+        if checkpoint.memory is not None:
+            ram.verify(files.memory, files.sums, checkpoint.memory.size, checkpoint.memory.digest)
+        return checkpoint
+
+    def all(self) -> list[Checkpoint]:
+        """Every checkpoint whose manifest can be read, oldest first. One that was read before is not read again."""
+        found = {}
+        for path in self._layout.checkpoints.iterdir():
+            with contextlib.suppress(CapsemError):
+                known = self._known.get(path.name) if self.is_committed(path.name) else None
+                found[path.name] = known or self.read(path.name)
+        self._known = found
+        return sorted(found.values(), key=lambda each: (each.created_at, each.id))
+
+    def find(self, vm_id: str, prefix: str) -> Checkpoint:
+        """The one checkpoint of a VM whose id begins so. Raises NotFound, InvalidInput (several do)."""
+        found = [each for each in self.all() if each.vm_id == vm_id and each.id.startswith(prefix.lower())]
+        if not found or not prefix:
+            raise NotFound(f"{vm_id} has no checkpoint {prefix[:40]!r}", hint=f"capsem checkpoints {vm_id}")
+        if len(found) > 1:
+            raise InvalidInput(f"{len(found)} checkpoints of {vm_id} begin with {prefix}", hint="give more of the id")
+        return found[0]
+
+    # -- removing
+
+    def remove(self, checkpoint_id: str) -> None:
+        """Remove a checkpoint; one that is not there is no error. Its layers stay: others may name them."""
+        files = self._layout.checkpoint(check_object_id(checkpoint_id))
+        files.manifest.unlink(missing_ok=True)
+        if files.path.exists():
+            durable.sync_directory(files.path)
+        durable.remove_tree(files.path)
+
+    def sweep(self) -> list[str]:
+        """Remove drafts that nobody works on; returns their ids."""
+        gone = []
+        for path in self._layout.checkpoints.iterdir():
+            files = CheckpointDir(path)
+            if not files.manifest.exists() and not is_locked(files.draft):
+                durable.remove_tree(path)
+                gone.append(path.name)
+        return gone
+
+
+def describe(path: Path) -> Devices:
+    """Length and digest of a device state. Raises OSError."""
+    with path.open("rb", buffering=0) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return Devices(file.tell(), digest)
