@@ -21,8 +21,8 @@ from pathlib import Path
 
 from agent_host import SOURCE, START
 from capsem.api.internal import BOUND, Bootstrap, Stop
-from capsem.hypervisor.driver import Accelerator, Ending, Features, Layer, MachineSpec, Merged
-from capsem.model.errors import CapsemError
+from capsem.hypervisor.driver import Accelerator, Ending, Features, Layer, MachineSpec, Merged, Saved, SaveFiles
+from capsem.model.errors import CapsemError, MachineFailed
 from capsem.store.layout import Layout, SessionDir
 from capsem.supervisor.supervisor import Names, Supervisor
 from capsem.system import System
@@ -97,6 +97,11 @@ class ProcessMachine:
         shutil.copytree(self._directory / "root", layer.path.with_suffix(".frozen"))
         self.top_layer = layer
 
+    version = "process 1"
+
+    async def save(self, files: SaveFiles, layer: Layer, *, go_on: bool) -> Saved:
+        raise MachineFailed("a process cannot be saved")
+
     async def kill(self) -> None:
         self._killed = True
         if self._process is None:
@@ -143,6 +148,15 @@ class ProcessDriver:
 
     async def accelerator(self) -> Accelerator:
         return Accelerator.TCG
+
+    def fingerprint(self, version: str, **shape: object) -> dict[str, object]:
+        return {"vmm": version, **shape}
+
+    async def version(self) -> str:
+        return "process 1"
+
+    async def restore(self, spec: MachineSpec, devices: Path, *, vmm_lock: int) -> ProcessMachine:
+        raise MachineFailed("a process cannot be restored")
 
     def create_layer(self, path: Path, *, size_mb: int, vm_id: str, layer_id: str) -> None:
         path.write_bytes(b"layer")

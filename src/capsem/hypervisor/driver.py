@@ -3,10 +3,12 @@ package knows how (no QMP, no command lines).
 
 Call order, which the contract suite holds every driver to:
 
-1. `Driver.start(spec)` returns a `Machine` whose vCPUs have not run yet, with both channels connected on the host
-   side, so that the guest never sees a port without a peer.
+1. `Driver.start(spec)`, or `Driver.restore(spec, ...)` with the state that a `save` left, returns a `Machine` whose
+   vCPUs have not run yet, with both channels connected on the host side, so that the guest never sees a port without a
+   peer.
 2. `Machine.run()` once, then `pause()` and `run()` in turn as often as wanted.
-3. `Machine.kill()` at any time, any number of times; `wait()` returns how the machine ended, the same every time.
+3. `Machine.save()` at any time after the first `run`, any number of times; it pauses the machine itself.
+4. `Machine.kill()` at any time, any number of times; `wait()` returns how the machine ended, the same every time.
 
 Calls on one machine are made one at a time; different machines are independent unless `Features` says otherwise.
 """
@@ -18,7 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+from capsem.store.ram import RamWriter, Runs
 
 
 class Accelerator(StrEnum):
@@ -74,6 +78,25 @@ class Merged:
 
 
 @dataclass(frozen=True, slots=True)
+class SaveFiles:
+    """Where a save writes: `devices` does not exist yet; `ram` may hold a copy of an earlier save's already, then
+    `compare` tells that it is one of this very machine, so that pages which are in it need not be written again."""
+
+    devices: Path
+    ram: RamWriter
+    compare: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a save did: seconds that the vCPUs stood still, what was written of RAM, bytes of it that were data."""
+
+    pause: float
+    runs: Runs
+    written: int
+
+
+@dataclass(frozen=True, slots=True)
 class Ending:
     """How a machine ended: `clean` when the guest powered itself off or we asked the VMM to quit."""
 
@@ -123,6 +146,18 @@ class Machine(Protocol):
         Raises MachineFailed; the machine then goes on with the top it had.
         """
 
+    @property
+    def version(self) -> str:
+        """Name and version of the VMM, such as "qemu 7.2.22"."""
+
+    async def save(self, files: SaveFiles, layer: Layer, *, go_on: bool) -> Saved:
+        """Save RAM and devices at one instant, at which the volume's present top is frozen and `layer` put above it.
+
+        With `go_on` the machine runs again before anything is written to disk; without it, it stays paused. Device
+        state and layers are durable on return; RAM is once its writer has finished. Raises MachineFailed, OSError: the
+        machine is then paused or runs as before, and `top_layer` says whether the layer was added.
+        """
+
     async def kill(self) -> None:
         """End the VMM at once and reap it. Safe to call again."""
 
@@ -150,6 +185,16 @@ class Driver(Protocol):
     async def accelerator(self) -> Accelerator:
         """The best accelerator that was seen working on this host; the verdict is cached. Raises HostNotReady."""
 
+    def fingerprint(
+        self, version: str, *, hardware: int, accelerator: Accelerator, cpus: int, ram_mb: int, command_line: str
+    ) -> dict[str, Any]:
+        """Everything about a machine that must be equal where its RAM is saved and where it is restored; `version` is
+        `Machine.version`. Raises InvalidInput.
+        """
+
+    async def version(self) -> str:
+        """What `Machine.version` would be of a machine started now. Raises HostNotReady."""
+
     def create_layer(self, path: Path, *, size_mb: int, vm_id: str, layer_id: str) -> None:
         """Write a new, empty qcow2 layer of `size_mb` MiB, mode 0600, that carries both ids; durable on return."""
 
@@ -167,3 +212,6 @@ class Driver(Protocol):
     async def start(self, spec: MachineSpec, *, vmm_lock: int) -> Machine:
         """Spawn the VMM, vCPUs stopped. It inherits the locked descriptor `vmm_lock`, so that the lock lives exactly as
         long as it does, and it dies with the calling process. Raises HostNotReady, MachineFailed."""
+
+    async def restore(self, spec: MachineSpec, devices: Path, *, vmm_lock: int) -> Machine:
+        """As `start`, with the device state of a save and `spec.ram_file` the RAM that it wrote; vCPUs stopped."""

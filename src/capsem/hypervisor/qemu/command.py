@@ -45,7 +45,7 @@ def argv(
     generator when it sees it change. With `incoming`, QEMU waits for `migrate-incoming` with a device state instead of
     beginning at the reset vector. Raises InvalidInput.
     """
-    hardware = _hardware(spec)
+    virtual = virtual_hardware(spec.hardware)
     if not spec.volume:
         raise InvalidInput("a machine without a volume", hint="give at least one layer")
     for layer in spec.volume:
@@ -55,9 +55,9 @@ def argv(
         *(binary, "-name", f"{spec.vm_id},debug-threads=on"),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-S"),
         *("-sandbox", SANDBOX),
-        *("-machine", f"{hardware.machine},memory-backend=ram0,dump-guest-core=off,mem-merge=off"),
+        *("-machine", f"{virtual.machine},memory-backend=ram0,dump-guest-core=off,mem-merge=off"),
         *("-accel", ACCELERATORS[spec.accelerator]),
-        *("-cpu", f"{hardware.cpu},enforce"),
+        *("-cpu", f"{virtual.cpu},enforce"),
         *("-smp", f"cpus={spec.cpus},maxcpus={spec.cpus},sockets=1,cores={spec.cpus},threads=1"),
         *("-m", f"{spec.ram_mb}M"),
         *("-rtc", "base=utc,clock=host"),
@@ -69,24 +69,25 @@ def argv(
     args += ["-mon", "chardev=qmp,mode=control"]
     for node in block_nodes(spec):
         args += ["-blockdev", _json(node)]
-    for each in hardware.globals:
+    for each in virtual.globals:
         args += ["-global", each]
-    for each in (*hardware.devices, f"vmgenid,id=generation,guid={generation}"):
+    for each in (*virtual.devices, f"vmgenid,id=generation,guid={generation}"):
         args += ["-device", each]
     args += ["-kernel", str(spec.kernel), "-initrd", str(spec.initrd)]
-    args += ["-append", f"{hardware.command_line} {spec.command_line}".rstrip()]
+    args += ["-append", f"{virtual.command_line} {spec.command_line}".rstrip()]
     if incoming:
         # Device states are written without the configuration section that `migrate` would put before them.
         args += ["-global", "migration.send-configuration=off", "-incoming", "defer"]
     return args
 
 
-def _hardware(spec: MachineSpec) -> Hardware:
+def virtual_hardware(number: int) -> Hardware:
+    """The entry of the list. Raises InvalidInput."""
     try:
-        return HARDWARE[spec.hardware]
+        return HARDWARE[number]
     except KeyError:
         raise InvalidInput(
-            f"virtual hardware number {spec.hardware} is not known to this version",
+            f"virtual hardware number {number} is not known to this version",
             hint="upgrade Capsem, or start the VM cold from its disk",
         ) from None
 

@@ -10,12 +10,12 @@ import threading
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from capsem.hypervisor.driver import Accelerator, Features, Layer, MachineSpec, Merged
 from capsem.hypervisor.qemu import qcow2
 from capsem.hypervisor.qemu.chain import Chain
-from capsem.hypervisor.qemu.command import Channels, argv
+from capsem.hypervisor.qemu.command import Channels, argv, virtual_hardware
 from capsem.hypervisor.qemu.machine import QemuMachine, Record
 from capsem.hypervisor.qemu.merge import merge
 from capsem.hypervisor.qemu.probe import Verdict, probe
@@ -85,8 +85,45 @@ class QemuDriver:
         """See Driver."""
         return Chain(volume)
 
+    def fingerprint(
+        self, version: str, *, hardware: int, accelerator: Accelerator, cpus: int, ram_mb: int, command_line: str
+    ) -> dict[str, Any]:
+        """See Driver."""
+        virtual = virtual_hardware(hardware)
+        return {
+            "vmm": version,
+            "machine_type": virtual.machine,
+            "cpu_model": virtual.cpu,
+            "accelerator": str(accelerator),
+            "cpus": cpus,
+            "ram_mb": ram_mb,
+            "devices": [*virtual.devices, *virtual.globals],
+            "command_line": f"{virtual.command_line} {command_line}".rstrip(),
+        }
+
+    async def version(self) -> str:
+        """See Driver."""
+        return f"qemu {(await self.verdict()).qemu_version}"
+
     async def start(self, spec: MachineSpec, *, vmm_lock: int) -> QemuMachine:
         """See Driver; also raises InvalidInput."""
+        return await self._spawn(spec, vmm_lock, None)
+
+    async def restore(self, spec: MachineSpec, devices: Path, *, vmm_lock: int) -> QemuMachine:
+        """See Driver; also raises InvalidInput, OSError."""
+        # A descriptor instead of a name: the sandbox forbids QEMU to start the program that a name would need.
+        with devices.open("rb", buffering=0) as state:
+            machine = await self._spawn(spec, vmm_lock, state.fileno())
+            try:
+                await machine.load(state.fileno())
+            except BaseException:
+                machine.control.close()
+                machine.console.close()
+                await machine.kill()
+                raise
+        return machine
+
+    async def _spawn(self, spec: MachineSpec, vmm_lock: int, state: int | None) -> QemuMachine:
         binary = find_qemu()
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
             pairs: dict[str, tuple[socket.socket, socket.socket]] = {}
@@ -99,8 +136,10 @@ class QemuDriver:
             pairs["console"][1].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CONSOLE_BUFFER)
             ends = {name: vmm.fileno() for name, (_, vmm) in pairs.items()}
             # A fresh generation id in each process tells the guest's kernel that it may be a copy of another.
-            line = argv(spec, Channels(**ends), generation=str(uuid.uuid4()), binary=str(binary))
-            process = spawn(line, keep=(*ends.values(), vmm_lock))
+            incoming, inherited = state is not None, (() if state is None else (state,))
+            generation = str(uuid.uuid4())
+            line = argv(spec, Channels(**ends), generation=generation, binary=str(binary), incoming=incoming)
+            process = spawn(line, keep=(*ends.values(), vmm_lock, *inherited))
             theirs.close()
             try:
                 record = Record()
@@ -112,9 +151,7 @@ class QemuDriver:
                 await process.end()
                 raise
             ours.pop_all()
-        return QemuMachine(
-            process, monitor, record, spec.volume, control=pairs["control"][0], console=pairs["console"][0]
-        )
+        return QemuMachine(process, monitor, record, spec, control=pairs["control"][0], console=pairs["console"][0])
 
 
 async def _start_failure(process: Process, binary: Path, error: MachineFailed) -> CapsemError:

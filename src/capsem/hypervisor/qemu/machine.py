@@ -11,15 +11,21 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Awaitable, Sequence
+import time
+from collections.abc import Awaitable, Iterator
 from typing import Final
 
-from capsem.hypervisor.driver import Ending, Layer
+from capsem.hypervisor.driver import Ending, Layer, MachineSpec, Saved, SaveFiles
 from capsem.hypervisor.qemu.command import TOP_NODE, layer_nodes
+from capsem.hypervisor.qemu.memory import GuestMemory, Snapshot, stream
 from capsem.hypervisor.qemu.process import Process, complaint
 from capsem.hypervisor.qemu.qmp import Event, Monitor
 from capsem.model.errors import MachineFailed
+from capsem.store import durable
 
+HEADROOM: Final = (
+    32 << 20
+)  # bytes that a guest may dirty between the estimate and the pause, without a second allocation
 DRAIN_LIMIT: Final = 2.0  # seconds from QEMU's exit to the end of what it had written to its socket
 
 # Reasons of the SHUTDOWN event (QAPI type ShutdownCause) -> (clean?, what to tell people)
@@ -77,6 +83,11 @@ def _with(what: str, words: str) -> str:
     return f"{what}: {words}" if words else what
 
 
+def _room(memory: GuestMemory) -> Snapshot:
+    """Room for what is changed now, and for what will be by the time that the machine stands still."""
+    return Snapshot(memory, sum(length for _, length in memory.changed()) + HEADROOM)
+
+
 class QemuMachine:
     """See `Machine` for the contract."""
 
@@ -85,7 +96,7 @@ class QemuMachine:
         process: Process,
         monitor: Monitor,
         record: Record,
-        volume: Sequence[Layer],
+        spec: MachineSpec,
         *,
         control: socket.socket,
         console: socket.socket,
@@ -93,10 +104,11 @@ class QemuMachine:
         self._process = process
         self._monitor = monitor
         self._record = record
-        self._top = volume[-1]
+        self._spec = spec
+        self._top = self._frozen = spec.volume[-1]
         self._top_node = TOP_NODE
-        self._top_place = len(volume) - 1
-        self._next_place = len(volume)
+        self._top_place = len(spec.volume) - 1
+        self._next_place = len(spec.volume)
         self._layering = asyncio.Lock()
         self._control = control
         self._console = console
@@ -120,9 +132,13 @@ class QemuMachine:
         return self._console
 
     @property
-    def qemu_version(self) -> str:
-        """Version of the QEMU that runs; a device state can only be restored by one that is compatible."""
-        return self._monitor.version
+    def version(self) -> str:
+        """See Machine."""
+        return f"qemu {self._monitor.version}"
+
+    async def load(self, state: int) -> None:
+        """Take in a device state from an inherited descriptor; the vCPUs stay stopped. Raises MachineFailed."""
+        await self._command(self._monitor.load(f"fd:{state}"))
 
     async def run(self) -> None:
         """See Machine."""
@@ -171,6 +187,7 @@ class QemuMachine:
                 await self._monitor.blockdev_del(file["node-name"])
                 raise
             frozen, _ = layer_nodes(self._top, self._top_place, name=self._top_node, backing=None, top=False)
+            self._frozen = self._top
             self._top, self._top_node, self._top_place = layer, node["node-name"], place
             # The snapshot made the frozen layer's qcow2 node read-only, not its file, which says so explicitly. Its write
             # lock must go too, or no fork could open the layer while this machine runs.
@@ -180,6 +197,39 @@ class QemuMachine:
                 log.error(
                     "the frozen layer %s stays open for writing, though nothing writes: %s", self._top.path, error
                 )
+
+    async def save(self, files: SaveFiles, layer: Layer, *, go_on: bool) -> Saved:
+        """See Machine. A caller that is cancelled meanwhile does not leave the machine standing."""
+        return await asyncio.shield(self._save(files, layer, go_on=go_on))
+
+    async def _save(self, files: SaveFiles, layer: Layer, *, go_on: bool) -> Saved:
+        memory = GuestMemory(self.pid, self._spec.ram_file, self._spec.ram_mb << 20)
+        snapshot = await asyncio.to_thread(_room, memory) if go_on else None
+        try:
+            began = time.monotonic()
+            await self.pause()
+            try:
+                # Flushes the top, and fails if that fails: `stop` alone would not say.
+                await self.add_layer(layer)
+                await self._command(self._monitor.save_devices(files.devices))
+                if snapshot is not None:
+                    snapshot.take()
+            finally:
+                if go_on:
+                    await self.run()
+            pause = time.monotonic() - began
+            pieces = stream(memory) if snapshot is None else snapshot.pieces()
+            return await asyncio.to_thread(self._write, files, pieces, pause)
+        finally:
+            if snapshot is not None:
+                snapshot.close()
+
+    def _write(self, files: SaveFiles, pieces: Iterator[tuple[int, memoryview]], pause: float) -> Saved:
+        runs, written = files.ram.patch(pieces, compare=files.compare)
+        durable.sync_file(files.devices)
+        for layer in (self._frozen, self._top):
+            durable.sync_file(layer.path)
+        return Saved(pause, runs, written)
 
     async def kill(self) -> None:
         """See Machine. Raises MachineFailed if the kernel does not let go of it within 10 s."""

@@ -14,6 +14,7 @@ import logging
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from qemu.qmp import EventListener, Message, QMPClient, QMPError, Runstate
@@ -21,6 +22,7 @@ from qemu.qmp import EventListener, Message, QMPClient, QMPError, Runstate
 from capsem.model.errors import MachineFailed
 
 COMMAND_LIMIT: Final = 60.0  # seconds; `stop` flushes the disks, which may be slow ones
+_MIGRATION_ENDS: Final = frozenset({"completed", "failed", "cancelled"})
 HINT: Final = "see the VM's process log"
 
 # Whatever the library logs reaches us as an exception as well; its own lines would say it twice.
@@ -54,7 +56,15 @@ class Monitor:
     def __init__(self, on_event: Callable[[Event], None]) -> None:
         self._client = QMPClient()
         self._client.events.event_filter = lambda _event: False  # the library's own, boundless queue
-        self._client.register_listener(_Hook(on_event))
+        self._client.register_listener(_Hook(self._event))
+        self._on_event = on_event
+        self._migration: asyncio.Future[str] | None = None
+
+    def _event(self, event: Event) -> None:
+        waiting, status = self._migration, str(event.data.get("status"))
+        if event.name == "MIGRATION" and waiting is not None and not waiting.done() and status in _MIGRATION_ENDS:
+            waiting.set_result(status)
+        self._on_event(event)
 
     async def open(self, sock: socket.socket, limit: float) -> None:
         """Wait for QEMU's greeting and begin the session; takes `sock` over. Raises MachineFailed."""
@@ -93,6 +103,29 @@ class Monitor:
         answer = await self.execute("query-status")
         assert isinstance(answer, dict)
         return str(answer["status"])
+
+    async def save_devices(self, path: Path) -> None:
+        """Write the state of all devices, without RAM, to a new file; the vCPUs must be stopped."""
+        # Made for Xen, which keeps a guest's RAM itself, as we do. `live`: the disks stay open, the machine may go on.
+        await self.execute("xen-save-devices-state", filename=str(path), live=True)
+
+    async def load(self, uri: str) -> None:
+        """Take in a state that `save_devices` wrote, in a QEMU that was started to wait for one."""
+        waiting = self._migration = asyncio.get_running_loop().create_future()
+        await self.execute("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+        await self.execute("migrate-incoming", uri=uri)
+        gone = asyncio.ensure_future(self.closed())  # a QEMU that cannot take it in exits
+        try:
+            async with asyncio.timeout(COMMAND_LIMIT):
+                await asyncio.wait((waiting, gone), return_when=asyncio.FIRST_COMPLETED)
+        except TimeoutError:
+            raise MachineFailed(
+                f"QEMU did not take the device state in within {COMMAND_LIMIT:g} s", hint=HINT
+            ) from None
+        finally:
+            gone.cancel()
+        if not waiting.done() or waiting.result() != "completed":
+            raise MachineFailed("QEMU did not take the device state in", hint=HINT)
 
     async def quit(self) -> None:
         """Ask QEMU to end. It may be gone before it answers: that is no error."""

@@ -1,0 +1,148 @@
+"""The guest's RAM from outside the VMM: which pages it has changed, and their content.
+
+RAM is a private mapping of a file. A page of it that is present (or swapped out) and no longer the file's is exactly a
+page that was written to since the mapping was made: bits 63, 62 and 61 of its entry in /proc/<pid>/pagemap
+(https://www.kernel.org/doc/html/latest/admin-guide/mm/pagemap.html). The content is copied with process_vm_readv(2),
+into memory that is there already: then it runs at the speed of memcpy, and a machine that is to go on stands still for
+little longer than that.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import mmap
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from capsem.store.ram import CHUNK, PAGE, Runs
+
+_ENTRY: Final = 8  # bytes of pagemap for each page
+_SCAN: Final = 8 << 20  # bytes of pagemap read at once: 4 GiB of RAM
+# The top byte of an entry: present or swapped, and not of a file; the five bits below say other things.
+_CHANGED: Final = re.compile(rb"[\x40-\x5f\x80-\x9f\xc0-\xdf]+")
+_IOV_MAX: Final = 1024  # IOV_MAX, limits.h
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.process_vm_readv.restype = ctypes.c_ssize_t
+
+
+class _IoVec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+class GuestMemory:
+    """The RAM of a running VMM, whose vCPUs should be stopped while it is read."""
+
+    def __init__(self, pid: int, ram_file: Path, size: int) -> None:
+        """Find the mapping of `ram_file`, `size` bytes. Raises OSError."""
+        self._pid = pid
+        self.size = size
+        self._start = self._find(ram_file.stat())
+
+    def _find(self, file: os.stat_result) -> int:
+        device = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}"
+        end = start = 0
+        with Path(f"/proc/{self._pid}/maps").open(encoding="utf-8", errors="replace") as maps:
+            for line in maps:  # start-end permissions offset device inode path, proc(5)
+                span, _, offset, where, inode = line.split(maxsplit=5)[:5]
+                if where == device and int(inode) == file.st_ino and int(offset, 16) < self.size:
+                    low, high = (int(each, 16) for each in span.split("-"))
+                    start = start or low - int(offset, 16)
+                    end = high
+        if not start or end - start < self.size:
+            raise OSError(f"process {self._pid} does not map its RAM file as one piece")
+        return start
+
+    def changed(self) -> Runs:
+        """What was written to since the mapping was made, as (offset, length), ascending. Raises OSError."""
+        runs: Runs = []
+        with Path(f"/proc/{self._pid}/pagemap").open("rb", buffering=0) as pagemap:
+            for base in range(0, self.size, _SCAN // _ENTRY * PAGE):
+                pages = min(_SCAN // _ENTRY, (self.size - base) // PAGE)
+                entries = os.pread(pagemap.fileno(), pages * _ENTRY, (self._start + base) // PAGE * _ENTRY)
+                if len(entries) != pages * _ENTRY:
+                    raise OSError(f"the page map of process {self._pid} ends early")
+                for found in _CHANGED.finditer(entries[_ENTRY - 1 :: _ENTRY]):
+                    offset, length = base + found.start() * PAGE, (found.end() - found.start()) * PAGE
+                    if runs and sum(runs[-1]) == offset:
+                        runs[-1] = (runs[-1][0], runs[-1][1] + length)
+                    else:
+                        runs.append((offset, length))
+        return runs
+
+    def read(self, runs: Runs, into: memoryview) -> None:
+        """Copy the RAM in `runs`, one after the other. Raises OSError, among others when the process is gone."""
+        address, at = ctypes.addressof(ctypes.c_char.from_buffer(into)), 0
+        for first in range(0, len(runs), _IOV_MAX):
+            group = runs[first : first + _IOV_MAX]
+            remote = array.array("Q", (each for offset, length in group for each in (self._start + offset, length)))
+            total = sum(length for _, length in group)
+            local = _IoVec(address + at, total)
+            size = _libc.process_vm_readv(
+                self._pid, ctypes.byref(local), 1, ctypes.c_void_p(remote.buffer_info()[0]), len(group), 0
+            )
+            if size != total:
+                number = ctypes.get_errno() if size < 0 else 0
+                raise OSError(number, f"the memory of process {self._pid} cannot be read: {os.strerror(number)}")
+            at += total
+
+
+class Snapshot:
+    """A copy of changed pages in our own memory, taken in one go so that the machine can run on."""
+
+    def __init__(self, memory: GuestMemory, expected: int) -> None:
+        """Room for `expected` bytes, touched now rather than while the machine stands still. Raises OSError."""
+        self._memory = memory
+        self._buffer = _touched(expected)
+        self._runs: Runs = []
+
+    def take(self) -> int:
+        """Copy what has changed; returns how many bytes that is. Raises OSError."""
+        self._runs = self._memory.changed()
+        total = sum(length for _, length in self._runs)
+        if total > len(self._buffer):
+            self._buffer.close()
+            self._buffer = _touched(total)
+        with memoryview(self._buffer) as view:
+            self._memory.read(list(_chunks(self._runs)), view)
+        return total
+
+    def pieces(self) -> Iterator[tuple[int, memoryview]]:
+        """What was copied, at most CHUNK at a time."""
+        view, at = memoryview(self._buffer), 0
+        for offset, length in _chunks(self._runs):
+            yield offset, view[at : at + length]
+            at += length
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._runs = []
+        self._buffer.close()
+
+
+def stream(memory: GuestMemory) -> Iterator[tuple[int, memoryview]]:
+    """What has changed, read piece by piece: for a machine that will not run on."""
+    with _touched(CHUNK) as buffer:
+        view = memoryview(buffer)
+        try:
+            for offset, length in _chunks(memory.changed()):
+                piece = view[:length]
+                memory.read([(offset, length)], piece)
+                yield offset, piece
+                piece.release()
+        finally:
+            view.release()
+
+
+def _touched(size: int) -> mmap.mmap:
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+    return mmap.mmap(-1, max(size, PAGE), flags=flags)
+
+
+def _chunks(runs: Runs) -> Iterator[tuple[int, int]]:
+    for offset, length in runs:
+        for start in range(offset, offset + length, CHUNK):
+            yield start, min(CHUNK, offset + length - start)

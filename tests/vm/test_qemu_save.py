@@ -1,0 +1,121 @@
+"""A machine can be saved while it runs, and any number of machines started from that."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+from qemu_bench import ID, RAM_MB, Bench, ask, bench_fixture, hear, machine, tell, vm_test  # noqa: F401
+
+from capsem.hypervisor.driver import Saved, SaveFiles
+from capsem.hypervisor.qemu.machine import QemuMachine
+from capsem.hypervisor.qemu.memory import GuestMemory
+from capsem.store.ram import PAGE, RamFile, RamIdentity, RamWriter, verify
+
+pytestmark = pytest.mark.vm
+SIZE = RAM_MB << 20
+
+
+class Save:
+    """One save's files."""
+
+    def __init__(self, root: Path) -> None:
+        root.mkdir()
+        self.ram, self.sums, self.devices = root / "ram", root / "sums", root / "devices"
+        self.writer = RamWriter(self.ram, self.sums, SIZE)
+        self.digest = ""
+
+    async def make(
+        self, running: QemuMachine, bench: Bench, layer: str, *, go_on: bool, compare: bool = False
+    ) -> Saved:
+        saved = await running.save(SaveFiles(self.devices, self.writer, compare), bench.layer(layer), go_on=go_on)
+        self.digest = self.writer.finish(RamIdentity("box", ID, SIZE))
+        self.writer.close()
+        return saved
+
+
+async def pmemsave(running: QemuMachine, path: Path) -> bytes:
+    await running._monitor.execute("pmemsave", val=0, size=SIZE, filename=str(path))
+    return path.read_bytes()
+
+
+def test_memory_is_saved_byte_for_byte_and_forks_go_on_from_there(bench: Bench) -> None:
+    @vm_test
+    async def run(bench: Bench) -> None:
+        save = Save(bench.root / "first")
+        async with machine(bench) as running:
+            await running.run()
+            assert await hear(running) == b"R"
+            assert [await ask(running) for _ in range(4)] == [b"1", b"2", b"3", b"4"]
+            saved = await save.make(running, bench, "second.qcow2", go_on=False)
+            assert running.top_layer == bench.layer("second.qcow2")
+            assert saved.written
+            # QEMU's own dump of the paused machine, hole for hole and byte for byte.
+            assert save.ram.read_bytes()[:SIZE] == await pmemsave(running, bench.root / "dump")
+        verify(save.ram, save.sums, SIZE, save.digest)
+        assert save.ram.stat().st_mode & 0o777 == 0o600
+        before = hashlib.sha256(save.ram.read_bytes()).digest()
+        for fork in range(2):
+            spec = bench.spec(ram_file=save.ram, volume=(*bench.spec().volume, bench.layer(f"fork{fork}.qcow2")))
+            with open(os.devnull) as null:
+                forked = await bench.driver.restore(spec, save.devices, vmm_lock=null.fileno())
+            with forked.control, forked.console:
+                try:
+                    assert GuestMemory(forked.pid, save.ram, SIZE).changed() is not None
+                    await forked.run()
+                    assert await ask(forked) == b"5"
+                    await tell(forked, b"q")
+                    assert (await forked.wait()).clean
+                finally:
+                    await forked.kill()
+        assert hashlib.sha256(save.ram.read_bytes()).digest() == before
+
+    run(bench)
+
+
+def test_a_live_save_lets_the_machine_go_on_and_the_next_writes_only_what_changed(bench: Bench) -> None:
+    @vm_test
+    async def run(bench: Bench) -> None:
+        first, second = Save(bench.root / "first"), Save(bench.root / "second")
+        async with machine(bench) as running:
+            await running.run()
+            assert await hear(running) == b"R"
+            assert await ask(running) == b"1"
+            whole = await first.make(running, bench, "second.qcow2", go_on=True)
+            assert await ask(running) == b"2"
+            assert second.writer.copy(RamFile(first.ram, first.sums))
+            less = await second.make(running, bench, "third.qcow2", go_on=True, compare=True)
+            assert await ask(running) == b"3"
+            assert 0 < sum(length for _, length in less.runs) < sum(length for _, length in whole.runs)
+            changed = GuestMemory(running.pid, bench.root / "ram", SIZE).changed()
+            assert all(offset % PAGE == 0 and length % PAGE == 0 for offset, length in changed)
+            await running.pause()
+            assert await pmemsave(running, bench.root / "dump")
+        verify(second.ram, second.sums, SIZE, second.digest)
+        spec = bench.spec(ram_file=second.ram, volume=(*bench.spec().volume, bench.layer("fork.qcow2")))
+        with open(os.devnull) as null:
+            forked = await bench.driver.restore(spec, second.devices, vmm_lock=null.fileno())
+        with forked.control, forked.console:
+            try:
+                await forked.run()
+                assert await ask(forked) == b"3"
+            finally:
+                await forked.kill()
+
+    run(bench)
+
+
+def test_a_state_that_is_none_is_refused(bench: Bench) -> None:
+    from capsem.model.errors import MachineFailed
+
+    @vm_test
+    async def run(bench: Bench) -> None:
+        (bench.root / "devices").write_bytes(b"no device state" * 100)
+        with open(os.devnull) as null, pytest.raises(MachineFailed, match="device state"):
+            await bench.driver.restore(bench.spec(), bench.root / "devices", vmm_lock=null.fileno())
+        assert not asyncio.all_tasks() - {asyncio.current_task()}
+
+    run(bench)
