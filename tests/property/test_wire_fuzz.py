@@ -161,6 +161,7 @@ by_kind: dict[str, st.SearchStrategy[Any]] = {
     "int": st.integers(-(1 << 63), (1 << 63) - 1),
     "bool": st.booleans(),
     "float": st.floats(allow_nan=False, allow_infinity=False),
+    "list[str]": st.lists(st.text(max_size=5), max_size=3),
     "dict[str, str]": st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3),
     "dict[str, float]": st.dictionaries(
         st.text(max_size=5), st.floats(allow_nan=False, allow_infinity=False), max_size=3

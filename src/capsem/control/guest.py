@@ -40,6 +40,7 @@ from capsem.wire.messages import (
 )
 from capsem.wire.streams import EpochStarted, Mux
 
+_ENTROPY = 64  # bytes for a restored guest's kernel
 HANDSHAKE_LIMIT = 10.0  # seconds until a handshake that hangs is begun again
 FILE_LIMIT = 30.0  # seconds for a file operation
 
@@ -53,21 +54,34 @@ class Identity:
     vm_id: str
     hostname: str
     env: Mapping[str, str]
+    machine_id: str | None = None
+    token: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """Where the guest of a restored machine stands: the epoch it has completed, the nonce that it waits for, and the
+    mark that its memory and its volume should carry, None when it was not left there for sure."""
+
+    epoch: int
+    nonce: bytes
+    mark: str | None
 
 
 class Guest:
     """The host's end of one machine's control channel."""
 
-    def __init__(self, identity: Identity, clock: Clock, entropy: Entropy) -> None:
+    def __init__(self, identity: Identity, clock: Clock, entropy: Entropy, restored: Restored | None = None) -> None:
         self.identity = identity
-        self.epoch = 0
+        self.epoch = restored.epoch if restored else 0
         self.boot_id = ""
         self.restarts = 0
         self.on_request: Callable[[Message], None] = lambda _message: None  # ShutdownRequest, SuspendRequest
         self.on_ready: Callable[[bool], None] = lambda _ready: None
         self._clock = clock
         self._entropy = entropy
-        self._nonce = FIRST_NONCE
+        self._restored = restored
+        self._nonce = restored.nonce if restored else FIRST_NONCE
         self._next_nonce = b""
         self._handshake = HostHandshake()
         self._ready = asyncio.Event()
@@ -78,11 +92,13 @@ class Guest:
         self._pings: dict[int, asyncio.Future[None]] = {}
         self._ping_id = 0
         self.boot_ready: BootReady | None = None
-        self.channel = Channel(Mux(FrameDecoder(FIRST_NONCE), initiator=True))
+        self.channel = Channel(Mux(FrameDecoder(self._nonce), initiator=True))
         self.channel.on_control = self._control
         self.channel.on_epoch = self._epoch_started
         self.channel.on_garbage = self._garbage
         self.channel.on_lost = self._connection_lost
+        if restored:  # the guest does not know that time has passed: the first word is ours
+            self.channel.mux.begin_epoch(self._nonce)
 
     # -- epochs
 
@@ -139,6 +155,11 @@ class Guest:
             epoch=self.epoch,
             time=self._clock.time(),
             next_nonce=self._next_nonce.hex(),
+            machine_id=self.identity.machine_id,
+            token=self.identity.token,
+            resumed=self._restored is not None,
+            mark=self._restored.mark if self._restored else None,
+            entropy=self._entropy.token_bytes(_ENTROPY).hex() if self._restored else None,
         )
         for message in self._handshake.offer(config, dict(self.identity.env)):
             self.channel.mux.control(message)
@@ -153,6 +174,15 @@ class Guest:
     def _finish(self) -> None:
         self._stop_watchdog()
         self.boot_ready = self._handshake.boot_ready
+        assert self.boot_ready is not None
+        if self._restored and self.boot_ready.problems:
+            self._refused = GuestFailed(
+                f"the restored machine is not well: {'; '.join(self.boot_ready.problems)}",
+                hint="the checkpoint is untouched",
+            )
+            self.channel.hang_up()
+            return
+        self._restored = None
         self._nonce, self._next_nonce = self._next_nonce, b""
         self.channel.mux.decoder.arm(self._nonce)
         self._set_ready(True)
@@ -281,9 +311,14 @@ class Guest:
         assert isinstance(result, FileWritten)
         return result.size
 
-    async def sync(self, limit: float) -> float:
-        """Flush the guest's file systems; returns seconds. Raises TimedOut, Interrupted."""
-        stream = self.channel.open(Sync())
+    @property
+    def next_nonce(self) -> bytes:
+        """What begins the next epoch: both ends know it once the guest is ready."""
+        return self._nonce
+
+    async def sync(self, limit: float, mark: str | None = None) -> float:
+        """Flush the guest's file systems, `mark` included; returns seconds. Raises TimedOut, Interrupted."""
+        stream = self.channel.open(Sync(mark=mark))
         async with limited(stream, "sync", limit):
             result = await stream.result()
         assert isinstance(result, Synced)

@@ -8,6 +8,7 @@ from collections import OrderedDict
 
 from capsem.guest.files import Lister, Reader, Refused, Writer, refusal
 from capsem.guest.freeze import Freezer
+from capsem.guest.health import Health
 from capsem.guest.loop import Loop, Timer
 from capsem.guest.memory import Memory
 from capsem.guest.port import Port
@@ -78,6 +79,7 @@ class Agent:
         self._workspace = workspace
         self._memory = memory
         self._system = system
+        self._health = Health(system.volume)
         self._mux = Mux(FrameDecoder(memory.next_nonce), initiator=False)
         self._handshake = GuestHandshake()
         self._env = dict(BASE_ENV)
@@ -129,6 +131,8 @@ class Agent:
         config = self._handshake.config
         assert config is not None
         step = self._system.set_clock(config.time)
+        reseeded = bool(config.entropy) and self._system.reseed(bytes.fromhex(config.entropy or ""))
+        self._system.set_identity(config.machine_id, config.token)
         self._system.set_hostname(config.hostname)
         env = {name: value for name, value in self._handshake.env.items() if not env_problem(name, value)}
         self._env = {
@@ -142,7 +146,30 @@ class Agent:
         self._memory.next_nonce = self._handshake.next_nonce
         self._memory.save()
         self._mux.decoder.arm(self._handshake.next_nonce)
-        self._mux.control(BootReady(epoch=config.epoch, clock_step=step, timings={"ready": time.monotonic()}))
+        if not config.resumed:
+            self._mux.control(BootReady(epoch=config.epoch, clock_step=step, timings={"ready": time.monotonic()}))
+            return
+        handshake, mark = self._handshake, config.mark
+
+        def examined(found: tuple[list[str], list[str]] | Exception) -> None:
+            if self._handshake is handshake:  # else the host did not wait for it, and began anew
+                problems, warnings = (
+                    ([f"the examination failed: {found}"], []) if isinstance(found, Exception) else found
+                )
+                timings = {"ready": time.monotonic()}
+                self._mux.control(
+                    BootReady(
+                        epoch=config.epoch,
+                        clock_step=step,
+                        timings=timings,
+                        problems=problems,
+                        warnings=warnings,
+                        reseeded=reseeded,
+                    )
+                )
+
+        # Off the loop's thread: a volume that is not well may never answer.
+        self._loop.offload(lambda: self._health.examine(mark), examined)
 
     # -- events
 
@@ -237,8 +264,13 @@ class Agent:
             freezer = Freezer(self._loop, self._mux, stream, request.limit, self._system.volume, self._finished)
             self._servants[stream] = freezer
         elif isinstance(request, Sync):
-            began = time.monotonic()
-            self._loop.offload(os.sync, lambda _: self._mux.close(stream, Synced(duration=time.monotonic() - began)))
+            began, mark = time.monotonic(), request.mark
+
+            def synced(error: Exception | None) -> None:
+                done = Synced(duration=time.monotonic() - began)
+                self._mux.close(stream, refusal(error, "the volume") if error else done)
+
+            self._loop.offload(lambda: self._health.sync(mark), synced)
         else:
             self._mux.close(stream, Failed(code="unsupported", message=f"this agent does not serve {request.tag}"))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import struct
 import time
 
 from capsem.guest.loop import READ, Loop
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 POWER_OFF_STATUS = 100  # tells PID 1 (image/guestfs/init) to switch the machine off instead of starting the agent again
 SYSUTIL = "/run/capsem-sysutil"
 _TURN = 0.02
+_RNDADDENTROPY, _RNDRESEEDCRNG = 0x40085203, 0x5207
 _CLOCK_TOLERANCE = 0.05
 
 _SYSUTIL_TEXT = """#!/bin/sh
@@ -47,6 +50,13 @@ class Bystander:
     def set_hostname(self, name: str) -> None:
         """Nothing."""
 
+    def set_identity(self, machine_id: str | None, token: str | None) -> None:
+        """Nothing."""
+
+    def reseed(self, entropy: bytes) -> bool:
+        """Whether the kernel took it."""
+        return False
+
     def install(self, loop: Loop, request: Callable[[str], None]) -> None:
         """Nothing."""
 
@@ -78,6 +88,23 @@ class Machine(Bystander):
         ):
             with open(path, "w") as file:
                 file.write(text)
+
+    def set_identity(self, machine_id: str | None, token: str | None) -> None:
+        """What tells this machine from others (machine-id(5)), and this boot of it from others, forks included."""
+        for path, value in (("/etc/machine-id", machine_id), ("/run/capsem/boot-token", token)):
+            if value is not None:
+                with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o444), "r+") as file:
+                    if file.read() != f"{value}\n":
+                        file.seek(0)
+                        file.write(f"{value}\n")
+                        file.truncate()
+
+    def reseed(self, entropy: bytes) -> bool:
+        """Mix in entropy, count it, and have every generator start anew from it; random(4)."""
+        with open("/dev/random", "wb", buffering=0) as device:
+            fcntl.ioctl(device, _RNDADDENTROPY, struct.pack("ii", len(entropy) * 8, len(entropy)) + entropy)
+            fcntl.ioctl(device, _RNDRESEEDCRNG)
+        return True
 
     def install(self, loop: Loop, request: Callable[[str], None]) -> None:
         """Make the lifecycle FIFO and the commands that write to it; `request` gets "shutdown" or "suspend"."""

@@ -116,7 +116,13 @@ class Ready(Message, tag="ready"):
 
 
 class BootConfig(Message, tag="boot-config"):
-    """Host: who this VM is and what time it is. `next_nonce` (hex) begins the epoch after this one."""
+    """Host: who this VM is and what time it is. `next_nonce` (hex) begins the epoch after this one.
+
+    `resumed`: the machine was restored from a checkpoint since the last epoch. Its agent then shows that it is well
+    before it answers; `mark` is what the last `Sync` before the checkpoint left in its memory and on its volume, None
+    if that is not known. `entropy` (hex) is for the kernel's random generator. `machine_id` and `token` are this VM's
+    and this boot's own; a fork gets others than its source.
+    """
 
     protocol: int
     vm_id: str
@@ -125,6 +131,11 @@ class BootConfig(Message, tag="boot-config"):
     time: float
     next_nonce: str
     timezone: str | None = None
+    machine_id: str | None = None
+    token: str | None = None
+    resumed: bool = False
+    mark: str | None = None
+    entropy: str | None = None
 
 
 class SetEnv(Message, tag="set-env"):
@@ -139,11 +150,18 @@ class BootConfigDone(Message, tag="boot-config-done"):
 
 
 class BootReady(Message, tag="boot-ready"):
-    """Guest: identity, clock and environment are in place. Times in seconds since the kernel started."""
+    """Guest: identity, clock and environment are in place. Times in seconds since the kernel started.
+
+    After a resume: `problems` say why the machine must not be used, `warnings` are what else its kernel complained of;
+    `reseeded`: the kernel took the entropy.
+    """
 
     epoch: int
     clock_step: float
     timings: dict[str, float] = {}
+    problems: list[str] = []
+    warnings: list[str] = []
+    reseeded: bool = False
 
 
 class Ping(Message, tag="ping"):
@@ -266,7 +284,9 @@ class DirListed(Message, tag="dir-listed"):
 
 
 class Sync(Message, tag="sync"):
-    """Flush all file systems of the guest."""
+    """Flush all file systems of the guest; before that, leave `mark` on its volume and keep it in memory."""
+
+    mark: str | None = None
 
 
 class Synced(Message, tag="synced"):

@@ -1,0 +1,105 @@
+"""Is this machine well after it was restored? A claim to verify, not a return code.
+
+Before a checkpoint a mark is left on the volume and kept in memory: what comes back together must carry the same one.
+The mark on the volume is read around the page cache, which was restored with the memory and would only say what memory
+says. Then the volume must take a write and flush it, and the kernel must have had nothing to complain about.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+_NAME = ".capsem-mark"
+_BLOCK = 4096
+_LINES = 8
+# Of the kernel's complaints, those that mean that the volume or its file system is not what the memory believes.
+_FATAL = (
+    "I/O error",
+    "EXT4-fs error",
+    "EXT4-fs (",
+    "Aborting journal",
+    "JBD2",
+    "Remounting filesystem read-only",
+    "failed to convert unwritten extents",
+    "virtio_blk",
+)
+_ERROR = 3  # syslog(2): levels up to "error"
+
+
+class Health:
+    """Of the volume mounted at a path; "": there is none (tests), and nothing to examine."""
+
+    def __init__(self, volume: str) -> None:
+        self._path = f"{volume}/{_NAME}" if volume else ""
+        self._mark = ""
+        self._log = -1
+
+    def sync(self, mark: str | None) -> None:
+        """Leave the mark, if there is one, and flush every file system. Raises OSError."""
+        if mark and self._path:
+            self._write(mark)
+            self._mark = mark
+        self._follow_log()
+        os.sync()
+
+    def examine(self, mark: str | None) -> tuple[list[str], list[str]]:
+        """What is wrong, and what else the kernel complained of since the last `sync`. Takes a while."""
+        problems: list[str] = []
+        if self._path:
+            try:
+                if mark is not None:
+                    found = self._read()
+                    if not mark == self._mark == found:
+                        problems.append(
+                            f"memory and volume are not of one checkpoint: "
+                            f"expected {mark[:12]}, memory has {self._mark[:12] or 'none'}, volume {found[:12] or 'none'}"
+                        )
+                self._write(mark or "resumed")
+            except OSError as error:
+                problems.append(f"the volume cannot be written: {error}")
+        complaints = self._complaints()
+        problems += [line for line in complaints if any(sign in line for sign in _FATAL)]
+        return problems[:_LINES], [line for line in complaints if line not in problems][:_LINES]
+
+    def _write(self, mark: str) -> None:
+        fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.pwrite(fd, mark.encode("ascii").ljust(_BLOCK, b"\0"), 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def _read(self) -> str:
+        """The mark as the disk has it."""
+        fd = os.open(self._path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        try:
+            with mmap.mmap(-1, _BLOCK) as block:  # direct I/O wants aligned memory
+                os.preadv(fd, [block], 0)
+                return block[:].rstrip(b"\0").decode("ascii", "replace")
+        finally:
+            os.close(fd)
+
+    def _follow_log(self) -> None:
+        """From here on, `_complaints` tells what comes."""
+        try:
+            if self._log < 0:
+                self._log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            os.lseek(self._log, 0, os.SEEK_END)
+        except OSError:  # an unprivileged agent in tests
+            pass
+
+    def _complaints(self) -> list[str]:
+        lines = []
+        while self._log >= 0:
+            try:
+                record = os.read(self._log, 8192).decode("utf-8", "replace")
+            except BlockingIOError:
+                break
+            except BrokenPipeError:  # records were overwritten before we read them
+                continue
+            head, _, text = record.partition(";")
+            level = head.split(",", 1)[0]
+            if level.isdigit() and int(level) & 7 <= _ERROR:
+                lines.append(text.split("\n", 1)[0][:200])
+        return lines
