@@ -24,19 +24,27 @@ from capsem.api.codec import encode
 from capsem.api.operations import OPERATIONS, unknown_vm
 from capsem.api.types import (
     AssetHealth,
+    CheckpointRequest,
+    CheckpointResponse,
+    CheckpointsResponse,
     ExecRequest,
     ExecResponse,
     ExecResult,
     ImageUsage,
     ListResponse,
     LogsResponse,
+    OneCheckpointRequest,
     ProvisionRequest,
     ProvisionResponse,
     ReadFileRequest,
     ReadFileResponse,
+    ResumeRequest,
+    RollbackRequest,
+    RollbackResponse,
     RunRequest,
     SandboxInfo,
     StopResponse,
+    SuspendResponse,
     UsageResponse,
     VmUsage,
     WriteFileRequest,
@@ -212,7 +220,30 @@ class FakeManager:
         self.states[vm_id] = State.STOPPED
         return StopResponse(success=True, persistent=True)
 
-    async def resume(self, name: str) -> ProvisionResponse:
+    async def suspend(self, vm_id: str) -> SuspendResponse:
+        self._require("suspend", vm_id)
+        self.states[vm_id] = State.SUSPENDED
+        return SuspendResponse(success=True, checkpoint="c" * 32, bytes=4096, pause_ms=2.5, synced=True)
+
+    async def checkpoint(self, vm_id: str, request: CheckpointRequest) -> CheckpointResponse:
+        self._require("checkpoint", vm_id)
+        return CheckpointResponse(id="c" * 32, bytes=4096, pause_ms=2.5, synced=True)
+
+    async def checkpoints(self, vm_id: str) -> CheckpointsResponse:
+        self._require("checkpoints", vm_id)
+        return CheckpointsResponse(checkpoints=[])
+
+    async def remove_checkpoint(self, vm_id: str, request: OneCheckpointRequest) -> None:
+        self._require("remove_checkpoint", vm_id)
+
+    async def verify_checkpoint(self, vm_id: str, request: OneCheckpointRequest) -> None:
+        self._require("verify_checkpoint", vm_id)
+
+    async def rollback(self, vm_id: str, request: RollbackRequest) -> RollbackResponse:
+        self._require("rollback", vm_id)
+        return RollbackResponse(success=True, checkpoint=request.checkpoint)
+
+    async def resume(self, name: str, request: ResumeRequest) -> ProvisionResponse:
         if name == "busy":
             raise Unavailable("try later", retry_after=2.5)
         self._require("resume", name)

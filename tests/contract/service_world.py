@@ -33,6 +33,7 @@ class OneImage:
             volume=path / "volume.raw",
             volume_mb=16384,
             kernel_command_line="quiet",
+            manifest=SimpleNamespace(files={role: SimpleNamespace(digest="e" * 64) for role in ("kernel", "initrd")}),
         )
 
     def find(self, name: str = "default") -> SimpleNamespace:

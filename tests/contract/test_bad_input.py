@@ -93,6 +93,9 @@ _BODIES = {
     "read_file": {"path": "a"},
     "persist": {"name": "kept"},
     "fork": {"name": "child"},
+    "remove_checkpoint": {"checkpoint": "3f2a"},
+    "verify_checkpoint": {"checkpoint": "3f2a"},
+    "rollback": {"checkpoint": "3f2a"},
     "put_file": b"content",
 }
 

@@ -21,11 +21,11 @@ from urllib.parse import quote
 
 import pytest
 import uvicorn
-from test_handlers import World, world
 
 from capsem.api.types import ProvisionRequest
 from capsem.client.http import Answer, encode_chunk
 from capsem.service.app import build_app
+from service_world import World, world
 
 CAPSEM = Path(sys.executable).parent / "capsem"
 MIB = 1024 * 1024

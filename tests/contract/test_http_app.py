@@ -63,6 +63,14 @@ def test_every_json_operation_answers_in_the_contract_s_shape(service: FakeServi
     assert ask("POST", "/write_file/box", {"path": "a", "content": "é\n"}) == {"success": True}
     assert ask("POST", "/read_file/box", {"path": "a"}) == {"content": "é\n"}
     assert ask("GET", "/logs/box")["logs"] == "Linux version 6\nready\n"
+    saved = {"bytes": 4096, "pause_ms": 2.5, "synced": True}
+    assert ask("POST", "/checkpoint/box", {"message": "m"}) == {"id": "c" * 32, **saved}
+    assert ask("GET", "/checkpoints/box") == {"checkpoints": []}
+    assert ask("POST", "/checkpoints/box/verify", {"checkpoint": "cc"}) == {"success": True}
+    assert ask("POST", "/checkpoints/box/remove", {"checkpoint": "cc"}) == {"success": True}
+    assert ask("POST", "/rollback/box", {"checkpoint": "cc"}) == {"success": True, "checkpoint": "cc"}
+    assert ask("POST", "/suspend/box", {}) == {"success": True, "checkpoint": "c" * 32, **saved}
+    assert ask("POST", "/resume/box", {"cold": True}) == {"id": "box", "uds_path": ""}
     assert ask("POST", "/stop/box", {}) == {"success": True, "persistent": True}
     assert ask("POST", "/resume/box") == {"id": "box", "uds_path": ""}
     assert ask("DELETE", "/delete/box", {}) == {"success": True}

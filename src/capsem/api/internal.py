@@ -45,7 +45,11 @@ def speaks(protocol: int) -> bool:
 
 
 class Bootstrap(Message, tag="bootstrap"):
-    """Everything a supervisor needs beside the VM's record. Paths are absolute."""
+    """Everything a supervisor needs beside the VM's record. Paths are absolute.
+
+    `restore`: from the record's checkpoint, whose memory is `ram_file`; `layer` is a new one to put on the volume's top
+    before anything runs. `assets` are digests of what the machine boots from. `boot_kind` and `boot_note` are recorded.
+    """
 
     protocol: int
     run_dir: str
@@ -59,6 +63,11 @@ class Bootstrap(Message, tag="bootstrap"):
     kernel_command_line: str
     accelerator: str
     hypervisor: str
+    assets: dict[str, str] = {}
+    restore: bool = False
+    layer: str | None = None
+    boot_kind: str = "cold"
+    boot_note: str | None = None
     parent_pid: int | None = None
     log_level: str = "info"
 
@@ -157,6 +166,26 @@ class LayerAdded(Message, tag="layer-added"):
     pause: float
 
 
+class Save(Message, tag="save"):
+    """Make a checkpoint of the machine, and let it go on (`go_on`), or end it: then the VM is suspended."""
+
+    kind: str
+    go_on: bool
+    message: str | None = None
+
+
+class CheckpointMade(Message, tag="checkpoint-made"):
+    """Closes a Save stream: the checkpoint is durable. Without `go_on` the supervisor's exit follows.
+
+    `pause` is how many seconds the vCPUs stood still, `written` how many bytes of RAM went to disk.
+    """
+
+    checkpoint: str
+    pause: float
+    written: int
+    synced: bool
+
+
 # request -> what closes its stream
 REQUESTS: dict[type[Message], type[Message]] = {
     Exec: JobEnded,
@@ -168,6 +197,7 @@ REQUESTS: dict[type[Message], type[Message]] = {
     Stop: Stopping,
     Persist: Persisted,
     AddLayer: LayerAdded,
+    Save: CheckpointMade,
 }
 _ALL: tuple[type[Message], ...] = (
     Hello,

@@ -16,6 +16,8 @@ from capsem.model.ids import check_name
 from capsem.model.lifecycle import Status
 from capsem.model.spec import DEFAULT_DISK_MB, check_env
 
+FORKS = 64  # at once
+MESSAGE_LIMIT = 1000  # characters
 CONTENT_LIMIT = 512 * 1024  # bytes of text in one file call
 LONGEST_TIMEOUT = 10 * 365 * 86400  # beyond this a number of seconds is a mistake
 
@@ -138,13 +140,57 @@ class PurgeRequest(_Body, frozen=True):
 
 
 class ForkRequest(_Body, frozen=True):
-    """Make a stopped VM `name` on a copy of this one's disk."""
+    """Make a stopped VM `name` on a copy of this one's disk.
+
+    `live`: with a copy of its memory too, and running; `count` of them are then called name-1, name-2 and so on, and
+    `checkpoint` (an id, or its first digits) tells of which instant.
+    """
 
     name: str
     description: str | None = None
+    live: bool = False
+    count: Annotated[int, msgspec.Meta(ge=1, le=FORKS)] = 1
+    checkpoint: str | None = None
 
     def __post_init__(self) -> None:
-        check_name(self.name)
+        for name in self.names:
+            check_name(name)
+        if not self.live and self.count > 1:
+            raise InvalidInput("count: only live forks can be several at once", hint="add live, or fork one by one")
+
+    @property
+    def names(self) -> list[str]:
+        """What the new VMs are called."""
+        return [self.name] if self.count == 1 else [f"{self.name}-{number}" for number in range(1, self.count + 1)]
+
+
+class ResumeRequest(_Body, frozen=True):
+    """Start a VM; `cold`: from its disk, though it has memory to come back with."""
+
+    cold: bool = False
+
+
+class CheckpointRequest(_Body, frozen=True):
+    """Make a checkpoint of a running VM."""
+
+    message: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.message or "") > MESSAGE_LIMIT:
+            raise InvalidInput("message: too long", hint=f"at most {MESSAGE_LIMIT} characters")
+
+
+class OneCheckpointRequest(_Body, frozen=True):
+    """Which checkpoint of the VM: its id, or its first digits."""
+
+    checkpoint: str
+
+
+class RollbackRequest(_Body, frozen=True):
+    """Go back to a checkpoint; the present is kept as another one unless `save` is false."""
+
+    checkpoint: str
+    save: bool = True
 
 
 class WriteFileRequest(_Body, frozen=True):
@@ -183,10 +229,15 @@ class VersionResponse(_Body, frozen=True):
 
 
 class ProvisionResponse(_Body, frozen=True):
-    """A VM that runs; `uds_path` is its control socket, a path that no client may compute itself."""
+    """A VM that runs; `uds_path` is its control socket, a path that no client may compute itself.
+
+    `boot_kind` is cold, warm, forked or cold-after-failure, `boot_note` why it was not what could be expected.
+    """
 
     id: str
     uds_path: str
+    boot_kind: str | None = None
+    boot_note: str | None = None
 
 
 class SandboxInfo(_Body, frozen=True):
@@ -210,6 +261,9 @@ class SandboxInfo(_Body, frozen=True):
     size_bytes: int | None = None
     created_at: str | None = None
     uptime_secs: int | None = None
+    boot_kind: str | None = None
+    boot_note: str | None = None
+    checkpoint: str | None = None
     last_error: str | None = None
     reason: str | None = None
     warning: str | None = None
@@ -353,10 +407,70 @@ class PurgeResponse(_Body, frozen=True):
 
 
 class ForkResponse(_Body, frozen=True):
-    """The new VM, and what its disk takes above the image, shared with its source or not."""
+    """A forked VM: `size_bytes` counts its whole chain of layers, those it shares too. `names`: all live ones.
+
+    Of a live fork of a running VM, `pause_ms` is how long that stood still.
+    """
 
     name: str
     size_bytes: int
+    names: list[str] | None = None
+    pause_ms: float | None = None
+
+
+class SuspendResponse(_Body, frozen=True):
+    """Suspended, durably: `checkpoint` is where. `bytes` of memory were written, `pause_ms` is from the guest's last
+    instruction to its state being in our hands; `synced`: the guest had flushed its file systems before."""
+
+    success: bool
+    checkpoint: str
+    bytes: int
+    pause_ms: float
+    synced: bool
+
+
+class CheckpointInfo(_Body, frozen=True):
+    """One checkpoint. `kind` is manual, automatic, rollback, or, hidden, suspend or fork. `memory_bytes` are its RAM's
+    alone (0: of a VM that did not run), `disk_bytes` those of layers that no VM and no other checkpoint names."""
+
+    id: str
+    kind: str
+    created_at: float
+    memory_bytes: int
+    disk_bytes: int
+    shared_bytes: int
+    warm: bool
+    current: bool
+    parent: str | None = None
+    message: str | None = None
+    pause_ms: float | None = None
+    hidden: bool = False
+
+
+class CheckpointsResponse(_Body, frozen=True):
+    """The checkpoints of a VM, oldest first."""
+
+    checkpoints: list[CheckpointInfo]
+
+
+class CheckpointResponse(_Body, frozen=True):
+    """A new checkpoint; see SuspendResponse."""
+
+    id: str
+    bytes: int
+    pause_ms: float
+    synced: bool
+
+
+class RollbackResponse(_Body, frozen=True):
+    """The VM is at `checkpoint`; `saved` is where the present was kept. It runs if it ran before."""
+
+    success: bool
+    checkpoint: str
+    saved: str | None = None
+    running: bool = False
+    boot_kind: str | None = None
+    boot_note: str | None = None
 
 
 class JobsResponse(_Body, frozen=True):

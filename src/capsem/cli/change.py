@@ -8,7 +8,7 @@ import sys
 import click
 
 from capsem.cli.context import SESSION, Context
-from capsem.cli.terminal import waiting
+from capsem.cli.terminal import printable, waiting
 from capsem.model.errors import InvalidInput, NotRunning
 
 
@@ -30,17 +30,30 @@ def stop_command(obj: Context, session: str | None) -> None:
     click.echo("Session stopped." if answer.get("persistent", True) else "Session stopped and removed.")
 
 
-@click.command("resume", epilog="\b\nExample:\n  capsem resume box")
+@click.command("resume", epilog="\b\nExamples:\n  capsem resume box\n  capsem resume --cold box")
 @click.argument("name", type=SESSION)
+@click.option("--cold", is_flag=True, help="From its disk alone: what was in memory is given up.")
 @click.pass_obj
-def resume_command(obj: Context, name: str) -> None:
-    """Start a VM that does not run (alias: attach).
+def resume_command(obj: Context, name: str, cold: bool) -> None:
+    """Start a VM that does not run, a suspended one just as it was (alias: attach).
 
     Waits until it is ready, and prints its id; one that runs is left alone.
     """
     with waiting(f"resuming {name}"):
-        answer = obj.client().call("resume", vm_id=name)
+        answer = obj.client().call("resume", vm_id=name, body={"cold": cold})
     click.echo(answer["id"])
+    if note := answer.get("boot_note"):
+        click.echo(f"{answer['boot_kind']}: {printable(note)}", err=True)
+
+
+@click.command("suspend", epilog="\b\nExample:\n  capsem suspend box && capsem resume box")
+@click.argument("session", type=SESSION)
+@click.pass_obj
+def suspend_command(obj: Context, session: str) -> None:
+    """Save a running VM, memory and all, and end its processes; `resume` brings it back just as it was."""
+    with waiting(f"suspending {session}"):
+        obj.client().call("suspend", vm_id=session)
+    click.echo("Session suspended.")
 
 
 @click.command("delete", epilog="\b\nExample:\n  capsem delete box")
@@ -78,19 +91,29 @@ def persist_command(obj: Context, session: str, name: str) -> None:
     click.echo(f"{answer['name']} (persistent)")
 
 
-@click.command("fork", epilog="\b\nExample:\n  capsem fork box experiment -d 'before the upgrade'")
+@click.command("fork", epilog="\b\nExamples:\n  capsem fork box experiment\n  capsem fork box try --count 5")
 @click.argument("session", type=SESSION)
 @click.argument("name", type=SESSION)
 @click.option("-d", "--description", metavar="TEXT", help="What it is for.")
+@click.option("--at", metavar="CHECKPOINT", help="From this checkpoint instead of the present.")
+@click.option("--count", metavar="N", type=click.IntRange(1, 64), default=1, help="How many: NAME-1, NAME-2 ...")
+@click.option("--cold", is_flag=True, help="The disk alone; the new VM is stopped.")
 @click.pass_obj
-def fork_command(obj: Context, session: str, name: str, description: str | None) -> None:
-    """Make a stopped VM on a copy of a VM's disk.
+def fork_command(
+    obj: Context, session: str, name: str, description: str | None, at: str | None, count: int, cold: bool
+) -> None:
+    """Make a copy of a VM, its memory included, that goes on from the same instant.
 
-    Nothing is copied: both go on from the same layers. A running source is held still for an instant.
+    Nothing is copied: both go on from the same memory and the same disk. A running source is held still for an
+    instant. The copy of a VM that is stopped, or with --cold, has the disk alone, and is stopped too.
     """
+    client = obj.client()
+    if not cold and at is None and client.call("info", vm_id=session)["status"] in ("Stopped", "Defunct"):
+        cold = True
+    body = {"name": name, "description": description, "live": not cold, "count": count, "checkpoint": at}
     with waiting(f"forking {session}"):
-        answer = obj.client().call("fork", vm_id=session, body={"name": name, "description": description})
-    click.echo(answer["name"])
+        answer = client.call("fork", vm_id=session, body=body)
+    click.echo("\n".join(answer.get("names") or [answer["name"]]))
 
 
 @click.command("purge", epilog="\b\nExamples:\n  capsem purge\n  capsem purge --all")

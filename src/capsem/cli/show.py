@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from capsem.cli.context import SESSION, Context
-from capsem.cli.terminal import duration, memory, printable, table
+from capsem.cli.terminal import duration, memory, printable, size_text, table
 
 HEADER = ("ID", "NAME", "STATUS", "RAM", "CPUs", "UPTIME")
 
@@ -91,16 +91,17 @@ def df_command(obj: Context, as_json: bool) -> None:
         click.echo(json.dumps(answer, indent=2))
         return
     vms = [
-        (vm["id"], *(_bytes(vm[key]) for key in ("own_bytes", "shared_bytes", "session_bytes"))) for vm in answer["vms"]
+        (vm["id"], *(size_text(vm[key]) for key in ("own_bytes", "shared_bytes", "session_bytes")))
+        for vm in answer["vms"]
     ]
     images = [
-        (f"{image['name']}-{image['digest'][:12]}", _bytes(image["size_bytes"]), str(len(image["vms"])))
+        (f"{image['name']}-{image['digest'][:12]}", size_text(image["size_bytes"]), str(len(image["vms"])))
         for image in answer["images"]
     ]
     for line in (*table(("VM", "OWN", "SHARED", "SESSION"), vms), "", *table(("IMAGE", "SIZE", "VMS"), images), ""):
         click.echo(line)
     totals = [
-        (text, _bytes(answer[key]))
+        (text, size_text(answer[key]))
         for text, key in (
             ("layers", "layers_bytes"),
             ("unreferenced", "unreferenced_bytes"),
@@ -110,14 +111,6 @@ def df_command(obj: Context, as_json: bool) -> None:
     ]
     for line in table(totals[0], totals[1:]):
         click.echo(line)
-
-
-def _bytes(size: float) -> str:
-    for unit in "BKMG":
-        if size < 1024 or unit == "G":
-            break
-        size /= 1024
-    return f"{size:.4g}{unit}"
 
 
 def _section(title: str, text: str, tail: int | None) -> None:

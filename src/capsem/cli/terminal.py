@@ -94,3 +94,12 @@ class Line:
             sys.stderr.write("\r" + " " * self._width + "\r")
             sys.stderr.flush()
             self._width = 0
+
+
+def size_text(size: float) -> str:
+    """Bytes for people, in four characters or so."""
+    for unit in "BKMG":
+        if size < 1024 or unit == "G":
+            break
+        size /= 1024
+    return f"{size:.4g}{unit}"

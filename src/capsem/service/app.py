@@ -51,6 +51,16 @@ async def _delete(manager: Manager, vm_id: str, _request: Any) -> SuccessRespons
     return _OK
 
 
+async def _remove_checkpoint(manager: Manager, vm_id: str, request: Any) -> SuccessResponse:
+    await manager.remove_checkpoint(vm_id, request)
+    return SuccessResponse(success=True)
+
+
+async def _verify_checkpoint(manager: Manager, vm_id: str, request: Any) -> SuccessResponse:
+    await manager.verify_checkpoint(vm_id, request)
+    return SuccessResponse(success=True)
+
+
 # All but `version`, which needs no manager, `exec_stream`, which is no request with one answer, and FILE_ROUTES.
 HANDLERS: Final = MappingProxyType[str, Handler](
     {
@@ -62,7 +72,13 @@ HANDLERS: Final = MappingProxyType[str, Handler](
         "write_file": _write_file,
         "read_file": lambda manager, vm_id, request: manager.read_file(vm_id, request),
         "stop": lambda manager, vm_id, _request: manager.stop(vm_id),
-        "resume": lambda manager, vm_id, _request: manager.resume(vm_id),
+        "resume": lambda manager, vm_id, request: manager.resume(vm_id, request),
+        "suspend": lambda manager, vm_id, _request: manager.suspend(vm_id),
+        "checkpoint": lambda manager, vm_id, request: manager.checkpoint(vm_id, request),
+        "checkpoints": lambda manager, vm_id, _request: manager.checkpoints(vm_id),
+        "remove_checkpoint": _remove_checkpoint,
+        "verify_checkpoint": _verify_checkpoint,
+        "rollback": lambda manager, vm_id, request: manager.rollback(vm_id, request),
         "delete": _delete,
         "run": lambda manager, _id, request: manager.run(request),
         "persist": lambda manager, vm_id, request: manager.persist(vm_id, request),

@@ -13,13 +13,17 @@ from capsem import __version__
 from capsem.hypervisor.driver import Driver, Layer, Volume
 from capsem.image.catalog import Catalog, Image
 from capsem.image.volume import format_volume
+from capsem.model.checkpoint import Checkpoint
 from capsem.model.errors import CapsemError, HostNotReady, MachineFailed, NotFound
+from capsem.model.lifecycle import State
 from capsem.model.spec import VmSpec
 from capsem.model.vm import VmRecord
 from capsem.service.fleet import Fleet
-from capsem.service.launch import Launcher
+from capsem.service.launch import Boot, Launcher, assets
 from capsem.service.vm import Vm
 from capsem.store import durable, records
+
+COLD = Boot()
 
 log = logging.getLogger("capsem_service.create")
 
@@ -60,8 +64,11 @@ class Maker:
         *,
         spec: VmSpec | None = None,
         persistent: bool = True,
+        checkpoint: str | None = None,
     ) -> Vm:
         """A new VM on top of another's frozen layers; it has the source's size, and not its environment.
+
+        With `checkpoint` it is suspended there.
 
         Raises OSError (disk full).
         """
@@ -77,6 +84,9 @@ class Maker:
             hardware=source.hardware,
             forked_from=source.id,
             description=description,
+            checkpoint=checkpoint,
+            current=checkpoint,
+            state=State.SUSPENDED if checkpoint else State.CREATED,
         )
         return self._write(record)
 
@@ -92,17 +102,18 @@ class Maker:
         return layer
 
     def _write(self, record: VmRecord) -> Vm:
-        """Make the VM's own layer and directory; the record makes it a VM."""
-        layer = self.new_layer(record)
+        """Make the VM's own layer, unless it is suspended, and directory; the record makes it a VM."""
+        own = () if record.state == State.SUSPENDED else (self.new_layer(record),)
         session = self.fleet.layout.session(record.id, persistent=record.persistent)
         try:
             session.path.mkdir(mode=0o700)
-            record = replace(record, layers=(*record.layers, layer))
+            record = replace(record, layers=(*record.layers, *own))
             records.write(session, record)
             durable.sync_directory(session.path.parent)
         except BaseException:
             durable.remove_tree(session.path)
-            self.fleet.layout.layer(layer).unlink(missing_ok=True)
+            for layer in own:
+                self.fleet.layout.layer(layer).unlink(missing_ok=True)
             raise
         return self.fleet.add(session, record)
 
@@ -136,8 +147,23 @@ class Maker:
         layers = (Layer(self.fleet.layout.layer(each), "qcow2") for each in record.layers)
         return self.driver.open_volume((Layer(base, "raw"), *layers))
 
-    async def start(self, vm: Vm) -> None:
+    async def check_restorable(self, record: VmRecord, checkpoint: Checkpoint) -> None:
+        """Would this host restore the checkpoint's memory? Raises WrongState telling what differs; see `image_of`."""
+        image = self.image_of(record)
+        machine = self.driver.fingerprint(
+            await self.driver.version(),
+            hardware=record.hardware,
+            accelerator=await self.driver.accelerator(),
+            cpus=record.spec.cpus,
+            ram_mb=record.spec.ram_mb,
+            command_line=image.kernel_command_line,
+        )
+        checkpoint.require({**machine, **assets(image)})
+
+    async def start(self, vm: Vm, boot: Boot = COLD) -> None:
         """Start a VM's supervisor; the caller holds the VM's turn. Returns when the machine is about to run.
+
+        The volume of a suspended VM gets a new layer: what it has belongs to the checkpoint.
 
         Raises NotFound (image gone), HostNotReady, MachineFailed.
         """
@@ -146,14 +172,18 @@ class Maker:
         volume = await self._volume(image, vm.record.spec.disk_mb)
         if self.fleet.stopping:
             raise HostNotReady("the service is stopping", hint="try again when it is back")
+        if vm.record.state == State.SUSPENDED:
+            boot = replace(boot, layer=self.new_layer(vm.record))
         try:
-            child, link = await self.launcher.start(vm.record, vm.session, image, volume, accelerator)
+            child, link = await self.launcher.start(vm.record, vm.session, image, volume, accelerator, boot)
         except (CapsemError, OSError) as error:
             vm.settle()
-            if vm.record.last_error is None:
+            if boot.layer is not None and boot.layer not in vm.record.layers:
+                self.fleet.layout.layer(boot.layer).unlink(missing_ok=True)
+            if vm.record.failure is None:
                 raise
             # The supervisor came up, and ended before we could speak to it: its record says why.
             raise MachineFailed(
-                f"{vm.id} did not start: {vm.record.last_error}", hint=f"`capsem logs {vm.id}` shows more"
+                f"{vm.id} did not start: {vm.record.failure}", hint=f"`capsem logs {vm.id}` shows more"
             ) from error
         vm.begin(child, link)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 from capsem.api.operations import unknown_vm
+from capsem.model.checkpoint import Checkpoint
 from capsem.model.errors import AlreadyExists, CapsemError, Corrupt, LimitReached, Unavailable, Unsupported
 from capsem.model.ids import check_name, generate_id
 from capsem.model.lifecycle import State
@@ -16,6 +19,7 @@ from capsem.model.vm import VmRecord
 from capsem.service.link import Link
 from capsem.service.vm import Vm
 from capsem.store import durable, records
+from capsem.store.checkpoints import CheckpointStore
 from capsem.store.layout import Layout, SessionDir
 from capsem.store.locks import holders, is_locked
 from capsem.system import System
@@ -39,6 +43,9 @@ class Fleet:
         self._starting: set[str] = set()  # those of them whose VMs are about to run
         self.stopping = False
         self._index_waits = False
+        self.checkpoints = CheckpointStore(layout)
+        self._pinned: Counter[str] = Counter()  # checkpoints that VMs are being made of
+        self._saving: set[str] = set()  # VMs of which a checkpoint is being made
 
     # -- finding
 
@@ -80,10 +87,10 @@ class Fleet:
         self._reserved.discard(name)
         self._starting.discard(name)
 
-    def check_limit(self) -> None:
-        """Raises LimitReached when as many VMs run as may."""
+    def check_limit(self, more: int = 1) -> None:
+        """Raises LimitReached when so many `more` VMs would be more than may run."""
         running = sum(vm.running for vm in self._vms.values() if vm.id not in self._starting) + len(self._starting)
-        if running >= self._limit:
+        if running + more > self._limit:
             raise LimitReached(
                 f"{running} VMs are running, the maximum is {self._limit}",
                 hint="stop one, or raise vm.resources.max_concurrent_vms in the settings",
@@ -91,7 +98,7 @@ class Fleet:
 
     def add(self, session: SessionDir, record: VmRecord) -> Vm:
         """A VM whose record is on disk."""
-        vm = Vm(self.system, session, record)
+        vm = Vm(self.system, session, record, self.checkpoints.is_committed)
         vm.on_ended = self._ended
         self._vms[record.id] = vm
         self.write_index()
@@ -130,6 +137,7 @@ class Fleet:
                 self.keep_failed(vm)
             else:
                 self.remove(vm)
+        self.collect()
         self.write_index()
 
     def remove(self, vm: Vm) -> None:
@@ -149,10 +157,59 @@ class Fleet:
         session.record.unlink(missing_ok=True)
         durable.remove_tree(session.path)
         if record is not None:
-            self._remove_layers(record.layers)
+            self.remove_layers(record.layers)
+            self.collect()
 
-    def _remove_layers(self, layers: Iterable[str]) -> None:
+    # -- what VMs and checkpoints share
+
+    @contextlib.contextmanager
+    def pinned(self, checkpoint_id: str) -> Iterator[None]:
+        """Keep a checkpoint, to which no record points yet."""
+        self._pinned[checkpoint_id] += 1
+        try:
+            yield
+        finally:
+            self._pinned[checkpoint_id] -= 1
+
+    @contextlib.contextmanager
+    def saving(self, vm_id: str) -> Iterator[None]:
+        """Keep the checkpoints of a VM while one more is made, until a record or a pin points to it."""
+        self._saving.add(vm_id)
+        try:
+            yield
+        finally:
+            self._saving.discard(vm_id)
+
+    def is_referenced(self, checkpoint_id: str) -> bool:
+        """Whether a VM is suspended in this checkpoint, or runs on its memory."""
+        records = [vm.record for vm in self._vms.values() if not vm.deleted]
+        return self._pinned[checkpoint_id] > 0 or any(checkpoint_id in (it.checkpoint, it.saving) for it in records)
+
+    def collect(self) -> None:
+        """Remove checkpoints that nobody needs any more, and the layers that only they named."""
+        if any(isinstance(vm.obstacle, Corrupt) for vm in self._vms.values()):
+            return  # its record would tell what it needs
+        owners = {vm.id: vm for vm in self._vms.values() if not vm.deleted}
+        for checkpoint in self.checkpoints.all():
+            owner = owners.get(checkpoint.vm_id)
+            if owner is not None and (owner.id in self._saving or checkpoint.visible(owner.record.kept)):
+                continue  # about to be referred to, or the user's
+            if not self.is_referenced(checkpoint.id):
+                self.remove_checkpoint(checkpoint)
+
+    def remove_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Remove a checkpoint that nothing refers to, and its layers unless others name them."""
+        log.info("removing checkpoint %s of %s", checkpoint.id, checkpoint.vm_id)
+        self.checkpoints.remove(checkpoint.id)
+        self.remove_layers(checkpoint.layer_ids)
+
+    def _used_layers(self) -> set[str]:
         used = {layer for vm in self._vms.values() if not vm.deleted for layer in vm.record.layers}
+        return used | {layer for checkpoint in self.checkpoints.all() for layer in checkpoint.layer_ids}
+
+    def remove_layers(self, layers: Iterable[str]) -> None:
+        """Remove those of these layers that neither a VM nor a checkpoint names."""
+        used = self._used_layers()
         for layer in layers:
             if layer not in used:
                 self.layout.layer(layer).unlink(missing_ok=True)
@@ -161,7 +218,7 @@ class Fleet:
         """Keep the logs of an ephemeral VM that failed, without its disk; the oldest beyond the bound go."""
         vm.deleted = True
         self._vms.pop(vm.id, None)
-        self._remove_layers(vm.record.layers)
+        self.remove_layers(vm.record.layers)
         suffix = self.system.entropy.token_bytes(4).hex()
         kept = self.layout.sessions / f"{vm.id}-failed-{suffix}"
         try:
@@ -267,7 +324,10 @@ class Fleet:
                     durable.remove_tree(path)
 
     def _sweep_layers(self) -> None:
-        used = {layer for vm in self._vms.values() for layer in vm.record.layers}
+        for checkpoint_id in self.checkpoints.sweep():
+            log.warning("removed the unfinished checkpoint %s", checkpoint_id)
+        self.collect()
+        used = self._used_layers()
         for path in self.layout.layers.glob("*.qcow2"):
             if path.stem not in used:
                 log.warning("removing unreferenced layer %s", path.name)

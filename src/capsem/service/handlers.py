@@ -7,8 +7,8 @@ import asyncio
 from capsem.api.types import AssetHealth, ListResponse, LogsResponse, SandboxInfo, UsageResponse
 from capsem.model.errors import Corrupt, NotFound
 from capsem.model.lifecycle import Status
+from capsem.service.checkpoints import Checkpoints
 from capsem.service.files import Files
-from capsem.service.lifecycle import Lifecycle
 from capsem.service.usage import Named, usage
 from capsem.service.vm import Vm
 from capsem.store import durable
@@ -17,7 +17,7 @@ from capsem.store.lines import read_tail
 LOG_LIMIT = 1024 * 1024  # bytes of each log in one answer
 
 
-class Handlers(Lifecycle, Files):
+class Handlers(Checkpoints, Files):
     """Implements service.manager.Manager."""
 
     async def list(self) -> ListResponse:
@@ -64,6 +64,9 @@ class Handlers(Lifecycle, Files):
             size_bytes=size_bytes,
             created_at=str(int(record.created_at)),
             uptime_secs=uptime,
+            boot_kind=record.boot_kind,
+            boot_note=record.boot_note,
+            checkpoint=record.checkpoint if status == Status.SUSPENDED else None,
             last_error=record.last_error if status == Status.DEFUNCT else None,
             reason=vm.reason if status != Status.DEFUNCT else None,
             warning=vm.warning,

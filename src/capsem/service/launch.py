@@ -34,6 +34,23 @@ log = logging.getLogger("capsem_service.launch")
 
 
 @dataclass(frozen=True, slots=True)
+class Boot:
+    """How a VM is to come up: from `memory`, the RAM of its checkpoint, or from the beginning; with `layer` on top of
+    its volume, where what is on top now must not be written to."""
+
+    kind: str = "cold"
+    note: str | None = None
+    memory: Path | None = None
+    layer: str | None = None
+
+
+def assets(image: Image) -> dict[str, str]:
+    """What of an image a restored machine must find unchanged, by digest."""
+    files = image.manifest.files
+    return {"image": image.digest, "kernel": files["kernel"].digest, "initrd": files["initrd"].digest}
+
+
+@dataclass(frozen=True, slots=True)
 class Launcher:
     """Starts supervisors."""
 
@@ -46,7 +63,7 @@ class Launcher:
     log_level: str = "info"
 
     async def start(
-        self, record: VmRecord, session: SessionDir, image: Image, volume: Path, accelerator: Accelerator
+        self, record: VmRecord, session: SessionDir, image: Image, volume: Path, accelerator: Accelerator, boot: Boot
     ) -> tuple[Child, Link]:
         """Start a supervisor and connect to it; the machine is then about to be started.
 
@@ -66,10 +83,15 @@ class Launcher:
             initrd=str(image.initrd),
             root=str(image.root),
             volume=str(volume),
-            ram_file=str(empty_ram(self.layout, record.spec.ram_mb)),
+            ram_file=str(boot.memory or empty_ram(self.layout, record.spec.ram_mb)),
             kernel_command_line=image.kernel_command_line,
             accelerator=accelerator,
             hypervisor=self.hypervisor,
+            assets=assets(image),
+            restore=boot.memory is not None,
+            layer=boot.layer,
+            boot_kind=boot.kind,
+            boot_note=boot.note,
             parent_pid=self.parent_pid,
             log_level=self.log_level,
         )

@@ -21,6 +21,7 @@ from capsem.api.types import (
     ProvisionResponse,
     PurgeRequest,
     PurgeResponse,
+    ResumeRequest,
     RunRequest,
     StopResponse,
 )
@@ -31,11 +32,14 @@ from capsem.model.ids import check_name
 from capsem.model.lifecycle import State
 from capsem.model.spec import DEFAULT_DISK_MB, VmSpec
 from capsem.service.commands import Commands
-from capsem.service.create import Maker
+from capsem.service.create import COLD, Maker
 from capsem.service.fleet import Fleet
+from capsem.service.launch import Boot
 from capsem.service.vm import READY_LIMIT, Vm
 
 PROVISION_WAIT = 5.0  # seconds
+RESTORES = 2  # attempts to bring a machine back from its memory
+RESUME = ResumeRequest()
 
 log = logging.getLogger("capsem_service.lifecycle")
 
@@ -102,10 +106,10 @@ class Lifecycle(Commands):
             spec = replace(spec, disk_mb=source.record.spec.disk_mb)
             return self._maker.make_child(name, source.record, frozen, None, spec=spec, persistent=persistent)
 
-    async def _start(self, vm: Vm) -> None:
+    async def _start(self, vm: Vm, boot: Boot = COLD) -> None:
         """Start a VM; an ephemeral one that cannot be started is removed."""
         try:
-            await self._maker.start(vm)
+            await self._maker.start(vm, boot)
         except BaseException:
             if not vm.record.persistent:
                 (self._fleet.keep_failed if vm.record.state == State.FAILED else self._fleet.remove)(vm)
@@ -119,10 +123,35 @@ class Lifecycle(Commands):
             raise MachineFailed(f"{vm.id} did not start: {error.message}", hint=f"capsem logs {vm.id}") from error
 
     def _provisioned(self, vm: Vm) -> ProvisionResponse:
-        return ProvisionResponse(id=vm.id, uds_path=str(self._fleet.layout.instance_socket(vm.id)))
+        return ProvisionResponse(
+            id=vm.id,
+            uds_path=str(self._fleet.layout.instance_socket(vm.id)),
+            boot_kind=vm.record.boot_kind,
+            boot_note=vm.record.boot_note,
+        )
 
-    async def resume(self, name: str) -> ProvisionResponse:
-        """Start a VM that does not run; one that runs is left alone."""
+    async def _restore(self, vm: Vm) -> None:
+        """Bring a suspended VM back from its checkpoint: twice, if need be; then cold, from the checkpoint's disk.
+
+        Raises WrongState, Corrupt: the checkpoint cannot be used on this host, or at all; nothing was tried, and a
+        cold start is for the user to ask for.
+        """
+        checkpoint, files = self._fleet.checkpoints.open(vm.record.checkpoint or "")
+        await self._maker.check_restorable(vm.record, checkpoint)
+        for attempt in range(1, RESTORES + 1):
+            try:
+                await self._maker.start(vm, Boot(memory=files.memory))
+                await self._wait_ready(vm, READY_LIMIT)
+            except (MachineFailed, TimedOut) as error:
+                log.error("%s: restore %d of %d failed: %s", vm.id, attempt, RESTORES, error)
+                await vm.stop(Stop(kill=True))  # never two machines on one volume
+                reason = error.message
+            else:
+                return
+        await self._start(vm, Boot(kind="cold-after-failure", note=reason))
+
+    async def resume(self, name: str, request: ResumeRequest = RESUME) -> ProvisionResponse:
+        """Start a VM that does not run, a suspended one from its memory; one that runs is left alone."""
         vm = self._vm("resume", name)
         async with vm.turn:
             if vm.deleted:
@@ -131,7 +160,10 @@ class Lifecycle(Commands):
                 vm.check()
                 self._fleet.check_limit()
                 try:
-                    await self._start(vm)
+                    if vm.record.state == State.SUSPENDED and not request.cold:
+                        await self._restore(vm)
+                    else:
+                        await self._start(vm)
                 except CapsemError as error:
                     raise type(error)(f"resume failed: {error.message}", hint=error.hint) from error
         await self._wait_ready(vm, READY_LIMIT)
@@ -214,6 +246,8 @@ class Lifecycle(Commands):
         if source.deleted:
             raise unknown_vm(source.id)
         frozen = source.record.layers
+        if source.record.state == State.SUSPENDED:
+            return frozen  # its checkpoint's, hence frozen already
         layer = self._maker.new_layer(source.record)
         try:
             if source.running:

@@ -14,6 +14,9 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Protocol
 
 from capsem.api.types import (
+    CheckpointRequest,
+    CheckpointResponse,
+    CheckpointsResponse,
     ExecRequest,
     ExecResponse,
     FilesResponse,
@@ -23,6 +26,7 @@ from capsem.api.types import (
     JobsResponse,
     ListResponse,
     LogsResponse,
+    OneCheckpointRequest,
     PersistRequest,
     PersistResponse,
     ProvisionRequest,
@@ -31,9 +35,13 @@ from capsem.api.types import (
     PurgeResponse,
     ReadFileRequest,
     ReadFileResponse,
+    ResumeRequest,
+    RollbackRequest,
+    RollbackResponse,
     RunRequest,
     SandboxInfo,
     StopResponse,
+    SuspendResponse,
     UsageResponse,
     WriteFileRequest,
 )
@@ -92,8 +100,26 @@ class Manager(Protocol):
     async def stop(self, vm_id: str) -> StopResponse:
         """Power off; when this returns process and sockets are gone."""
 
-    async def resume(self, name: str) -> ProvisionResponse:
+    async def resume(self, name: str, request: ResumeRequest) -> ProvisionResponse:
         """Start a VM that does not run, and wait until its guest is ready; nothing happens to one that runs."""
+
+    async def suspend(self, vm_id: str) -> SuspendResponse:
+        """Save a running VM and end its processes; durable when this returns."""
+
+    async def checkpoint(self, vm_id: str, request: CheckpointRequest) -> CheckpointResponse:
+        """Make a checkpoint of a VM that goes on running."""
+
+    async def checkpoints(self, vm_id: str) -> CheckpointsResponse:
+        """The checkpoints of a VM, oldest first."""
+
+    async def remove_checkpoint(self, vm_id: str, request: OneCheckpointRequest) -> None:
+        """Remove a checkpoint."""
+
+    async def verify_checkpoint(self, vm_id: str, request: OneCheckpointRequest) -> None:
+        """Read all of a checkpoint; raises when it is not what was written."""
+
+    async def rollback(self, vm_id: str, request: RollbackRequest) -> RollbackResponse:
+        """Take a VM back to a checkpoint."""
 
     async def delete(self, vm_id: str) -> None:
         """Destroy a VM and its data; its name is free when this returns."""
@@ -108,7 +134,7 @@ class Manager(Protocol):
         """Delete all ephemeral VMs, or all."""
 
     async def fork(self, vm_id: str, request: ForkRequest) -> ForkResponse:
-        """Make a stopped VM on a copy of this one's disk."""
+        """Make a stopped VM on a copy of this one's disk, or running ones with a copy of its memory too."""
 
     async def jobs(self, vm_id: str) -> JobsResponse:
         """The commands of a running VM."""

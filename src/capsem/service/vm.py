@@ -12,7 +12,7 @@ from typing import Any
 
 from capsem.api.internal import Stop
 from capsem.model.errors import CapsemError, Corrupt, MachineFailed, NotRunning, TimedOut, Unavailable
-from capsem.model.lifecycle import LIVE, PUBLIC_STATUS, State, Status, recover
+from capsem.model.lifecycle import LIVE, PUBLIC_STATUS, State, Status
 from capsem.model.vm import Exit, VmRecord
 from capsem.service.link import Link
 from capsem.store import records
@@ -34,7 +34,13 @@ log = logging.getLogger("capsem_service.vm")
 class Vm:
     """`turn` orders transitions: hold it to start, stop or delete; commands and files do not take it."""
 
-    def __init__(self, system: System, session: SessionDir, record: VmRecord) -> None:
+    def __init__(
+        self,
+        system: System,
+        session: SessionDir,
+        record: VmRecord,
+        is_committed: Callable[[str], bool] = lambda _id: False,
+    ) -> None:
         self.session = session
         self.record = record
         self.turn = asyncio.Lock()
@@ -43,6 +49,7 @@ class Vm:
         self.deleted = False
         self.obstacle: CapsemError | None = None  # why it can be neither spoken to nor started; `check` raises it
         self._system = system
+        self._is_committed = is_committed
         self._child: Child | None = None
         self._pid = 0
         self._ended = asyncio.Event()
@@ -175,23 +182,26 @@ class Vm:
         except Corrupt as error:
             self.spoilt(error)
             return
-        same_boot = self.record.host_boot_id in (None, self._system.clock.boot_id())
-        state = recover(self.record.state, supervisor_alive=False, same_host_boot=same_boot)
-        if state == self.record.state:
+        boot_id, saving = self._system.clock.boot_id(), self.record.saving
+        record = self.record.recovered(boot_id, saved=saving is not None and self._is_committed(saving))
+        if record == self.record:
             return
         claim = try_lock(self.session.claim)
         if claim is None:
             raise Unavailable(f"somebody else supervises {self.id}")
         try:
-            if status == 0:  # it ended as it should, and could not say so
-                state, ending = State.STOPPED, Exit("clean", "stopped, while the record could not be written")
-            elif same_boot:
+            if record.state == State.SUSPENDED:
+                ending = Exit("suspended", "its supervisor ended while it was being suspended or resumed")
+            elif status == 0:  # it ended as it should, and could not say so
+                record = replace(record, state=State.STOPPED)
+                ending = Exit("clean", "stopped, while the record could not be written")
+            elif self.record.host_boot_id in (None, boot_id):
                 how = f"by signal {-status}" if status is not None and status < 0 else "without a word"
                 tail = last_lines(self.session.process_log, LOG_LINES)
                 ending = Exit("failed", f"the supervisor ended {how}", tail)
             else:
                 ending = Exit("clean", "host restarted")
-            self.record = replace(self.record, state=state, last_exit=ending)
+            self.record = replace(record, last_exit=ending)
             with contextlib.suppress(OSError):  # a full disk: then the next service finds this out anew
                 records.write(self.session, self.record)
         finally:
@@ -242,7 +252,7 @@ class Vm:
             await self.ended(EXIT_MARGIN)
             self.check()
             raise MachineFailed(
-                f"{self.id} ended before it was ready: {self.record.last_error or 'stopped'}",
+                f"{self.id} ended before it was ready: {self.record.last_error or self.record.failure or 'stopped'}",
                 hint=f"capsem logs {self.id}",
             ) from None
         if not ready:

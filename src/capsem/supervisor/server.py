@@ -13,12 +13,14 @@ from capsem.api.internal import (
     REQUESTS,
     AddLayer,
     Attach,
+    CheckpointMade,
     Hello,
     JobList,
     Jobs,
     LayerAdded,
     Persist,
     Persisted,
+    Save,
     State,
     Stop,
     Stopping,
@@ -58,6 +60,9 @@ class Supervised(Protocol):
 
     async def add_layer(self, request: AddLayer) -> LayerAdded:
         """Freeze the volume's top layer."""
+
+    async def save(self, request: Save) -> CheckpointMade:
+        """Make a checkpoint."""
 
 
 class Server:
@@ -182,6 +187,9 @@ class _Connection:
         if isinstance(request, AddLayer):
             await self._supervised.admit()
             return await self._supervised.add_layer(request)
+        if isinstance(request, Save):
+            await self._supervised.admit()
+            return await self._supervised.save(request)
         raise Unsupported(f"{request.tag} is not served here")
 
     async def _follow(self, stream: Stream, job: Job, follower: Follower, *, feed: bool) -> Message:

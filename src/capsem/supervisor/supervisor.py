@@ -1,6 +1,6 @@
 """One VM's run, from the claim to the exit: the only writer of the VM's record while it lives.
 
-    claim -> VMM lock -> record STARTING -> socket -> machine -> handshake -> record RUNNING, .ready
+    claim -> VMM lock -> record STARTING or RESUMING -> socket -> machine -> handshake -> record RUNNING, .ready
     -> ... -> machine's end -> record STOPPED or FAILED with the reason -> .ready and socket removed -> exit
 
 A step that fails ends the run through the same last three steps, so that whoever looks afterwards finds a record that
@@ -20,26 +20,31 @@ from pathlib import Path
 from capsem.api.internal import (
     AddLayer,
     Bootstrap,
+    CheckpointMade,
     LayerAdded,
     Persist,
     Persisted,
+    Save,
     ShutdownAsked,
     State,
     Stop,
 )
-from capsem.control.guest import Guest, Identity
+from capsem.control.guest import Guest, Identity, Restored
 from capsem.control.heartbeat import SILENCE, Heartbeat
 from capsem.hypervisor.driver import Accelerator, Driver, Ending, Layer, Machine, MachineSpec
-from capsem.model.errors import CapsemError, GuestFailed, Interrupted, MachineFailed, NotRunning, TimedOut
-from capsem.model.lifecycle import Event, recover
+from capsem.model.checkpoint import Checkpoint, Kind
+from capsem.model.errors import CapsemError, GuestFailed, Interrupted, MachineFailed, NotRunning, TimedOut, WrongState
+from capsem.model.lifecycle import Event
 from capsem.model.lifecycle import State as Lifecycle
 from capsem.model.vm import Exit, VmRecord
 from capsem.store import durable, records
+from capsem.store.checkpoints import CheckpointStore
 from capsem.store.layout import Layout, SessionDir
 from capsem.store.lines import CappedLog, last_lines
 from capsem.store.locks import Lock, holders, take_lock, try_lock
 from capsem.supervisor import room
 from capsem.supervisor.jobs import JobTable
+from capsem.supervisor.saving import Order, Saver
 from capsem.supervisor.server import Server
 from capsem.system import Listener, System
 from capsem.wire.messages import Message, ShutdownRequest
@@ -52,6 +57,7 @@ ENDING_LIMIT = 2.0  # seconds between the loss of the control channel and the VM
 ORPHAN_LIMIT = 5.0  # seconds for the VMM of an earlier, killed supervisor to die
 LOG_LINES = 20
 ENDS = frozenset({Event.STOP, Event.EXITED, Event.LOST})
+SAVE_HINT = "the VM goes on; `capsem df` shows what takes room"
 
 log = logging.getLogger("capsem_process")
 
@@ -105,6 +111,7 @@ class Supervisor:
         self._record: VmRecord
         self._machine: Machine | None = None
         self._warning: str | None = None
+        self._token = ""
         self._stop_asked: Stop | None = None
         self._stop_changed = asyncio.Event()
         self.guest: Guest
@@ -114,6 +121,10 @@ class Supervisor:
         self._server = Server(self)
         self._listener: Listener | None = None
         self._console: Console
+        self._store = CheckpointStore(names.layout)
+        self._saver: Saver | None = None
+        self._saving = asyncio.Lock()  # a checkpoint, a new layer, a stop: one at a time
+        self._suspended = asyncio.Event()
 
     # -- for the server
 
@@ -173,6 +184,10 @@ class Supervisor:
         The record names the new layer before the machine writes to it: a crash in between finds an empty layer on top,
         which changes nothing, where the other order would lose what was written to a layer nobody names.
         """
+        async with self._saving:
+            return await self._add_layer(request)
+
+    async def _add_layer(self, request: AddLayer) -> LayerAdded:
         assert self._machine is not None
         before = self._record
         layer = Layer(self._names.layout.layer(request.layer), "qcow2")
@@ -194,6 +209,83 @@ class Supervisor:
             raise
         return LayerAdded(quiesced=quiesced, pause=self._system.clock.monotonic() - began)
 
+    async def save(self, request: Save) -> CheckpointMade:
+        """Make a checkpoint, and go on or be suspended. A save that fails leaves the VM running."""
+        async with self._saving:
+            saver, machine, before = self._saver, self._machine, self._record
+            assert saver is not None
+            assert machine is not None
+            if before.state != Lifecycle.RUNNING or self._stop_asked is not None:
+                raise WrongState(f"{before.id} is {before.state}", hint="try again in a moment")
+            layer_id = self._system.entropy.token_bytes(16).hex()
+            layer = Layer(self._names.layout.layer(layer_id), "qcow2")
+            try:
+                checkpoint_id = await saver.reserve()
+                self._driver.create_layer(layer.path, size_mb=before.spec.disk_mb, vm_id=before.id, layer_id=layer_id)
+                # The record names the new layer before the machine writes to it, as in `add_layer`.
+                layers = (*before.layers, layer_id)
+                if request.go_on:
+                    self._rewrite(layers=layers)
+                else:
+                    self._advance(Event.SUSPEND, saving=checkpoint_id, layers=layers)
+                    self._server.broadcast(self.state())
+                order = Order(Kind(request.kind), before.layers, layer, request.go_on, request.message)
+                checkpoint = await saver.save(before, order)
+            except BaseException as error:
+                await self._go_on(before, layer_id, layer)
+                if isinstance(error, OSError):
+                    raise MachineFailed(f"{before.id} could not be saved: {error}", hint=SAVE_HINT) from error
+                raise
+            if request.go_on:
+                self._rewrite(current=checkpoint.id)
+            else:
+                self._suspend(checkpoint)
+                layer.path.unlink(missing_ok=True)
+        memory, guest, pause = checkpoint.memory, checkpoint.guest, checkpoint.pause or 0.0
+        assert memory is not None
+        assert guest is not None
+        log.info("saved as %s: %d bytes, paused %.3f s", checkpoint.id, memory.written, pause)
+        return CheckpointMade(checkpoint=checkpoint.id, pause=pause, written=memory.written, synced=guest.synced)
+
+    def _suspend(self, checkpoint: Checkpoint) -> None:
+        """The word that makes it final."""
+        try:
+            self._advance(
+                Event.SUSPENDED,
+                checkpoint=checkpoint.id,
+                current=checkpoint.id,
+                saving=None,
+                layers=checkpoint.layer_ids,
+                last_exit=Exit("suspended", "suspended"),
+            )
+        finally:
+            # Also when the record cannot be written: with the checkpoint committed, SUSPENDING says the same
+            # (model.lifecycle.recover), and a machine that went on now would make that a lie.
+            self._suspended.set()
+
+    async def _go_on(self, before: VmRecord, layer_id: str, layer: Layer) -> None:
+        """After a save that failed: the machine runs, and the record says on which layers."""
+        assert self._machine is not None
+        added = self._machine.top_layer == layer
+        changes = {"saving": None, "layers": (*before.layers, layer_id) if added else before.layers}
+        try:
+            if self._record.state == Lifecycle.SUSPENDING:
+                self._advance(Event.ABORTED, **changes)
+            else:
+                self._rewrite(**changes)
+            if not added:
+                layer.path.unlink(missing_ok=True)
+        except OSError as error:  # a full disk; what the record says is true enough: one empty layer more
+            log.error("the record cannot be written: %s", error)
+        with contextlib.suppress(MachineFailed):  # it has ended: the run says why
+            await self._machine.run()
+        self._server.broadcast(self.state())
+
+    def _rewrite(self, **changes: object) -> None:
+        """Change the record, durably, but for the VM's state."""
+        self._record = replace(self._record, **changes)  # type: ignore[arg-type]
+        records.write(self._names.session, self._record)
+
     # -- the run
 
     async def run(self) -> int:
@@ -205,29 +297,47 @@ class Supervisor:
         claim = take_lock(session.claim, "this VM")
         try:
             self._record = self._recovered(records.read(session))
-            self.guest = Guest(
-                Identity(self._record.id, self._record.id, self._record.spec.env),
-                self._system.clock,
-                self._system.entropy,
-            )
-            self._advance(
-                Event.START,
-                started_at=self._system.clock.time(),
-                host_boot_id=self._system.clock.boot_id(),
-                boot_kind="cold",
-                last_exit=None,
-            )
+            self._begin()
             return await self._run_claimed()
         finally:
             claim.release()
 
     def _recovered(self, record: VmRecord) -> VmRecord:
         """A record that still speaks of a run: with the claim ours, that run is over, whatever kept it from saying so."""
-        same_boot = record.host_boot_id in (None, self._system.clock.boot_id())
-        return replace(record, state=recover(record.state, supervisor_alive=False, same_host_boot=same_boot))
+        saved = record.saving is not None and self._store.is_committed(record.saving)
+        return record.recovered(self._system.clock.boot_id(), saved=saved)
+
+    def _begin(self) -> None:
+        """The record of a run that begins. Raises CapsemError, OSError: nothing was changed."""
+        bootstrap, clock, entropy, restored = self._bootstrap, self._system.clock, self._system.entropy, None
+        token, kind = entropy.token_bytes(16).hex(), bootstrap.boot_kind
+        if bootstrap.restore:
+            assert self._record.checkpoint is not None
+            checkpoint = self._store.read(self._record.checkpoint)
+            assert checkpoint.guest is not None
+            guest = checkpoint.guest
+            mark = checkpoint.id if guest.synced else None
+            restored = Restored(guest.epoch, bytes.fromhex(guest.next_nonce), mark)
+            if checkpoint.vm_id == self._record.id:
+                kind, token = "warm", guest.token
+            else:
+                kind = "forked"
+        self._advance(
+            Event.RESUME if restored else Event.START,
+            layers=(*self._record.layers, *([bootstrap.layer] if bootstrap.layer else ())),
+            machine_id=self._record.machine_id or entropy.token_bytes(16).hex(),
+            started_at=clock.time(),
+            host_boot_id=clock.boot_id(),
+            boot_kind=kind,
+            boot_note=bootstrap.boot_note,
+            last_exit=None,
+        )
+        self._token = token
+        self.guest = Guest(self._identity(), clock, entropy, restored)
 
     def _identity(self) -> Identity:
-        return Identity(self._record.id, self._record.id, self._record.spec.env)
+        record = self._record
+        return Identity(record.id, record.id, record.spec.env, record.machine_id, self._token)
 
     async def _listen(self) -> Listener:
         self._names.socket.unlink(missing_ok=True)
@@ -290,10 +400,21 @@ class Supervisor:
         """Start the machine, serve until it ends; returns how."""
         network = self._system.network
         began = self._system.clock.monotonic()
+        spec, files = self._spec(), self._names.layout.checkpoint(self._record.checkpoint or "")
+        restore = self._record.state == Lifecycle.RESUMING
         try:
-            self._machine = machine = await self._driver.start(self._spec(), vmm_lock=vmm_lock.fd)
+            if restore:
+                machine = await self._driver.restore(spec, files.devices, vmm_lock=vmm_lock.fd)
+            else:
+                machine = await self._driver.start(spec, vmm_lock=vmm_lock.fd)
+            self._machine = machine
         finally:
             vmm_lock.release()
+        self._saver = saver = Saver(
+            self._system, self._driver, self._store, machine, spec, self.guest, self._bootstrap.assets
+        )
+        if restore:
+            saver.restored_from(files)
         self._console = Console(self._names.session.serial_log)
         await network.attach(machine.console, lambda: self._console)
         self.guest.on_request = self._guest_asked
@@ -311,6 +432,7 @@ class Supervisor:
             asyncio.create_task(self._end_when_asked(machine), name="stop"),
             asyncio.create_task(heartbeat.run(), name="heartbeat"),
             asyncio.create_task(room.keep_going(machine, self._names.layout.layers, self._warn), name="room"),
+            asyncio.create_task(self._end_when_suspended(machine), name="suspend"),
         ]
         if self._bootstrap.parent_pid is not None:
             others.append(asyncio.create_task(self._follow_parent(self._bootstrap.parent_pid), name="parent"))
@@ -327,6 +449,7 @@ class Supervisor:
             for task in (ended, *others):
                 task.cancel()
             await asyncio.gather(ended, *others, return_exceptions=True)
+            await saver.close()
 
     async def _become_ready(self, began: float) -> None:
         await self.guest.wait_ready(BOOT_LIMIT)
@@ -334,11 +457,20 @@ class Supervisor:
             self._advance(Event.READY)
             self._names.ready_file.touch(mode=0o600)
             log.info("guest ready after %.3f s", self._system.clock.monotonic() - began)
+            if self._saver is not None and self._record.persistent:
+                self._saver.prepare_soon()
         self._server.broadcast(self.state())
 
     async def _end_when_asked(self, machine: Machine) -> None:
         """Carry out stop requests: power off, then kill when the grace is over; or kill at once."""
         await self._stop_changed.wait()
+        if self._record.state == Lifecycle.RESUMING:  # it has never run for anybody: it stays suspended
+            await machine.kill()
+            return
+        if self._stop_asked is not None and not self._stop_asked.kill:
+            await self._saving.acquire()  # to the end: what is being saved is saved, and nothing more
+            if self._suspended.is_set():
+                return
         if self._record.state != Lifecycle.STOPPING:
             self._advance(Event.STOP)
         self._names.ready_file.unlink(missing_ok=True)
@@ -361,6 +493,11 @@ class Supervisor:
                 await machine.kill()
                 return
 
+    async def _end_when_suspended(self, machine: Machine) -> None:
+        """What is saved does not run on, not even to end properly: nothing may be written to its volume any more."""
+        await self._suspended.wait()
+        await machine.kill()
+
     async def _follow_parent(self, pid: int) -> None:
         await self._system.processes.gone(pid)
         log.warning("process %d, whom this family follows, is gone; stopping", pid)
@@ -372,6 +509,17 @@ class Supervisor:
             self.stop(Stop())
         else:
             self._server.broadcast(ShutdownAsked(action="suspend"))
+
+    def _give_up_resume(self, ending: Ending) -> int:
+        """The VM is as suspended as before; only the layer that this attempt wrote to goes."""
+        asked = self._stop_asked is not None
+        log.error("the resume %s: %s", "was given up" if asked else "failed", ending.reason)
+        *layers, layer = self._record.layers
+        tail = last_lines(self._names.session.process_log, LOG_LINES)
+        self._advance(Event.ABORTED, layers=tuple(layers), last_exit=Exit("failed", ending.reason, tail))
+        self._names.layout.layer(layer).unlink(missing_ok=True)
+        self._server.broadcast(self.state())
+        return 0 if asked else 1
 
     def _advance(self, event: Event, **changes: object) -> None:
         """Move the record on, durably. Raises OSError, but not on the way out: a full disk keeps no VM from ending."""
@@ -385,12 +533,17 @@ class Supervisor:
 
     def _conclude(self, ending: Ending) -> int:
         """The last word in the record; returns the exit status."""
+        if self._record.state == Lifecycle.SUSPENDED:
+            self._server.broadcast(self.state())
+            return 0
+        if self._record.state == Lifecycle.RESUMING:
+            return self._give_up_resume(ending)
         asked = self._stop_asked is not None
         expected = ending.clean or asked
         if expected:
             reason = "stopped" if asked else ending.reason
             self._record = replace(self._record, last_exit=Exit("clean", reason))
-            self._advance(Event.EXITED)
+            self._advance(Event.EXITED, checkpoint=None)  # older than the disk is now
             log.info("ended: %s", ending.reason)
         else:
             log.error("failed: %s", ending.reason)

@@ -1,0 +1,323 @@
+"""Suspend, checkpoint, roll back, fork live. Every operation takes the turns of the VMs that it changes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from dataclasses import replace
+
+from capsem import __version__
+from capsem.api.internal import CheckpointMade, Save, Stop
+from capsem.api.operations import unknown_vm
+from capsem.api.types import (
+    CheckpointInfo,
+    CheckpointRequest,
+    CheckpointResponse,
+    CheckpointsResponse,
+    ForkRequest,
+    ForkResponse,
+    OneCheckpointRequest,
+    RollbackRequest,
+    RollbackResponse,
+    SuspendResponse,
+)
+from capsem.model.checkpoint import Checkpoint, Kind
+from capsem.model.errors import InvalidInput, MachineFailed, WrongState, host_failed
+from capsem.model.lifecycle import Event, State, step
+from capsem.service.lifecycle import Lifecycle
+from capsem.service.vm import READY_LIMIT, Vm
+from capsem.store import durable
+from capsem.store.checkpoints import CheckpointStore
+
+EXIT_LIMIT = 10.0  # seconds from a committed suspend to its supervisor's exit
+STARTS = 4  # forks that are started at once
+
+log = logging.getLogger("capsem_service.checkpoints")
+
+
+class Checkpoints(Lifecycle):
+    """See service.manager.Manager."""
+
+    @property
+    def _store(self) -> CheckpointStore:
+        return self._fleet.checkpoints
+
+    # -- suspend
+
+    async def suspend(self, vm_id: str) -> SuspendResponse:
+        """Save a running VM and end its processes; the checkpoint is durable on return."""
+        vm = self._vm("suspend", vm_id)
+        self._require_persistent(vm, "suspended")
+        async with vm.turn:
+            made = await self._suspend(vm, Kind.SUSPEND)
+        return SuspendResponse(
+            success=True,
+            checkpoint=made.checkpoint,
+            bytes=made.written,
+            pause_ms=_ms(made.pause),
+            synced=made.synced,
+        )
+
+    def _require_persistent(self, vm: Vm, what: str) -> None:
+        if not vm.record.persistent:
+            raise InvalidInput(
+                f"{vm.id}: ephemeral VMs cannot be {what}", hint=f"`capsem persist {vm.id} NAME` keeps it"
+            )
+
+    async def _suspend(self, vm: Vm, kind: Kind) -> CheckpointMade:
+        with self._fleet.saving(vm.id):
+            made = await self._save("suspend", vm, Save(kind=kind, go_on=False))
+            if not await vm.ended(EXIT_LIMIT):
+                await vm.stop(Stop(kill=True))
+        self._fleet.collect()
+        if vm.record.state != State.SUSPENDED:
+            raise MachineFailed(
+                f"{vm.id} was saved, and then could not say so: it is {vm.record.state}", hint=f"capsem logs {vm.id}"
+            )
+        return made
+
+    async def _save(self, operation: str, vm: Vm, order: Save) -> CheckpointMade:
+        self._vm(operation, vm.id)
+        link = await vm.ready_link()
+        made = await link.open(order).result()
+        assert isinstance(made, CheckpointMade)
+        vm.reload()
+        return made
+
+    # -- checkpoints
+
+    async def checkpoint(self, vm_id: str, request: CheckpointRequest) -> CheckpointResponse:
+        """Make a checkpoint of a running VM, which goes on running."""
+        vm = self._vm("checkpoint", vm_id)
+        self._require_persistent(vm, "checkpointed")
+        async with vm.turn:
+            order = Save(kind=Kind.MANUAL, go_on=True, message=request.message)
+            made = await self._save("checkpoint", vm, order)
+        return CheckpointResponse(id=made.checkpoint, bytes=made.written, pause_ms=_ms(made.pause), synced=made.synced)
+
+    async def checkpoints(self, vm_id: str, *, hidden: bool = False) -> CheckpointsResponse:
+        """The checkpoints of a VM, oldest first."""
+        vm = self._vm("checkpoints", vm_id)
+        return CheckpointsResponse(checkpoints=await asyncio.to_thread(self._list, vm, hidden))
+
+    def _list(self, vm: Vm, hidden: bool) -> list[CheckpointInfo]:
+        everything = self._store.all()
+        mine = [each for each in everything if each.vm_id == vm.id]
+        named = [layer for each in everything for layer in each.layer_ids]
+        named += [layer for other in self._fleet.known() for layer in other.record.layers]
+        return [self._describe(vm, each, named) for each in mine if hidden or each.visible(vm.record.kept)]
+
+    def _describe(self, vm: Vm, checkpoint: Checkpoint, named: list[str]) -> CheckpointInfo:
+        layout = self._fleet.layout
+        sizes = {layer: durable.allocated_bytes(layout.layer(layer)) for layer in checkpoint.layer_ids}
+        own = sum(size for layer, size in sizes.items() if named.count(layer) == 1)
+        return CheckpointInfo(
+            id=checkpoint.id,
+            kind=checkpoint.kind,
+            created_at=checkpoint.created_at,
+            memory_bytes=durable.allocated_bytes(layout.checkpoint(checkpoint.id).path),
+            disk_bytes=own,
+            shared_bytes=sum(sizes.values()) - own,
+            warm=checkpoint.warm,
+            current=checkpoint.id == vm.record.current,
+            parent=checkpoint.parent,
+            message=checkpoint.message,
+            pause_ms=None if checkpoint.pause is None else _ms(checkpoint.pause),
+            hidden=not checkpoint.visible(vm.record.kept),
+        )
+
+    async def remove_checkpoint(self, vm_id: str, request: OneCheckpointRequest) -> None:
+        """Remove a checkpoint; what others share with it stays. Raises WrongState when a VM needs it."""
+        vm = self._vm("remove_checkpoint", vm_id)
+        async with vm.turn:
+            checkpoint = self._store.find(vm_id, request.checkpoint)
+            if self._fleet.is_referenced(checkpoint.id):
+                users = [
+                    it.id for it in self._fleet.known() if checkpoint.id in (it.record.checkpoint, it.record.saving)
+                ]
+                raise WrongState(
+                    f"checkpoint {checkpoint.id[:12]} is what {', '.join(users) or vm_id} came from last",
+                    hint="suspend or stop that VM first: it then needs it no more",
+                )
+            self._fleet.remove_checkpoint(checkpoint)
+
+    async def verify_checkpoint(self, vm_id: str, request: OneCheckpointRequest) -> None:
+        """Read all of a checkpoint and hold it against its checksums. Raises Corrupt."""
+        self._vm("verify_checkpoint", vm_id)
+        checkpoint = self._store.find(vm_id, request.checkpoint)
+        with self._fleet.pinned(checkpoint.id):
+            await asyncio.to_thread(self._store.verify, checkpoint.id)
+
+    # -- roll back
+
+    async def rollback(self, vm_id: str, request: RollbackRequest) -> RollbackResponse:
+        """Take a VM back to a checkpoint; its present is kept as another one, unless that is not wanted."""
+        vm = self._vm("rollback", vm_id)
+        self._require_persistent(vm, "rolled back")
+        async with vm.turn:
+            if vm.deleted:
+                raise unknown_vm(vm_id)
+            target, _files = self._store.open(self._store.find(vm_id, request.checkpoint).id)
+            if target.warm:
+                await self._maker.check_restorable(vm.record, target)
+            was_running, saved = vm.running, None
+            with self._fleet.pinned(target.id):
+                if request.save:
+                    saved = await self._keep_present(vm)
+                elif was_running:
+                    await vm.stop(Stop(kill=True))
+                self._go_back(vm, target)
+        self._fleet.collect()
+        answer = RollbackResponse(success=True, checkpoint=target.id, saved=saved)
+        if not was_running:
+            return answer
+        resumed = await self.resume(vm_id)
+        return RollbackResponse(
+            success=True,
+            checkpoint=target.id,
+            saved=saved,
+            running=True,
+            boot_kind=resumed.boot_kind,
+            boot_note=resumed.boot_note,
+        )
+
+    async def _keep_present(self, vm: Vm) -> str:
+        """A checkpoint of the VM as it is; it does not run afterwards. Returns its id."""
+        if vm.running:
+            return (await self._suspend(vm, Kind.ROLLBACK)).checkpoint
+        if vm.record.state == State.SUSPENDED:
+            present = vm.record.checkpoint
+            assert present is not None
+            if not self._store.read(present).visible(vm.record.kept):
+                vm.rewrite(kept=(*vm.record.kept, present))
+            return present
+        return self._keep_disk(vm)
+
+    def _keep_disk(self, vm: Vm) -> str:
+        """A checkpoint without memory of a VM that does not run; the caller gives it other layers."""
+        record = vm.record
+        try:
+            draft = self._store.prepare(self._fleet.system.entropy.token_bytes(16).hex())
+            try:
+                checkpoint = Checkpoint(
+                    id=draft.id,
+                    vm_id=record.id,
+                    kind=Kind.ROLLBACK,
+                    created_at=self._fleet.system.clock.time(),
+                    creator=__version__,
+                    layers=self._store.freeze(record.layers),
+                    disk_mb=record.spec.disk_mb,
+                    image=record.image,
+                    image_digest=record.image_digest,
+                    hardware=record.hardware,
+                    cpus=record.spec.cpus,
+                    ram_mb=record.spec.ram_mb,
+                    parent=record.current,
+                )
+                self._store.commit(draft, checkpoint)
+            except BaseException:
+                self._store.discard(draft)
+                raise
+        except OSError as error:
+            raise host_failed(f"{record.id} could not be kept as it is", error) from error
+        return checkpoint.id
+
+    def _go_back(self, vm: Vm, target: Checkpoint) -> None:
+        """The one write that makes it so."""
+        before = vm.record.layers
+        if target.warm:
+            state = step(vm.record.state, Event.ROLL_BACK)
+            vm.rewrite(state=state, layers=target.layer_ids, checkpoint=target.id, current=target.id, last_exit=None)
+        else:
+            suspended = vm.record.state == State.SUSPENDED
+            state = step(vm.record.state, Event.FORGET) if suspended else vm.record.state
+            layer = self._maker.new_layer(vm.record)
+            vm.rewrite(state=state, layers=(*target.layer_ids, layer), checkpoint=None, current=target.id)
+        self._fleet.remove_layers(before)
+
+    # -- fork
+
+    async def fork(self, vm_id: str, request: ForkRequest) -> ForkResponse:
+        """New VMs on a copy of this one's disk; with its memory too, and running, if they are to be live."""
+        if not request.live:
+            return await super().fork(vm_id, request)
+        source = self._vm("fork", vm_id)
+        async with contextlib.AsyncExitStack() as held:
+            for name in request.names:
+                self._fleet.take_name(name)
+                held.callback(self._fleet.release, name)
+            self._fleet.check_limit(len(request.names))
+            checkpoint, pause = await self._instant(source, request, held)
+            children = []
+            try:
+                for name in request.names:
+                    spec = replace(source.record.spec, cpus=checkpoint.cpus, ram_mb=checkpoint.ram_mb)
+                    children.append(
+                        self._maker.make_child(
+                            name,
+                            source.record,
+                            checkpoint.layer_ids,
+                            request.description,
+                            spec=spec,
+                            checkpoint=checkpoint.id,
+                        )
+                    )
+                await self._start_forks(children)
+            except BaseException:
+                for child in children:
+                    async with child.turn:
+                        await child.stop(Stop(kill=True))
+                        self._fleet.remove(child)
+                raise
+        self._fleet.collect()
+        return ForkResponse(
+            name=request.names[0],
+            size_bytes=self._fleet.chain_bytes(children[0].record),
+            names=request.names,
+            pause_ms=pause,
+        )
+
+    async def _instant(
+        self, source: Vm, request: ForkRequest, held: contextlib.AsyncExitStack
+    ) -> tuple[Checkpoint, float | None]:
+        """The checkpoint to fork from, kept as long as `held`; how many ms the source stood still for it."""
+        pause = None
+        async with source.turn:
+            if source.deleted:
+                raise unknown_vm(source.id)
+            if request.checkpoint is not None:
+                found = self._store.find(source.id, request.checkpoint).id
+            elif source.running:
+                with self._fleet.saving(source.id):
+                    made = await self._save("fork", source, Save(kind=Kind.FORK, go_on=True))
+                    found, pause = made.checkpoint, _ms(made.pause)
+                    held.enter_context(self._fleet.pinned(found))
+            elif source.record.state == State.SUSPENDED and source.record.checkpoint is not None:
+                found = source.record.checkpoint
+            else:
+                raise WrongState(
+                    f"{source.id} does not run and is not suspended: it has no memory to fork",
+                    hint="fork its disk alone, resume it first, or name a checkpoint",
+                )
+            held.enter_context(self._fleet.pinned(found))
+        checkpoint, _files = self._store.open(found)
+        await self._maker.check_restorable(source.record, checkpoint)
+        return checkpoint, pause
+
+    async def _start_forks(self, children: list[Vm]) -> None:
+        bound = asyncio.Semaphore(STARTS)
+
+        async def start(child: Vm) -> None:
+            async with bound, child.turn:
+                await self._restore(child)
+            await self._wait_ready(child, READY_LIMIT)
+
+        results = await asyncio.gather(*(start(child) for child in children), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 1)

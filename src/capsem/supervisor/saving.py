@@ -1,0 +1,232 @@
+"""Checkpoints of one running machine: the draft that is prepared ahead of time, the save, the commit.
+
+    prepare   a draft of the next checkpoint, its RAM file already holding what the machine's memory was mapped from,
+              copied in the background where the file system cannot share it: the save then writes what has changed
+    save      a mark and a flush in the guest, as far as it answers; then RAM, devices and volume at one instant
+    commit    everything durable, the manifest last
+
+A save that fails leaves no trace: the draft is removed, and whoever asked decides what becomes of the machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from capsem import __version__
+from capsem.control.guest import Guest
+from capsem.hypervisor.driver import Driver, Layer, Machine, MachineSpec, Saved, SaveFiles
+from capsem.model.checkpoint import Checkpoint, GuestState, Kind, Memory
+from capsem.model.errors import CapsemError
+from capsem.model.vm import VmRecord
+from capsem.store.checkpoints import CheckpointStore, Draft, describe
+from capsem.store.layout import CheckpointDir
+from capsem.store.ram import PAGE, RamFile, RamIdentity, RamWriter
+from capsem.system import System
+
+PREPARE_AFTER = 1.0  # seconds that a machine has run before the next checkpoint's RAM file is begun
+SYNC_LIMIT = 2.0  # seconds for the guest to flush its file systems
+
+log = logging.getLogger("capsem_process.saving")
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Which checkpoint is wanted: of the layers `frozen`, above which the volume goes on in `layer`."""
+
+    kind: Kind
+    frozen: tuple[str, ...]
+    layer: Layer
+    go_on: bool
+    message: str | None = None
+
+
+@dataclass(slots=True)
+class _Prepared:
+    draft: Draft
+    writer: RamWriter
+    copied: bool = False  # holds the base
+    cancelled: bool = False
+
+
+class Saver:
+    """Makes checkpoints of one machine."""
+
+    def __init__(
+        self,
+        system: System,
+        driver: Driver,
+        store: CheckpointStore,
+        machine: Machine,
+        spec: MachineSpec,
+        guest: Guest,
+        assets: Mapping[str, str],
+    ) -> None:
+        """`assets`: the digests of what the machine boots from, for the manifest."""
+        self._system = system
+        self._driver = driver
+        self._store = store
+        self._machine = machine
+        self._spec = spec
+        self._guest = guest
+        self._assets = assets
+        self._base: RamFile | None = None  # what the next RAM file begins with; None: with nothing
+        self._own = False  # the base is this machine's own
+        self._prepared: _Prepared | None = None
+        self._preparing: asyncio.Task[None] | None = None
+
+    def restored_from(self, files: CheckpointDir) -> None:
+        """The machine's memory was mapped from this checkpoint. Raises OSError."""
+        self._base = RamFile(files.memory, files.sums)
+
+    def prepare_soon(self) -> None:
+        """Begin the next draft in the background, if that saves anything."""
+        if self._base is not None and self._preparing is None:
+            self._preparing = asyncio.create_task(self._prepare_later(), name="prepare")
+
+    async def _prepare_later(self) -> None:
+        await asyncio.sleep(PREPARE_AFTER)
+        try:
+            await self._prepare()
+        except OSError as error:  # the save will try again, and say so
+            log.warning("the next checkpoint cannot be prepared: %s", error)
+            self._drop_prepared()
+
+    async def _prepare(self) -> _Prepared:
+        prepared = self._prepared
+        if prepared is None:
+            draft = self._store.prepare(self._system.entropy.token_bytes(16).hex())
+            try:
+                writer = RamWriter(draft.files.memory, draft.files.sums, self._spec.ram_mb << 20)
+            except BaseException:
+                self._store.discard(draft)
+                raise
+            prepared = self._prepared = _Prepared(draft, writer)
+        if self._base is not None and not prepared.copied:
+            base = self._base
+            prepared.copied = await asyncio.to_thread(prepared.writer.copy, base, lambda: prepared.cancelled)
+        return prepared
+
+    def _drop_prepared(self) -> None:
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            prepared.cancelled = True
+            prepared.writer.close()
+            self._store.discard(prepared.draft)
+
+    async def _finish_preparing(self) -> _Prepared:
+        """The draft, whatever of it there is already. Raises OSError."""
+        task, self._preparing = self._preparing, None
+        if task is not None:
+            if self._prepared is None:
+                task.cancel()  # it only waits for its time
+            await asyncio.gather(task, return_exceptions=True)
+        return await self._prepare()
+
+    async def reserve(self) -> str:
+        """Make sure that there is a draft; returns the id that the next checkpoint will have. Raises OSError."""
+        return (await self._finish_preparing()).draft.id
+
+    async def save(self, record: VmRecord, order: Order) -> Checkpoint:
+        """Make the checkpoint that `reserve` announced; committed on return.
+
+        Raises CapsemError, OSError: nothing is left of the checkpoint; the machine may stand still, and its volume may
+        have gone on to the order's layer.
+        """
+        prepared = await self._finish_preparing()
+        try:
+            synced = await self._sync(prepared.draft.id)
+            files = SaveFiles(prepared.draft.files.devices, prepared.writer, compare=self._own)
+            saved = await self._machine.save(files, order.layer, go_on=order.go_on)
+            checkpoint = await asyncio.to_thread(self._finish, prepared, record, order, saved, synced)
+            await asyncio.to_thread(self._store.commit, prepared.draft, checkpoint)
+        except BaseException:
+            self._drop_prepared()
+            raise
+        self._prepared = None
+        prepared.writer.close()
+        if order.go_on:
+            self._rebase(prepared.draft.files)
+        return checkpoint
+
+    async def _sync(self, mark: str) -> bool:
+        try:
+            await self._guest.sync(SYNC_LIMIT, mark)
+        except CapsemError as error:
+            log.warning("the guest did not flush its file systems: %s", error)
+            return False
+        return True
+
+    def _rebase(self, files: CheckpointDir) -> None:
+        if self._base is not None:
+            self._base.close()
+        self._base, self._own = RamFile(files.memory, files.sums), True
+        self.prepare_soon()
+
+    def _finish(self, prepared: _Prepared, record: VmRecord, order: Order, saved: Saved, synced: bool) -> Checkpoint:
+        """Make RAM durable, and write down what was saved."""
+        size = self._spec.ram_mb << 20
+        digest = prepared.writer.finish(RamIdentity(record.id, prepared.draft.id, size))
+        runs = tuple((offset // PAGE, length // PAGE) for offset, length in saved.runs)
+        guest = GuestState(
+            boot_id=self._guest.boot_id,
+            epoch=self._guest.epoch,
+            next_nonce=self._guest.next_nonce.hex(),
+            token=self._guest.identity.token or "",
+            synced=synced,
+        )
+        return Checkpoint(
+            id=prepared.draft.id,
+            vm_id=record.id,
+            kind=order.kind,
+            created_at=self._system.clock.time(),
+            creator=__version__,
+            layers=self._store.freeze(order.frozen),
+            disk_mb=record.spec.disk_mb,
+            image=record.image,
+            image_digest=record.image_digest,
+            hardware=record.hardware,
+            cpus=record.spec.cpus,
+            ram_mb=record.spec.ram_mb,
+            parent=record.current,
+            message=order.message,
+            machine=MappingProxyType(self.fingerprint()),
+            memory=Memory(size, digest, runs, saved.written),
+            devices=describe(prepared.draft.files.devices),
+            guest=guest,
+            pause=round(saved.pause, 6),
+            owner_epoch=record.owner_epoch,
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a host must offer to restore this machine."""
+        spec = self._spec
+        machine = self._driver.fingerprint(
+            self._machine.version,
+            hardware=spec.hardware,
+            accelerator=spec.accelerator,
+            cpus=spec.cpus,
+            ram_mb=spec.ram_mb,
+            command_line=spec.command_line,
+        )
+        return {**machine, **self._assets}
+
+    async def close(self) -> None:
+        """The machine has ended: a draft that was prepared for nothing goes."""
+        task, self._preparing = self._preparing, None
+        if self._prepared is not None:
+            self._prepared.cancelled = True
+        if task is not None:
+            if self._prepared is None:
+                task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        with contextlib.suppress(OSError):
+            self._drop_prepared()
+        if self._base is not None:
+            self._base.close()
+            self._base = None
