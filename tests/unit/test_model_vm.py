@@ -30,6 +30,12 @@ FULL = dataclasses.replace(
     started_at=1e9 + 1,
     host_boot_id="boot",
     boot_kind="cold",
+    boot_note="why",
+    checkpoint=LAYER,
+    saving=LAYER,
+    current=LAYER,
+    kept=(LAYER,),
+    machine_id=LAYER,
     last_exit=Exit("failed", "the VMM ended", "last line"),
 )
 
