@@ -47,8 +47,9 @@ def speaks(protocol: int) -> bool:
 class Bootstrap(Message, tag="bootstrap"):
     """Everything a supervisor needs beside the VM's record. Paths are absolute.
 
-    `restore`: from the record's checkpoint, whose memory is `ram_file`; `layer` is a new one to put on the volume's top
-    before anything runs. `assets` are digests of what the machine boots from. `boot_kind` and `boot_note` are recorded.
+    `vm_id` and `session_dir` are for a spare supervisor, which was started without knowing them. `restore`: from the
+    record's checkpoint, whose memory is `ram_file`; `layer` is a new one to put on the volume's top before anything
+    runs. `assets` are digests of what the machine boots from. `boot_kind` and `boot_note` are recorded.
     """
 
     protocol: int
@@ -63,6 +64,8 @@ class Bootstrap(Message, tag="bootstrap"):
     kernel_command_line: str
     accelerator: str
     hypervisor: str
+    vm_id: str = ""
+    session_dir: str = ""
     assets: dict[str, str] = {}
     restore: bool = False
     layer: str | None = None

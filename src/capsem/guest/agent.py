@@ -87,6 +87,8 @@ class Agent:
         self._jobs: OrderedDict[str, None] = OrderedDict()
         self._expected: Timer | None = None
         decoder = self._mux.decoder
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            self._boot_id = file.read().strip()
         self._port = Port(self._loop, fd, self._receive, self._mux.output, missing=lambda: decoder.missing, ends=ends)
         system.install(self._loop, self._requested)
         self._begin_epoch()
@@ -103,13 +105,11 @@ class Agent:
         self._send_ready()
 
     def _send_ready(self) -> None:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            boot_id = file.read().strip()
         self._mux.control(
             Ready(
                 protocol=PROTOCOL_VERSION,
                 agent=VERSION,
-                boot_id=boot_id,
+                boot_id=self._boot_id,
                 epoch=self._memory.epoch,
                 restarts=self._memory.starts - 1,
             )

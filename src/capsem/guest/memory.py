@@ -31,6 +31,10 @@ class Memory:
     def save(self) -> None:
         """Write it down; a reader sees the old content or the new."""
         temporary = f"{self._path}.new"
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="ascii") as file:
-            json.dump({"epoch": self.epoch, "starts": self.starts, "next_nonce": self.next_nonce.hex()}, file)
+        content = json.dumps({"epoch": self.epoch, "starts": self.starts, "next_nonce": self.next_nonce.hex()})
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, content.encode("ascii"))
+        finally:
+            os.close(fd)
         os.rename(temporary, self._path)

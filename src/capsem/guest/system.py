@@ -78,8 +78,16 @@ class Machine(Bystander):
         time.clock_settime(time.CLOCK_REALTIME, now)
         return step
 
+    def __init__(self) -> None:
+        self._hostname = ""
+        self._identity: tuple[str | None, str | None] = (None, None)
+
     def set_hostname(self, name: str) -> None:
-        """Set it in the kernel, and in /etc/hosts so that it resolves."""
+        """Set it in the kernel, and in /etc/hosts so that it resolves. What it is already is left alone: each file costs
+        a machine that was just restored, whose every step is a first one for the emulator, several milliseconds.
+        """
+        if name == self._hostname:
+            return
         with open("/proc/sys/kernel/hostname", "w") as file:
             file.write(name)
         for path, text in (
@@ -88,9 +96,12 @@ class Machine(Bystander):
         ):
             with open(path, "w") as file:
                 file.write(text)
+        self._hostname = name
 
     def set_identity(self, machine_id: str | None, token: str | None) -> None:
         """What tells this machine from others (machine-id(5)), and this boot of it from others, forks included."""
+        if (machine_id, token) == self._identity:
+            return
         for path, value in (("/etc/machine-id", machine_id), ("/run/capsem/boot-token", token)):
             if value is not None:
                 with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o444), "r+") as file:
@@ -98,6 +109,7 @@ class Machine(Bystander):
                         file.seek(0)
                         file.write(f"{value}\n")
                         file.truncate()
+        self._identity = (machine_id, token)
 
     def reseed(self, entropy: bytes) -> bool:
         """Mix in entropy, count it, and have every generator start anew from it; random(4)."""

@@ -28,7 +28,8 @@ from capsem.service.app import build_app
 from capsem.service.create import Maker
 from capsem.service.fleet import Fleet
 from capsem.service.handlers import Handlers
-from capsem.service.launch import Launcher, find_process_binary
+from capsem.service.launch import Launcher, find_process_binary, passed_on
+from capsem.service.spares import Spares
 from capsem.store import durable
 from capsem.store.layout import Layout
 from capsem.store.locks import Lock, try_lock
@@ -182,15 +183,19 @@ class Service:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         fleet = self._fleet(layout)
-        handlers = self._handlers(fleet)
+        process_binary = self.arguments.process_binary or find_process_binary()
+        spares = Spares(fleet.system, [str(process_binary)], passed_on(os.environ), Path(os.devnull))
+        handlers = self._handlers(fleet, process_binary, spares)
         server = make_server(handlers)
         log.info("capsem_service %s serves %s", __version__, path)
         await fleet.reconcile()
         await server.startup(sockets=[listener])
+        spares.prepare()
         watching = asyncio.create_task(_watch_parent(arguments.parent_pid, stop))
         await stop.wait()
         log.info("stopping")
         fleet.stopping = True
+        await spares.close()
         for each in server.servers:
             each.close()  # no new connection from here on
         if self.settings.on_service_stop == config.KEEP:
@@ -213,16 +218,17 @@ class Service:
     def _fleet(self, layout: Layout) -> Fleet:
         return Fleet(real_system(), layout, self.settings.max_concurrent_vms)
 
-    def _handlers(self, fleet: Fleet) -> Handlers:
+    def _handlers(self, fleet: Fleet, process_binary: Path, spares: Spares) -> Handlers:
         hypervisor = os.environ.get("CAPSEM_HYPERVISOR") or "qemu"
         launcher = Launcher(
             system=fleet.system,
             layout=fleet.layout,
             environ=os.environ,
-            process_binary=self.arguments.process_binary or find_process_binary(),
+            process_binary=process_binary,
             hypervisor=hypervisor,
             parent_pid=self.arguments.parent_pid,
             log_level=os.environ.get("RUST_LOG") or "info",
+            spares=spares,
         )
         driver = make_driver(hypervisor, fleet.layout.run_dir)
         catalog = Catalog.from_environment(os.environ, self.arguments.assets_dir)

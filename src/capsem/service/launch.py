@@ -17,6 +17,7 @@ from capsem.image.catalog import Image
 from capsem.model.errors import HostNotReady, MachineFailed
 from capsem.model.vm import VmRecord
 from capsem.service.link import Link
+from capsem.service.spares import Spares
 from capsem.store.layout import Layout, SessionDir
 from capsem.store.lines import last_lines
 from capsem.system import Child, System
@@ -31,6 +32,11 @@ BIND_LIMIT = 15.0  # seconds for a supervisor to come up
 LOG_LINES = 20
 
 log = logging.getLogger("capsem_service.launch")
+
+
+def passed_on(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a supervisor."""
+    return {name: environ[name] for name in PASSED_ON if environ.get(name)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,7 @@ class Launcher:
     hypervisor: str
     parent_pid: int | None = None
     log_level: str = "info"
+    spares: Spares | None = None
 
     async def start(
         self, record: VmRecord, session: SessionDir, image: Image, volume: Path, accelerator: Accelerator, boot: Boot
@@ -87,6 +94,8 @@ class Launcher:
             kernel_command_line=image.kernel_command_line,
             accelerator=accelerator,
             hypervisor=self.hypervisor,
+            vm_id=record.id,
+            session_dir=str(session.path),
             assets=assets(image),
             restore=boot.memory is not None,
             layer=boot.layer,
@@ -95,12 +104,14 @@ class Launcher:
             parent_pid=self.parent_pid,
             log_level=self.log_level,
         )
-        env = {name: self.environ[name] for name in PASSED_ON if self.environ.get(name)}
         argv = [str(self.process_binary), "--id", record.id, "--session-dir", str(session.path)]
+        data = encode_message(bootstrap)
         try:
-            child = await self.system.processes.spawn(
-                argv, env=env, stdin=encode_message(bootstrap), log=session.process_log
-            )
+            child = await self.spares.take(data, len(" ".join(argv[1:]))) if self.spares else None
+            if child is None:
+                child = await self.system.processes.spawn(
+                    argv, env=passed_on(self.environ), stdin=data, log=session.process_log
+                )
         except OSError as error:
             raise HostNotReady(
                 f"{self.process_binary} cannot be started: {error.strerror}",

@@ -1,4 +1,9 @@
-"""capsem-process: `--id ID --session-dir DIR`, so that it can be found; everything else comes on standard input."""
+"""capsem-process: `--id ID --session-dir DIR`, so that it can be found; everything else comes on standard input.
+
+A service also keeps a spare one, `--spare`: everything is imported, which takes longer than all the rest of a start, and
+it waits for its standard input to tell what VM it is to supervise. Then it shows the arguments that it would have had,
+and logs where it would have logged. One that is told nothing ends with its service.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +22,7 @@ from capsem.model.errors import CapsemError, InvalidInput
 from capsem.model.ids import check_name
 from capsem.store.layout import Layout, SessionDir
 from capsem.supervisor.supervisor import Names, Supervisor
-from capsem.system.process import set_process_name
+from capsem.system.process import command_line, set_command_line, set_process_name
 from capsem.system.real import real_system
 from capsem.wire.frames import ProtocolError
 from capsem.wire.messages import decode_message
@@ -27,10 +32,10 @@ SIGTERM_GRACE = 1.0  # seconds for the guest's processes: the service allows two
 log = logging.getLogger("capsem_process")
 
 
-def read_bootstrap() -> Bootstrap:
-    """The parameters on standard input. Raises InvalidInput."""
+def read_bootstrap(data: bytes) -> Bootstrap:
+    """The parameters that came on standard input. Raises InvalidInput."""
     try:
-        message = decode_message(sys.stdin.buffer.read(), {Bootstrap.tag: Bootstrap})
+        message = decode_message(data, {Bootstrap.tag: Bootstrap})
     except ProtocolError as error:
         raise InvalidInput(
             f"bad bootstrap on standard input: {error}", hint="capsem-service starts this program"
@@ -53,6 +58,18 @@ def announce_bound() -> None:
     os.close(null)
 
 
+def stand_in(vm_id: str, session_dir: Path) -> None:
+    """For a spare: be, to whoever looks, the supervisor that was started for this VM."""
+    program = command_line()
+    options = program.index(b"--spare")
+    named = [b"--id", vm_id.encode(), b"--session-dir", os.fsencode(session_dir)]
+    set_command_line([*program[:options], *named])
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(SessionDir(session_dir).process_log, flags, 0o600)
+    os.dup2(fd, 2)
+    os.close(fd)
+
+
 async def serve(vm_id: str, session_dir: Path, bootstrap: Bootstrap) -> int:
     """Supervise until the VM has ended; returns the exit status."""
     layout = Layout(Path(bootstrap.run_dir))
@@ -73,16 +90,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="capsem-process", description="Supervises one running VM; started by capsem-service."
     )
-    parser.add_argument("--id", required=True)
-    parser.add_argument("--session-dir", required=True, type=Path)
+    parser.add_argument("--id")
+    parser.add_argument("--session-dir", type=Path)
+    parser.add_argument("--spare", metavar="ROOM", help="wait to be told which VM")
     arguments = parser.parse_args()
+    if arguments.spare is None and None in (arguments.id, arguments.session_dir):
+        parser.error("--id and --session-dir are needed")
     os.umask(0o077)
     os.chdir("/")
     try:
-        check_name(arguments.id)
-        bootstrap = read_bootstrap()
+        data = sys.stdin.buffer.read()
+        if arguments.spare is not None and not data:
+            return 0
+        bootstrap = read_bootstrap(data)
+        vm_id, session_dir = arguments.id or bootstrap.vm_id, arguments.session_dir or Path(bootstrap.session_dir)
+        check_name(vm_id)
+        if arguments.spare is not None:
+            stand_in(vm_id, session_dir)
         logs.setup(os.environ)
-        status = asyncio.run(serve(arguments.id, arguments.session_dir, bootstrap))
+        status = asyncio.run(serve(vm_id, session_dir, bootstrap))
         # The VM has ended and its record says so; taking the interpreter apart would add a third to the time of a delete.
         logging.shutdown()
         os._exit(status)

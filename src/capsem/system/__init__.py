@@ -75,6 +75,9 @@ class Child(Protocol):
     def status(self) -> int | None:
         """Exit status, negative for a signal; None while it runs."""
 
+    async def feed(self, data: bytes) -> None:
+        """Write to its standard input, which was kept open, and close that. Raises OSError when it has ended."""
+
     async def read_line(self) -> bytes:
         """The next line of its standard output, b"" at the end."""
 
@@ -86,10 +89,10 @@ class Processes(Protocol):
     """Processes of this host."""
 
     async def spawn(
-        self, argv: Sequence[str], *, env: Mapping[str, str], stdin: bytes, log: Path, keep: Sequence[int] = ()
+        self, argv: Sequence[str], *, env: Mapping[str, str], stdin: bytes | None, log: Path, keep: Sequence[int] = ()
     ) -> Child:
-        """Start a process in a session of its own: `stdin` is fed and closed, standard error is appended to `log`
-        (mode 0600), standard output is ours, the descriptors in `keep` are inherited. Raises OSError.
+        """Start a process in a session of its own: `stdin` is fed and closed (None: see `Child.feed`), standard error is
+        appended to `log` (mode 0600), standard output is ours, the descriptors in `keep` are inherited. Raises OSError.
         """
 
     def own_pid(self) -> int:

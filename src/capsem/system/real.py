@@ -117,6 +117,13 @@ class RealChild:
         """See Child."""
         return self._process.returncode
 
+    async def feed(self, data: bytes) -> None:
+        """See Child."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(data)
+        await self._process.stdin.drain()
+        self._process.stdin.close()
+
     async def read_line(self) -> bytes:
         """See Child."""
         assert self._process.stdout is not None
@@ -131,7 +138,7 @@ class RealProcesses:
     """Processes of this host."""
 
     async def spawn(
-        self, argv: Sequence[str], *, env: Mapping[str, str], stdin: bytes, log: Path, keep: Sequence[int] = ()
+        self, argv: Sequence[str], *, env: Mapping[str, str], stdin: bytes | None, log: Path, keep: Sequence[int] = ()
     ) -> Child:
         """See Processes."""
         fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -148,10 +155,12 @@ class RealProcesses:
             )
         finally:
             os.close(fd)
-        assert process.stdin is not None
-        process.stdin.write(stdin)
-        process.stdin.close()
-        return RealChild(process)
+        child = RealChild(process)
+        if stdin is not None:
+            assert process.stdin is not None
+            process.stdin.write(stdin)
+            process.stdin.close()
+        return child
 
     def own_pid(self) -> int:
         """See Processes."""
