@@ -64,6 +64,9 @@ def test_a_checkpoint_can_be_gone_back_to_as_often_as_wanted(service: Service, s
     made = json.loads(service.cli("checkpoint", saved, "-m", "before the change", "--json").stdout)
     assert made["pause_ms"] > 0
     service.output(saved, "echo other | tee /root/note > /dev/shm/note; pkill sleep; sync")
+    assert service.cli("fork", "--cold", "--at", made["id"][:8], saved, "older").stdout == b"older\n"
+    assert service.cli("cp", "older:note", "-").stdout == b"one\n"
+    service.client.call("delete", vm_id="older")
     for _ in range(2):
         answer = service.client.call("rollback", vm_id=saved, body={"checkpoint": made["id"][:8]})
         assert answer["running"]

@@ -142,8 +142,8 @@ class PurgeRequest(_Body, frozen=True):
 class ForkRequest(_Body, frozen=True):
     """Make a stopped VM `name` on a copy of this one's disk.
 
-    `live`: with a copy of its memory too, and running; `count` of them are then called name-1, name-2 and so on, and
-    `checkpoint` (an id, or its first digits) tells of which instant.
+    `live`: with a copy of its memory too, and running; `count` of them are then called name-1, name-2 and so on.
+    `checkpoint` (an id, or its first digits): of that instant instead of the present.
     """
 
     name: str

@@ -137,7 +137,7 @@ class Checkpoint:
         if differences := self.differences(machine):
             raise WrongState(
                 f"checkpoint {self.id[:12]} cannot be restored on this host: {'; '.join(differences)}",
-                hint="its disk is intact: resume cold (`capsem resume --cold`), or put back what was changed",
+                hint="its disk is intact: `capsem resume --cold`, `capsem fork --cold --at`; or put back what was changed",
             )
 
     def to_json(self) -> bytes:

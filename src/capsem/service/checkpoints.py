@@ -240,9 +240,9 @@ class Checkpoints(Lifecycle):
 
     async def fork(self, vm_id: str, request: ForkRequest) -> ForkResponse:
         """New VMs on a copy of this one's disk; with its memory too, and running, if they are to be live."""
-        if not request.live:
-            return await super().fork(vm_id, request)
         source = self._vm("fork", vm_id)
+        if not request.live:
+            return await (self._fork_disk(source, request) if request.checkpoint else super().fork(vm_id, request))
         async with contextlib.AsyncExitStack() as held:
             for name in request.names:
                 self._fleet.take_name(name)
@@ -277,6 +277,20 @@ class Checkpoints(Lifecycle):
             names=request.names,
             pause_ms=pause,
         )
+
+    async def _fork_disk(self, source: Vm, request: ForkRequest) -> ForkResponse:
+        """A new, stopped VM on the disk of a checkpoint, whatever has become of its memory."""
+        self._fleet.take_name(request.name)
+        try:
+            async with source.turn:
+                if source.deleted:
+                    raise unknown_vm(source.id)
+                checkpoint = self._store.find(source.id, request.checkpoint or "")
+                self._store.check_layers(checkpoint)
+                child = self._maker.make_child(request.name, source.record, checkpoint.layer_ids, request.description)
+        finally:
+            self._fleet.release(request.name)
+        return ForkResponse(name=request.name, size_bytes=self._fleet.chain_bytes(child.record))
 
     async def _instant(
         self, source: Vm, request: ForkRequest, held: contextlib.AsyncExitStack
