@@ -13,11 +13,14 @@ demo:
 lint:
 	./scripts/lint
 
+# $(call page,NAME,MODULE): a page that a module prints; it stays as it is when that fails.
+page = .venv/bin/python -m $(2) > docs/.$(1).new && mv docs/.$(1).new docs/$(1).md || { rm -f docs/.$(1).new; exit 1; }
+
 # Regenerates the pages that are made from tables; a test fails when they are out of date.
 docs:
-	.venv/bin/python -m capsem.model.lifecycle > docs/lifecycle.md
-	.venv/bin/python -m capsem.cli.reference > docs/cli.md
-	.venv/bin/python -m capsem.api.reference > docs/http.md
+	$(call page,lifecycle,capsem.model.lifecycle)
+	$(call page,cli,capsem.cli.reference)
+	$(call page,http,capsem.api.reference)
 
 bench:
 	.venv/bin/python -m bench
