@@ -204,8 +204,13 @@ class Fleet:
         self.remove_layers(checkpoint.layer_ids)
 
     def _used_layers(self) -> set[str]:
+        """Layers that a VM or a checkpoint names; all there are while a checkpoint cannot tell which it needs: it may be of
+        a newer Capsem, or come back from a backup."""
         used = {layer for vm in self._vms.values() if not vm.deleted for layer in vm.record.layers}
-        return used | {layer for checkpoint in self.checkpoints.all() for layer in checkpoint.layer_ids}
+        used |= {layer for checkpoint in self.checkpoints.all() for layer in checkpoint.layer_ids}
+        if self.checkpoints.unreadable:
+            used |= {path.stem for path in self.layout.layers.glob("*.qcow2")}
+        return used
 
     def remove_layers(self, layers: Iterable[str]) -> None:
         """Remove those of these layers that neither a VM nor a checkpoint names."""
@@ -328,6 +333,8 @@ class Fleet:
             log.warning("removed the unfinished checkpoint %s", checkpoint_id)
         self.collect()
         used = self._used_layers()
+        for checkpoint_id, error in self.checkpoints.unreadable.items():
+            log.error("no layer is removed as long as checkpoint %s is there: %s", checkpoint_id, error)
         for path in self.layout.layers.glob("*.qcow2"):
             if path.stem not in used:
                 log.warning("removing unreferenced layer %s", path.name)

@@ -45,6 +45,7 @@ class CheckpointStore:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._known: dict[str, Checkpoint] = {}
+        self.unreadable: dict[str, CapsemError] = {}  # checkpoints that `all` left out, and why
 
     # -- making
 
@@ -153,12 +154,16 @@ class CheckpointStore:
 
     def all(self) -> list[Checkpoint]:
         """Every checkpoint whose manifest can be read, oldest first. One that was read before is not read again."""
-        found = {}
+        found: dict[str, Checkpoint] = {}
+        unreadable: dict[str, CapsemError] = {}
         for path in self._layout.checkpoints.iterdir():
-            with contextlib.suppress(CapsemError):
-                known = self._known.get(path.name) if self.is_committed(path.name) else None
-                found[path.name] = known or self.read(path.name)
-        self._known = found
+            with contextlib.suppress(NotFound, InvalidInput):  # a draft, or none of ours
+                try:
+                    known = self._known.get(path.name) if self.is_committed(path.name) else None
+                    found[path.name] = known or self.read(path.name)
+                except Corrupt as error:
+                    unreadable[path.name] = error
+        self._known, self.unreadable = found, unreadable
         return sorted(found.values(), key=lambda each: (each.created_at, each.id))
 
     def find(self, vm_id: str, prefix: str) -> Checkpoint:
