@@ -46,17 +46,19 @@ def test_every_state_is_reachable_and_every_state_can_be_deleted() -> None:
         assert State.DELETED in _reachable(state)
 
 
-def test_lost_is_handled_in_exactly_the_live_states() -> None:
-    lost_or_undone = {state for state, moves in TRANSITIONS.items() if moves.keys() & {Event.LOST, Event.ABORTED}}
-    assert lost_or_undone == LIVE
-    assert {state for state, moves in TRANSITIONS.items() if Event.EXITED in moves} == LIVE - {State.RESUMING}
+def test_the_end_of_the_process_is_handled_in_exactly_the_live_states() -> None:
+    """A resume alone ends without a trace: the VM is as suspended as before, not stopped, not lost."""
+    for event in (Event.LOST, Event.EXITED):
+        assert {state for state, moves in TRANSITIONS.items() if event in moves} == LIVE - {State.RESUMING}
+    assert TRANSITIONS[State.RESUMING] == {Event.READY: State.RUNNING, Event.ABORTED: State.SUSPENDED}
 
 
 def test_what_lives_is_shown_as_running_and_only_that() -> None:
+    """But for a machine that is being resumed: it is nobody's to use before it has shown that it is well."""
     assert {state for state, status in PUBLIC_STATUS.items() if status is Status.RUNNING} == LIVE - {State.RESUMING}
     assert {state for state, status in PUBLIC_STATUS.items() if status is Status.SUSPENDED} == {
         State.SUSPENDED,
-        State.RESUMING,  # nobody may use it yet, and if it fails it is as suspended as before
+        State.RESUMING,
     }
     assert {state for state, status in PUBLIC_STATUS.items() if status is None} == {State.DELETING, State.DELETED}
 
@@ -101,6 +103,9 @@ def test_recover_leaves_a_supervised_record_alone(state: State) -> None:
         (State.RUNNING, State.FAILED, State.STOPPED),
         (State.STOPPING, State.FAILED, State.STOPPED),
         (State.STOPPED, State.STOPPED, State.STOPPED),
+        (State.SUSPENDING, State.FAILED, State.STOPPED),
+        (State.SUSPENDED, State.SUSPENDED, State.SUSPENDED),
+        (State.RESUMING, State.SUSPENDED, State.SUSPENDED),
         (State.FAILED, State.FAILED, State.FAILED),
         (State.DELETING, State.DELETING, State.DELETING),
         (State.DELETED, State.DELETED, State.DELETED),
@@ -109,6 +114,14 @@ def test_recover_leaves_a_supervised_record_alone(state: State) -> None:
 def test_recover_of_an_ownerless_record(state: State, same_boot: State, after_reboot: State) -> None:
     assert recover(state, supervisor_alive=False, same_host_boot=True) is same_boot
     assert recover(state, supervisor_alive=False, same_host_boot=False) is after_reboot
+
+
+@pytest.mark.parametrize("state", State)
+def test_a_committed_checkpoint_completes_a_suspend_and_nothing_else(state: State) -> None:
+    for same in (True, False):
+        without = recover(state, supervisor_alive=False, same_host_boot=same)
+        saved = recover(state, supervisor_alive=False, same_host_boot=same, saved=True)
+        assert saved is (State.SUSPENDED if state is State.SUSPENDING else without)
 
 
 def test_recovering_twice_is_recovering_once() -> None:

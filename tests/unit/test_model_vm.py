@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from types import MappingProxyType
 from typing import Any
@@ -29,13 +30,13 @@ FULL = dataclasses.replace(
     description="for\nwhat",
     started_at=1e9 + 1,
     host_boot_id="boot",
-    boot_kind="cold",
-    boot_note="why",
-    checkpoint=LAYER,
-    saving=LAYER,
-    current=LAYER,
-    kept=(LAYER,),
-    machine_id=LAYER,
+    boot_kind="cold-after-failure",
+    boot_note="the restore failed",
+    checkpoint="1" * 32,
+    saving="2" * 32,
+    current="3" * 32,
+    kept=("4" * 32, "5" * 32),
+    machine_id="6" * 32,
     last_exit=Exit("failed", "the VMM ended", "last line"),
 )
 
@@ -128,3 +129,42 @@ def test_the_last_error_is_that_of_a_failed_vm() -> None:
     assert dataclasses.replace(FULL, last_exit=Exit("failed", "only this")).last_error == "only this"
     assert dataclasses.replace(FULL, state=State.STOPPED).last_error is None
     assert dataclasses.replace(FULL, last_exit=None).last_error is None
+
+
+SAVED, OLDER = "a" * 32, "b" * 32
+
+
+@pytest.mark.parametrize("same_boot", [True, False])
+def test_a_suspend_that_was_cut_off_after_its_commit_is_done(same_boot: bool) -> None:
+    record = dataclasses.replace(
+        PLAIN, state=State.SUSPENDING, layers=(LAYER, OLDER), saving=SAVED, checkpoint=OLDER, host_boot_id="boot"
+    )
+    after = record.recovered("boot" if same_boot else "other", saved=True)
+    assert (after.state, after.checkpoint, after.saving, after.layers) == (State.SUSPENDED, SAVED, None, (LAYER,))
+
+
+def test_a_suspend_that_was_cut_off_before_its_commit_is_lost_with_its_machine_and_keeps_its_layers() -> None:
+    record = dataclasses.replace(
+        PLAIN, state=State.SUSPENDING, layers=(LAYER, OLDER), saving=SAVED, checkpoint=OLDER, host_boot_id="boot"
+    )
+    for boot, state in (("boot", State.FAILED), ("other", State.STOPPED)):
+        after = record.recovered(boot, saved=False)
+        assert (after.state, after.checkpoint, after.saving, after.layers) == (state, OLDER, None, (LAYER, OLDER))
+
+
+@pytest.mark.parametrize("boot", ["boot", "other"])
+def test_a_resume_that_was_cut_off_leaves_the_vm_suspended_where_it_was(boot: str) -> None:
+    record = dataclasses.replace(
+        PLAIN, state=State.RESUMING, layers=(LAYER, OLDER), checkpoint=SAVED, host_boot_id="boot"
+    )
+    after = record.recovered(boot, saved=False)
+    assert (after.state, after.checkpoint, after.layers) == (State.SUSPENDED, SAVED, (LAYER,))
+
+
+@pytest.mark.parametrize("state", [s for s in State if s not in (State.SUSPENDING, State.RESUMING)])
+def test_recovering_never_takes_a_layer_from_any_other_state(state: State) -> None:
+    record = dataclasses.replace(PLAIN, state=state, layers=(LAYER, OLDER), checkpoint=SAVED, host_boot_id="boot")
+    for boot, saved in itertools.product(("boot", "other"), (True, False)):
+        after = record.recovered(boot, saved=saved)
+        assert after.layers == record.layers
+        assert after.recovered(boot, saved=saved) == after

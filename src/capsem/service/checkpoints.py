@@ -167,7 +167,12 @@ class Checkpoints(Lifecycle):
                     saved = await self._keep_present(vm)
                 elif was_running:
                     await vm.stop(Stop(kill=True))
-                self._go_back(vm, target)
+                try:
+                    self._go_back(vm, target)
+                except OSError as error:
+                    if saved is not None and vm.record.checkpoint != saved:  # of its disk alone, which it goes on with
+                        self._store.remove(saved)
+                    raise host_failed(f"{vm_id} could not be rolled back", error) from error
         self._fleet.collect()
         answer = RollbackResponse(success=True, checkpoint=target.id, saved=saved)
         if not was_running:
@@ -240,9 +245,18 @@ class Checkpoints(Lifecycle):
 
     async def fork(self, vm_id: str, request: ForkRequest) -> ForkResponse:
         """New VMs on a copy of this one's disk; with its memory too, and running, if they are to be live."""
-        source = self._vm("fork", vm_id)
         if not request.live:
+            source = self._vm("fork", vm_id)
             return await (self._fork_disk(source, request) if request.checkpoint else super().fork(vm_id, request))
+        try:
+            return await self._fork_live(vm_id, request)
+        except OSError as error:
+            raise host_failed(f"{vm_id} could not be forked", error) from error
+        finally:
+            self._fleet.collect()
+
+    async def _fork_live(self, vm_id: str, request: ForkRequest) -> ForkResponse:
+        source = self._vm("fork", vm_id)
         async with contextlib.AsyncExitStack() as held:
             for name in request.names:
                 self._fleet.take_name(name)
@@ -270,7 +284,6 @@ class Checkpoints(Lifecycle):
                         await child.stop(Stop(kill=True))
                         self._fleet.remove(child)
                 raise
-        self._fleet.collect()
         return ForkResponse(
             name=request.names[0],
             size_bytes=self._fleet.chain_bytes(children[0].record),

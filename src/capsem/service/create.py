@@ -163,7 +163,8 @@ class Maker:
     async def start(self, vm: Vm, boot: Boot = COLD) -> None:
         """Start a VM's supervisor; the caller holds the VM's turn. Returns when the machine is about to run.
 
-        The volume of a suspended VM gets a new layer: what it has belongs to the checkpoint.
+        A volume whose top layer belongs to a checkpoint gets a new one: that of a suspended VM, or of one whose disk was
+        kept for a rollback that was cut off.
 
         Raises NotFound (image gone), HostNotReady, MachineFailed.
         """
@@ -172,7 +173,7 @@ class Maker:
         volume = await self._volume(image, vm.record.spec.disk_mb)
         if self.fleet.stopping:
             raise HostNotReady("the service is stopping", hint="try again when it is back")
-        if vm.record.state == State.SUSPENDED:
+        if vm.record.state == State.SUSPENDED or self.fleet.is_frozen(vm.record.layers[-1]):
             boot = replace(boot, layer=self.new_layer(vm.record))
         try:
             child, link = await self.launcher.start(vm.record, vm.session, image, volume, accelerator, boot)

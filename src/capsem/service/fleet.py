@@ -43,6 +43,7 @@ class Fleet:
         self._starting: set[str] = set()  # those of them whose VMs are about to run
         self.stopping = False
         self._index_waits = False
+        self._skipped = False  # there are session directories that are no VM's, and were left alone
         self.checkpoints = CheckpointStore(layout)
         self._pinned: Counter[str] = Counter()  # checkpoints that VMs are being made of
         self._saving: set[str] = set()  # VMs of which a checkpoint is being made
@@ -185,10 +186,18 @@ class Fleet:
         records = [vm.record for vm in self._vms.values() if not vm.deleted]
         return self._pinned[checkpoint_id] > 0 or any(checkpoint_id in (it.checkpoint, it.saving) for it in records)
 
+    def is_frozen(self, layer: str) -> bool:
+        """Whether a checkpoint holds this layer: then nothing may write to it."""
+        return any(layer in checkpoint.layer_ids for checkpoint in self.checkpoints.all())
+
+    def _knows_all(self) -> bool:
+        """Whether every record could be read. One that could not would tell what it needs, so nothing shared may go."""
+        return not self._skipped and not any(isinstance(vm.obstacle, Corrupt) for vm in self._vms.values())
+
     def collect(self) -> None:
         """Remove checkpoints that nobody needs any more, and the layers that only they named."""
-        if any(isinstance(vm.obstacle, Corrupt) for vm in self._vms.values()):
-            return  # its record would tell what it needs
+        if not self._knows_all():
+            return
         owners = {vm.id: vm for vm in self._vms.values() if not vm.deleted}
         for checkpoint in self.checkpoints.all():
             owner = owners.get(checkpoint.vm_id)
@@ -214,6 +223,8 @@ class Fleet:
 
     def remove_layers(self, layers: Iterable[str]) -> None:
         """Remove those of these layers that neither a VM nor a checkpoint names."""
+        if not self._knows_all():
+            return  # swept when the service starts and all are known
         used = self._used_layers()
         for layer in layers:
             if layer not in used:
@@ -244,19 +255,18 @@ class Fleet:
     async def reconcile(self) -> None:
         """Take over what an earlier service left: adopt living supervisors, settle the rest, sweep remains."""
         found: list[Vm] = []
-        skipped = 0
         self._index_waits = True  # else it would be written anew for each of them
         for session in records.sessions(self.layout):
             try:
                 found.append(self._found(session))
             except (CapsemError, OSError) as error:
-                skipped += 1
+                self._skipped = True
                 log.error("%s is skipped: %s", session.path, error)
         await asyncio.gather(*(self._take_over(vm) for vm in found))
         self._index_waits = False
         self.write_index()
         self._sweep()
-        if not skipped and not any(isinstance(vm.obstacle, Corrupt) for vm in found):  # whose layers nobody knows
+        if self._knows_all():
             self._sweep_layers()
 
     def _found(self, session: SessionDir) -> Vm:

@@ -228,8 +228,9 @@ class Vm:
         self.check()
         claim = take_lock(self.session.claim, f"VM {self.id}")
         try:
-            self.record = replace(self.record, **changes)
-            records.write(self.session, self.record)
+            record = replace(self.record, **changes)
+            records.write(self.session, record)
+            self.record = record  # not before it is true: what a record names is kept
         finally:
             claim.release()
 

@@ -8,7 +8,9 @@ whose lock nobody holds is what a crash left: `sweep` removes it. Removing goes 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from capsem.model.errors import CapsemError, Corrupt, InvalidInput, NotFound
 from capsem.model.ids import check_object_id
 from capsem.store import durable, ram
 from capsem.store.layout import CheckpointDir, Layout
-from capsem.store.locks import Lock, is_locked, take_lock
+from capsem.store.locks import Lock, try_lock
 
 HEAD: Final = 4096  # bytes of a layer that its `head` digest covers
 SIZE_LIMIT: Final = 256 * 1024 * 1024  # of a manifest; RAM in single pages makes long lists of runs
@@ -50,14 +52,20 @@ class CheckpointStore:
     # -- making
 
     def prepare(self, checkpoint_id: str) -> Draft:
-        """A new, empty draft. Raises OSError."""
+        """A new, empty draft. Raises OSError, among others when a sweep took it for a remnant before it was locked."""
         files = self._layout.checkpoint(checkpoint_id)
         files.path.mkdir(mode=0o700)
+        lock = None
         try:
-            return Draft(files, take_lock(files.draft, f"checkpoint {checkpoint_id}"))
+            lock = try_lock(files.draft)
+            if lock is None or not os.path.samestat(files.draft.stat(), os.fstat(lock.fd)):
+                raise OSError(errno.EAGAIN, "the draft was swept away; try again", str(files.path))
         except BaseException:
+            if lock is not None:
+                lock.release()
             durable.remove_tree(files.path)
             raise
+        return Draft(files, lock)
 
     def freeze(self, layers: Collection[str]) -> tuple[FrozenLayer, ...]:
         """What a manifest says of these layers, to which nothing writes any more. Raises OSError."""
@@ -80,13 +88,17 @@ class CheckpointStore:
         except BaseException:
             draft.files.manifest.unlink(missing_ok=True)
             raise
-        draft.files.draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is a checkpoint, with this file or without
+            draft.files.draft.unlink(missing_ok=True)
         draft.lock.release()
 
     def discard(self, draft: Draft) -> None:
-        """Remove a draft."""
-        durable.remove_tree(draft.files.path)
-        draft.lock.release()
+        """Remove a draft. The manifest goes first, should there be one: `commit` may have failed after it was there."""
+        try:
+            draft.files.manifest.unlink(missing_ok=True)
+            durable.remove_tree(draft.files.path)
+        finally:
+            draft.lock.release()
 
     # -- reading
 
@@ -105,6 +117,8 @@ class CheckpointStore:
             raise NotFound(
                 f"there is no checkpoint {checkpoint_id[:12]}", hint="capsem checkpoints shows them"
             ) from None
+        except OSError as error:
+            raise Corrupt(f"{files.manifest} cannot be read: {error.strerror}", hint=_COLD) from error
         if checkpoint.id != checkpoint_id:
             raise Corrupt(f"{files.path} holds checkpoint {checkpoint.id[:12]}: it was exchanged", hint=_COLD)
         return checkpoint
@@ -126,6 +140,8 @@ class CheckpointStore:
                         f"not of {checkpoint.vm_id} in {checkpoint.id[:12]}",
                         hint=_COLD,
                     )
+                if files.sums.stat().st_size != ram.sums_size(checkpoint.memory.size):
+                    raise Corrupt(f"{files.sums} has not the size that it should have", hint=_COLD)
             if checkpoint.devices is not None and describe(files.devices) != checkpoint.devices:
                 raise Corrupt(f"{files.devices} is not what was written: its digest is wrong", hint=_COLD)
         except OSError as error:
@@ -186,13 +202,30 @@ class CheckpointStore:
         durable.remove_tree(files.path)
 
     def sweep(self) -> list[str]:
-        """Remove drafts that nobody works on; returns their ids."""
+        """Remove drafts that nobody works on; returns their ids.
+
+        First the lock, then the look: a draft that is committed in between has a manifest by the time that its lock
+        can be had.
+        """
         gone = []
         for path in self._layout.checkpoints.iterdir():
             files = CheckpointDir(path)
-            if not files.manifest.exists() and not is_locked(files.draft):
-                durable.remove_tree(path)
-                gone.append(path.name)
+            if files.manifest.exists():
+                continue
+            try:
+                lock = try_lock(files.draft)
+            except OSError:  # no directory, or none any more
+                lock = None
+            if lock is None:
+                continue
+            try:
+                if not files.manifest.exists():
+                    durable.remove_tree(path)
+                    gone.append(path.name)
+                else:
+                    files.draft.unlink(missing_ok=True)  # we made it again
+            finally:
+                lock.release()
         return gone
 
 

@@ -58,6 +58,11 @@ class RamIdentity:
         return data.ljust(TRAILER, b"\0")
 
 
+def sums_size(size: int) -> int:
+    """Bytes of the table of checksums for `size` bytes of RAM."""
+    return size // PAGE * _SUM
+
+
 def read_identity(path: Path, size: int) -> RamIdentity:
     """The identity behind `size` bytes of RAM. Raises Corrupt, OSError."""
     with path.open("rb", buffering=0) as file:
@@ -105,7 +110,7 @@ class RamWriter:
             self._fd = os.open(path, flags, 0o600)
             os.ftruncate(self._fd, size + TRAILER)
             self._sums_fd = os.open(sums, flags, 0o600)
-            os.ftruncate(self._sums_fd, size // PAGE * _SUM)
+            os.ftruncate(self._sums_fd, sums_size(size))
         except BaseException:
             self.close()
             raise

@@ -129,8 +129,15 @@ class Saver:
         return await self._prepare()
 
     async def reserve(self) -> str:
-        """Make sure that there is a draft; returns the id that the next checkpoint will have. Raises OSError."""
-        return (await self._finish_preparing()).draft.id
+        """Make sure that there is a draft; returns the id that the next checkpoint will have.
+
+        Raises OSError; then no draft is left, which may have filled the disk.
+        """
+        try:
+            return (await self._finish_preparing()).draft.id
+        except BaseException:
+            self._drop_prepared()
+            raise
 
     async def save(self, record: VmRecord, order: Order) -> Checkpoint:
         """Make the checkpoint that `reserve` announced; committed on return.
@@ -151,7 +158,10 @@ class Saver:
         self._prepared = None
         prepared.writer.close()
         if order.go_on:
-            self._rebase(prepared.draft.files)
+            try:
+                self._rebase(prepared.draft.files)
+            except OSError as error:  # the checkpoint is made; the next one begins with what this one began with
+                log.error("the next checkpoint will take longer: %s", error)
         return checkpoint
 
     async def _sync(self, mark: str) -> bool:
@@ -163,9 +173,10 @@ class Saver:
         return True
 
     def _rebase(self, files: CheckpointDir) -> None:
+        base = RamFile(files.memory, files.sums)
         if self._base is not None:
             self._base.close()
-        self._base, self._own = RamFile(files.memory, files.sums), True
+        self._base, self._own = base, True
         self.prepare_soon()
 
     def _finish(self, prepared: _Prepared, record: VmRecord, order: Order, saved: Saved, synced: bool) -> Checkpoint:

@@ -161,8 +161,7 @@ class Supervisor:
     async def persist(self, request: Persist) -> Persisted:
         """Take another name. The record goes first: from then on a service that finds the old directory moves it."""
         old, session = self._names, SessionDir(Path(request.session_dir))
-        self._record = replace(self._record, id=request.name, persistent=True)
-        records.write(old.session, self._record)
+        self._rewrite(id=request.name, persistent=True)
         durable.rename(old.session.path, session.path)
         self._names = replace(old, session=session, socket=Path(request.socket), ready_file=Path(request.ready_file))
         self._console.move(session.serial_log)
@@ -191,8 +190,7 @@ class Supervisor:
         assert self._machine is not None
         before = self._record
         layer = Layer(self._names.layout.layer(request.layer), "qcow2")
-        self._record = replace(before, layers=(*before.layers, request.layer))
-        records.write(self._names.session, self._record)
+        self._rewrite(layers=(*before.layers, request.layer))
         began, quiesced = self._system.clock.monotonic(), True
         try:
             try:
@@ -204,8 +202,7 @@ class Supervisor:
                 if self._machine.top_layer != layer:
                     await self._machine.add_layer(layer)
         except CapsemError:
-            self._record = replace(before, state=self._record.state)
-            records.write(self._names.session, self._record)
+            self._rewrite(layers=before.layers)
             raise
         return LayerAdded(quiesced=quiesced, pause=self._system.clock.monotonic() - began)
 
@@ -237,7 +234,7 @@ class Supervisor:
                     raise MachineFailed(f"{before.id} could not be saved: {error}", hint=SAVE_HINT) from error
                 raise
             if request.go_on:
-                self._rewrite(current=checkpoint.id)
+                self._note_current(checkpoint)
             else:
                 self._suspend(checkpoint)
                 layer.path.unlink(missing_ok=True)
@@ -247,8 +244,18 @@ class Supervisor:
         log.info("saved as %s: %d bytes, paused %.3f s", checkpoint.id, memory.written, pause)
         return CheckpointMade(checkpoint=checkpoint.id, pause=pause, written=memory.written, synced=guest.synced)
 
+    def _note_current(self, checkpoint: Checkpoint) -> None:
+        self._record = replace(self._record, current=checkpoint.id)
+        try:
+            records.write(self._names.session, self._record)
+        except OSError as error:  # a full disk; the checkpoint is made, and the next word in the record says so too
+            log.error("the record cannot be written: %s", error)
+
     def _suspend(self, checkpoint: Checkpoint) -> None:
-        """The word that makes it final."""
+        """The word that makes it final. Raises Interrupted when the machine was killed on request meanwhile."""
+        if self._record.state != Lifecycle.SUSPENDING:
+            self._store.remove(checkpoint.id)
+            raise Interrupted(f"{self._record.id} was stopped while it was being suspended")
         try:
             self._advance(
                 Event.SUSPENDED,
@@ -258,21 +265,23 @@ class Supervisor:
                 layers=checkpoint.layer_ids,
                 last_exit=Exit("suspended", "suspended"),
             )
+        except OSError as error:
+            # With the checkpoint committed, SUSPENDING says the same (model.lifecycle.recover): it is done, and a machine
+            # that went on now would make that a lie.
+            log.error("the record cannot be written: %s", error)
         finally:
-            # Also when the record cannot be written: with the checkpoint committed, SUSPENDING says the same
-            # (model.lifecycle.recover), and a machine that went on now would make that a lie.
             self._suspended.set()
 
     async def _go_on(self, before: VmRecord, layer_id: str, layer: Layer) -> None:
         """After a save that failed: the machine runs, and the record says on which layers."""
         assert self._machine is not None
         added = self._machine.top_layer == layer
-        changes = {"saving": None, "layers": (*before.layers, layer_id) if added else before.layers}
+        self._record = replace(self._record, saving=None, layers=(*before.layers, layer_id) if added else before.layers)
         try:
             if self._record.state == Lifecycle.SUSPENDING:
-                self._advance(Event.ABORTED, **changes)
+                self._advance(Event.ABORTED)
             else:
-                self._rewrite(**changes)
+                records.write(self._names.session, self._record)
             if not added:
                 layer.path.unlink(missing_ok=True)
         except OSError as error:  # a full disk; what the record says is true enough: one empty layer more
@@ -282,9 +291,10 @@ class Supervisor:
         self._server.broadcast(self.state())
 
     def _rewrite(self, **changes: object) -> None:
-        """Change the record, durably, but for the VM's state."""
-        self._record = replace(self._record, **changes)  # type: ignore[arg-type]
-        records.write(self._names.session, self._record)
+        """Change the record, durably, but for the VM's state. Raises OSError; then nothing was changed."""
+        record = replace(self._record, **changes)  # type: ignore[arg-type]
+        records.write(self._names.session, record)
+        self._record = record
 
     # -- the run
 
@@ -449,6 +459,9 @@ class Supervisor:
             for task in (ended, *others):
                 task.cancel()
             await asyncio.gather(ended, *others, return_exceptions=True)
+            await (
+                self._saving.acquire()
+            )  # a save that is under way learns that the machine is gone, and puts things right
             await saver.close()
 
     async def _become_ready(self, began: float) -> None:
@@ -467,10 +480,14 @@ class Supervisor:
         if self._record.state == Lifecycle.RESUMING:  # it has never run for anybody: it stays suspended
             await machine.kill()
             return
-        if self._stop_asked is not None and not self._stop_asked.kill:
-            await self._saving.acquire()  # to the end: what is being saved is saved, and nothing more
-            if self._suspended.is_set():
-                return
+        if self._stop_asked is not None and self._stop_asked.kill:
+            await self._end(machine)
+        else:
+            async with self._saving:  # to the end: what is being saved is saved, and nothing more
+                if not self._suspended.is_set():
+                    await self._end(machine)
+
+    async def _end(self, machine: Machine) -> None:
         if self._record.state != Lifecycle.STOPPING:
             self._advance(Event.STOP)
         self._names.ready_file.unlink(missing_ok=True)
@@ -516,7 +533,10 @@ class Supervisor:
         log.error("the resume %s: %s", "was given up" if asked else "failed", ending.reason)
         *layers, layer = self._record.layers
         tail = last_lines(self._names.session.process_log, LOG_LINES)
-        self._advance(Event.ABORTED, layers=tuple(layers), last_exit=Exit("failed", ending.reason, tail))
+        try:
+            self._advance(Event.ABORTED, layers=tuple(layers), last_exit=Exit("failed", ending.reason, tail))
+        except OSError as error:  # RESUMING with nobody there says the same (model.lifecycle.recover)
+            log.error("the record cannot be written: %s", error)
         self._names.layout.layer(layer).unlink(missing_ok=True)
         self._server.broadcast(self.state())
         return 0 if asked else 1
@@ -543,11 +563,11 @@ class Supervisor:
         if expected:
             reason = "stopped" if asked else ending.reason
             self._record = replace(self._record, last_exit=Exit("clean", reason))
-            self._advance(Event.EXITED, checkpoint=None)  # older than the disk is now
+            self._advance(Event.EXITED, checkpoint=None, saving=None)  # older than the disk is now
             log.info("ended: %s", ending.reason)
         else:
             log.error("failed: %s", ending.reason)
             tail = last_lines(self._names.session.process_log, LOG_LINES)
-            self._advance(Event.LOST, last_exit=Exit("failed", ending.reason, tail))
+            self._advance(Event.LOST, saving=None, last_exit=Exit("failed", ending.reason, tail))
         self._server.broadcast(self.state())
         return 0 if expected else 1
