@@ -87,7 +87,7 @@ def test_another_machine_may_not_and_everything_that_differs_is_named() -> None:
         "hypervisor is qemu 10.0, was qemu 7.2",
         f"kernel is {'k' * 57}..., was unknown",
     ]
-    with pytest.raises(WrongState, match="hypervisor is qemu 10.0, was qemu 7.2") as caught:
+    with pytest.raises(WrongState, match=r"hypervisor is qemu 10\.0, was qemu 7\.2") as caught:
         WARM.require(there)
     assert "capsem resume --cold" in (caught.value.hint or "")
     assert WARM.differences({}) == [

@@ -1,6 +1,5 @@
 """Checkpoints on disk: what was committed is opened; what was damaged or exchanged is refused, and told apart."""
 
-import errno
 import os
 from pathlib import Path
 
@@ -84,10 +83,10 @@ def test_a_manifest_is_never_anything_but_whole_corrupt_or_not_there(store: Chec
         try:
             found = store.read(ID)
         except Corrupt as error:
-            assert str(path) in error.message
-            assert error.hint
-        else:
-            assert found == checkpoint, "white space may become other white space"
+            found, told = None, error
+            assert str(path) in told.message
+            assert told.hint
+        assert found in (None, checkpoint), "white space may become other white space"
         assert len(CheckpointStore(where).all()) <= 1
     path.unlink()
     with pytest.raises(NotFound):
@@ -260,8 +259,7 @@ def test_a_draft_that_a_sweep_took_before_it_was_locked_is_not_handed_out(
 
     monkeypatch.setattr(module, "try_lock", sweep_first)
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(FileNotFoundError):
         store.prepare(ID)
-    assert caught.value.errno in (errno.EAGAIN, errno.ENOENT)
     assert list(where.checkpoints.iterdir()) == []
     assert len(os.listdir("/proc/self/fd")) == before
