@@ -82,6 +82,7 @@ class Checkpoints(Lifecycle):
         link = await vm.ready_link()
         made = await link.open(order).result()
         assert isinstance(made, CheckpointMade)
+        self._fleet.sum_soon()
         vm.reload()
         return made
 

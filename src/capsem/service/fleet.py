@@ -25,6 +25,7 @@ from capsem.store.locks import holders, is_locked
 from capsem.system import System
 
 FAILED_KEPT = 32
+SUM_AFTER = 10.0  # seconds from a checkpoint to the checksums of its layers: others want the disk first
 ADOPT_LIMIT = 10.0  # seconds for a living supervisor to answer
 TERMINATE_LIMIT = 2.0  # seconds between SIGTERM and SIGKILL when the service stops
 
@@ -45,6 +46,7 @@ class Fleet:
         self._index_waits = False
         self._skipped = False  # there are session directories that are no VM's, and were left alone
         self.checkpoints = CheckpointStore(layout)
+        self._summing: asyncio.Task[None] | None = None
         self._pinned: Counter[str] = Counter()  # checkpoints that VMs are being made of
         self._saving: set[str] = set()  # VMs of which a checkpoint is being made
 
@@ -229,6 +231,19 @@ class Fleet:
         for layer in layers:
             if layer not in used:
                 self.layout.layer(layer).unlink(missing_ok=True)
+                self.layout.layer_sum(layer).unlink(missing_ok=True)
+
+    def sum_soon(self) -> None:
+        """Checkpoints were made: give their layers checksums, in a while and in the background."""
+        if self._summing is None or self._summing.done():
+            self._summing = asyncio.create_task(self._sum(), name="layer checksums")
+
+    async def _sum(self) -> None:
+        await asyncio.sleep(SUM_AFTER)
+        try:
+            await asyncio.to_thread(self.checkpoints.sum_layers, lambda: self.stopping)
+        except OSError as error:  # a full disk; there will be another time
+            log.warning("layers get no checksums: %s", error)
 
     def keep_failed(self, vm: Vm) -> None:
         """Keep the logs of an ephemeral VM that failed, without its disk; the oldest beyond the bound go."""
@@ -268,6 +283,7 @@ class Fleet:
         self._sweep()
         if self._knows_all():
             self._sweep_layers()
+        self.sum_soon()
 
     def _found(self, session: SessionDir) -> Vm:
         """The VM of a session directory. Raises InvalidInput for a directory that can be none's."""
@@ -345,14 +361,14 @@ class Fleet:
         used = self._used_layers()
         for checkpoint_id, error in self.checkpoints.unreadable.items():
             log.error("no layer is removed as long as checkpoint %s is there: %s", checkpoint_id, error)
-        for path in self.layout.layers.glob("*.qcow2"):
-            if path.stem not in used:
+        for path in self.layout.layers.iterdir():
+            if path.stem not in used and path.suffix in (".qcow2", ".sum"):
                 log.warning("removing unreferenced layer %s", path.name)
                 path.unlink(missing_ok=True)
 
     async def stop_all(self) -> None:
         """End every supervisor: SIGTERM, two seconds, SIGKILL; ephemeral VMs go with it."""
-        self.stopping = True
+        self._stop()
         running = [vm for vm in self._vms.values() if vm.running]
         for vm in running:
             vm.terminate(signal.SIGTERM)
@@ -363,6 +379,11 @@ class Fleet:
 
     def leave_all(self) -> None:
         """Let go of every supervisor without a word, for the next service to find."""
-        self.stopping = True
+        self._stop()
         for vm in self._vms.values():
             vm.let_go()
+
+    def _stop(self) -> None:
+        self.stopping = True
+        if self._summing is not None:
+            self._summing.cancel()

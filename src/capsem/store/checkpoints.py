@@ -11,7 +11,8 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Collection
+import threading
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,7 +20,7 @@ from typing import Final
 from capsem.model.checkpoint import Checkpoint, Devices, FrozenLayer, checkpoint_from_json
 from capsem.model.errors import CapsemError, Corrupt, InvalidInput, NotFound
 from capsem.model.ids import check_object_id
-from capsem.store import durable, ram
+from capsem.store import durable, layer_sums, ram
 from capsem.store.layout import CheckpointDir, Layout
 from capsem.store.locks import Lock, try_lock
 
@@ -48,6 +49,7 @@ class CheckpointStore:
         self._layout = layout
         self._known: dict[str, Checkpoint] = {}
         self.unreadable: dict[str, CapsemError] = {}  # checkpoints that `all` left out, and why
+        self._summing = threading.Lock()
 
     # -- making
 
@@ -126,7 +128,7 @@ class CheckpointStore:
     def open(self, checkpoint_id: str) -> tuple[Checkpoint, CheckpointDir]:
         """A checkpoint that is about to be used: identity of every part, digests of all that is small.
 
-        What is not read are the pages of RAM and the data of layers; `verify` does. Raises NotFound, Corrupt.
+        What is not read are the pages of RAM and the data of layers; `verify` does that. Raises NotFound, Corrupt.
         """
         checkpoint = self.read(checkpoint_id)
         files = self._layout.checkpoint(checkpoint_id)
@@ -162,11 +164,23 @@ class CheckpointStore:
                 )
 
     def verify(self, checkpoint_id: str) -> Checkpoint:
-        """Read everything of a checkpoint that has a checksum. Raises NotFound, Corrupt, OSError."""
+        """Read all of a checkpoint; a layer that has no checksum yet gets one. Raises NotFound, Corrupt, OSError."""
         checkpoint, files = self.open(checkpoint_id)
         if checkpoint.memory is not None:
             ram.verify(files.memory, files.sums, checkpoint.memory.size, checkpoint.memory.digest)
+        for layer in checkpoint.layer_ids:
+            with self._summing:
+                path, target = self._layout.layer(layer), self._layout.layer_sum(layer)
+                (layer_sums.check if target.exists() else layer_sums.write)(path, target)
         return checkpoint
+
+    def sum_layers(self, cancelled: Callable[[], bool]) -> None:
+        """Make the checksums that layers of checkpoints do not have yet. Takes its time. Raises OSError."""
+        for layer in {layer for checkpoint in self.all() for layer in checkpoint.layer_ids}:
+            path, target = self._layout.layer(layer), self._layout.layer_sum(layer)
+            with self._summing, contextlib.suppress(FileNotFoundError):
+                if not target.exists() and not layer_sums.write(path, target, cancelled):
+                    return
 
     def all(self) -> list[Checkpoint]:
         """Every checkpoint whose manifest can be read, oldest first. One that was read before is not read again."""

@@ -8,6 +8,7 @@
 <run_dir>/sessions/<id>-failed-<x>/    kept for a post-mortem
 <run_dir>/persistent/<name>/           session directory of a persistent VM
 <run_dir>/store/layers/<object id>.qcow2   layers of volumes; never renamed, never rewritten once committed
+<run_dir>/store/layers/<object id>.sum     a frozen layer's checksum, made some time after it was frozen
 <run_dir>/store/volumes/<MiB>.raw      empty formatted volumes of other than the image's size
 <run_dir>/store/checkpoints/<object id>/   a checkpoint (class CheckpointDir); one without a manifest is a draft
 <run_dir>/store/ram/empty-<MiB>.ram    sparse, shared by all machines of that size that boot cold
@@ -176,6 +177,10 @@ class Layout:
     def layer(self, layer_id: str) -> Path:
         """A qcow2 layer."""
         return self.layers / f"{layer_id}.qcow2"
+
+    def layer_sum(self, layer_id: str) -> Path:
+        """A frozen layer's checksum."""
+        return self.layers / f"{layer_id}.sum"
 
     def volume(self, size_mb: int) -> Path:
         """An empty formatted volume."""
