@@ -67,13 +67,13 @@ def test_the_chain_reads_as_qemu_reads_it(layers: list[Layer], tmp_path: Path) -
 @pytest.mark.parametrize(
     ("offset", "value", "what"),
     [
-        (0, b"QFI\xfa", "header"),
-        (20, struct.pack(">I", 30), "header"),
+        (0, b"QFI\xfa", "not a qcow2 image"),
+        (20, struct.pack(">I", 30), "features"),
         (32, struct.pack(">I", 1), "features"),
-        (36, struct.pack(">I", 0), "tables"),
-        (40, struct.pack(">Q", 1 << 40), "beyond its end"),
+        (36, struct.pack(">I", 0), "within the file"),
+        (40, struct.pack(">Q", 1 << 40), "within the file"),
         (72, struct.pack(">Q", 4), "features"),
-        (3 * CLUSTER, struct.pack(">Q", 1 << 40), "beyond its end"),
+        (3 * CLUSTER, struct.pack(">Q", 1 << 40), "leads nowhere"),
     ],
 )
 def test_what_no_layer_of_ours_has_is_refused(layers: list[Layer], offset: int, value: bytes, what: str) -> None:

@@ -1,29 +1,19 @@
 """Reading a chain of layers without QEMU: for the files of a VM that does not run.
 
-Format: see qcow2.py. Only what QEMU writes into layers of ours is understood: anything else in a header (encryption,
-compression, external data, subclusters, internal snapshots' tables) is refused, never guessed at. Backing names in
-headers are not looked at: the chain is what the caller says it is.
+What lies where in a layer `qcow2_map` says, which refuses all that no layer of ours has. Backing names in headers are
+not looked at: the chain is what the caller says it is.
 """
 
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 from capsem.hypervisor.driver import Layer
-from capsem.hypervisor.qemu.qcow2 import HEADER_BYTES, MAGIC, VERSION
-from capsem.model.errors import Corrupt
-
-_HEAD: Final = struct.Struct(">4sIQIIQIIQQIIQQ")  # up to and including the incompatible features
-_DIRTY: Final = 1  # reference counts may be wrong, mappings are not; all other incompatible features are refused
-_L1_LIMIT: Final = 32 << 20  # bytes, as in QEMU
-_TABLES_KEPT: Final = 64  # of 64 KiB each
-_OFFSET: Final = 0x00FFFFFFFFFFFE00
-_COMPRESSED: Final = 1 << 62
-_ZERO: Final = 1
+from capsem.hypervisor.qemu.qcow2 import CLUSTER
+from capsem.hypervisor.qemu.qcow2_map import ABSENT, ZEROES, LayerMap
 
 Run = tuple[int | None, int]  # where in the file, or _BELOW, or None for zeroes; how many bytes
 _BELOW: Final = -1
@@ -34,10 +24,10 @@ class Chain:
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         """Open `layers`, base first. Raises OSError, Corrupt."""
-        self._layers: list[_Raw] = []
+        self._layers: list[_Raw | _Qcow2] = []
         try:
             for layer in layers:
-                self._layers.append((_Raw if layer.format == "raw" else _Qcow2)(layer.path))
+                self._layers.append(_Raw(layer.path) if layer.format == "raw" else _Qcow2(layer.path))
         except BaseException:
             self.close()
             raise
@@ -54,75 +44,50 @@ class Chain:
             if where == _BELOW:
                 pieces.append(self._read(place - 1, offset, length))
             else:
-                pieces.append(bytes(length) if where is None else layer.pread(where, length))
+                pieces.append(bytes(length) if where is None else _pread(layer.fd, where, length))
             offset += length
         return b"".join(pieces)
 
     def close(self) -> None:
         """Let go of the files."""
         for layer in self._layers:
-            os.close(layer.fd)
+            layer.close()
         self._layers = []
+
+
+def _pread(fd: int, offset: int, size: int) -> bytes:
+    """Bytes of a file, zeroes after its end."""
+    data = os.pread(fd, size, offset)
+    while data and len(data) < size and (more := os.pread(fd, size - len(data), offset + len(data))):
+        data += more
+    return data.ljust(size, b"\0")
 
 
 class _Raw:
     """A base: what it does not hold is zero."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            self._open()
-        except BaseException:
-            os.close(self.fd)
-            raise
-
-    def _open(self) -> None:
-        """Read what there is to know first."""
 
     def runs(self, offset: int, size: int) -> Iterator[Run]:
         """Where the bytes from `offset` on are, in order."""
         yield offset, size
 
-    def pread(self, offset: int, size: int) -> bytes:
-        """Bytes of the file, zeroes after its end."""
-        data = os.pread(self.fd, size, offset)
-        while data and len(data) < size and (more := os.pread(self.fd, size - len(data), offset + len(data))):
-            data += more
-        return data.ljust(size, b"\0")
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self.fd)
 
 
-class _Qcow2(_Raw):
-    def _open(self) -> None:
-        head = os.pread(self.fd, HEADER_BYTES, 0).ljust(HEADER_BYTES, b"\0")
-        magic, version, _, _, self._bits, size, encrypted, entries, table, *_, features = _HEAD.unpack_from(head)
-        compression = head[104]
-        if magic != MAGIC or version != VERSION or not 9 <= self._bits <= 21:
-            raise self._corrupt("its header is not of the kind that we write")
-        if encrypted or features & ~_DIRTY or compression:
-            raise self._corrupt(f"it uses features of qcow2 that no layer of ours has ({features:#x})")
-        if entries * 8 > _L1_LIMIT or entries << (2 * self._bits - 3) < size:
-            raise self._corrupt(f"a disk of {size} bytes does not have {entries} tables")
-        self._l1 = struct.unpack(f">{entries}Q", self._table(table, entries * 8))
-        self._tables: dict[int, tuple[int, ...]] = {}
-
-    def _table(self, offset: int, size: int) -> bytes:
-        data = os.pread(self.fd, size, offset)
-        if len(data) != size:
-            raise self._corrupt("a table lies beyond its end")
-        return data
-
+class _Qcow2(LayerMap):
     def runs(self, offset: int, size: int) -> Iterator[Run]:
         """See _Raw; neighbours are joined."""
-        cluster = 1 << self._bits
         where: int | None = 0
         length = 0
         while size:
-            inside = offset & (cluster - 1)
-            step = min(size, cluster - inside)
-            found = self._find(offset)
-            if found is not None and found != _BELOW:
-                found += inside
+            inside = offset % CLUSTER
+            step = min(size, CLUSTER - inside)
+            host = self.find(offset // CLUSTER)
+            found = _BELOW if host == ABSENT else None if host == ZEROES else host + inside
             follows = found == (where if where is None or where == _BELOW else where + length)
             if length and not follows:
                 yield where, length
@@ -133,25 +98,3 @@ class _Qcow2(_Raw):
             size -= step
         if length:
             yield where, length
-
-    def _find(self, offset: int) -> int | None:
-        """Where the cluster that holds `offset` is."""
-        high, low = divmod(offset >> self._bits, 1 << (self._bits - 3))
-        at = self._l1[high] & _OFFSET if high < len(self._l1) else 0
-        if not at:
-            return _BELOW
-        table = self._tables.get(at)
-        if table is None:
-            if len(self._tables) >= _TABLES_KEPT:
-                self._tables.clear()
-            data = self._table(at, 1 << self._bits)
-            table = self._tables[at] = struct.unpack(f">{len(data) // 8}Q", data)
-        entry = table[low]
-        if entry & _COMPRESSED:
-            raise self._corrupt("it holds compressed data, which no layer of ours does")
-        if entry & _ZERO:
-            return None
-        return entry & _OFFSET or _BELOW
-
-    def _corrupt(self, what: str) -> Corrupt:
-        return Corrupt(f"{self._path} is not a layer of ours: {what}", hint="it was damaged or exchanged")

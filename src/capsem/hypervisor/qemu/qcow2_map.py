@@ -1,4 +1,4 @@
-"""Where a frozen layer keeps which cluster of the disk. Nothing that the file says is trusted.
+"""Where a layer keeps which cluster of the disk, all at once or one at a time. Nothing that the file says is trusted.
 
 A guest cluster's number leads through two tables: the L1 table names an L2 table for each 512 MiB of the disk (or none),
 and that one has an entry for each of its 8192 clusters:
@@ -10,8 +10,9 @@ and that one has an entry for each of its 8192 clusters:
 Bit 63 says that the host cluster has no other user, which is always so without internal snapshots. All other bits are
 zero: those of compressed clusters, encryption and subclusters are of features that layers of ours never have.
 
-Bounds come from the file itself: every table and every cluster begins within it, and none has two users, so that no
-map leads to more work or more data than there are clusters in the file. Refcounts are not read: they are for writers.
+Bounds come from the file itself: every table and every cluster begins within it, and, where all of a map is read, none
+has two users, so that it leads to no more work or data than there are clusters in the file. Refcounts are not read:
+they are for writers.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sys
 from array import array
 from collections.abc import Iterator
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import Final, Self
 
@@ -39,6 +41,7 @@ from capsem.hypervisor.qemu.qcow2 import (
 from capsem.model.errors import Corrupt
 
 COPIED: Final = 1 << 63
+ABSENT: Final = 0  # not in this layer: an entry of that, or the lack of a table that would hold one
 ZEROES: Final = 1  # the flag of a zero cluster; alone, a whole entry. No cluster of data lies at offset 1.
 SLOTS: Final = CLUSTER // 8  # entries of an L2 table
 SIZE_LIMIT: Final = 16 << 40  # bytes of a disk: the largest ext4 file system
@@ -47,6 +50,7 @@ SLACK: Final = 1 << 30  # bytes: how much longer than its disk, all of it writte
 _OFFSET: Final = 0x00FF_FFFF_FFFF_0000  # of a whole cluster
 _NEVER_IN_L1: Final = ~(_OFFSET | COPIED)
 _NEVER_IN_L2: Final = ~(_OFFSET | COPIED | ZEROES)
+_TABLES_KEPT: Final = 64  # by `find`, of 64 KiB each
 
 Table = list[tuple[int, int]]  # (slot, host offset or ZEROES), slots ascending, those that the layer leaves out missing
 
@@ -59,13 +63,14 @@ class Kind(Enum):
 
 
 class LayerMap:
-    """A frozen layer open for reading; a context manager. Raises Corrupt and OSError, at once and in every method.
+    """A layer open for reading; a context manager. Raises Corrupt and OSError, at once and in every method.
 
     It takes no lock: others may have the file open to read, and nobody writes to it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._kept: dict[int, array[int]] = {}
         self.fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO must not stop us
         try:
             info = os.fstat(self.fd)
@@ -97,6 +102,10 @@ class LayerMap:
         self.size: int = size  # bytes of the disk
         self._l1_offset: int = l1
 
+    @cached_property
+    def _l1(self) -> array[int]:
+        return self._read(self._l1_offset, l1_entries(self.size))
+
     def __enter__(self) -> Self:
         return self
 
@@ -117,30 +126,53 @@ class LayerMap:
         first = self._l1_offset // CLUSTER
         used[first : first + -(-8 * wanted // CLUSTER)] = b"\1" * -(-8 * wanted // CLUSTER)
         clusters = -(-self.size // CLUSTER)
-        for index, entry in enumerate(self._read(self._l1_offset, wanted)):
-            if not entry:
+        for index, entry in enumerate(self._l1):
+            offset = self._table_offset(index, entry)
+            if offset == ABSENT:
                 continue
-            offset = entry & _OFFSET
-            if entry & _NEVER_IN_L1 or offset + CLUSTER > self.length or used[offset >> CLUSTER_BITS]:
+            if used[offset >> CLUSTER_BITS]:
                 raise self._bad_entry("L1", index, entry)
             used[offset >> CLUSTER_BITS] = 1
             yield index, self._entries(index, self._read(offset, min(SLOTS, clusters - index * SLOTS)), used)
 
     def _entries(self, index: int, entries: array[int], used: bytearray) -> Table:
         table: Table = []
-        length = self.length
         for slot, entry in enumerate(entries):
             if not entry:
                 continue
-            host = entry & _OFFSET
-            if host:
-                if entry & _NEVER_IN_L2 or host >= length or used[host >> CLUSTER_BITS]:
+            found = self._cluster(index * SLOTS + slot, entry)
+            if host := entry & _OFFSET:
+                if used[host >> CLUSTER_BITS]:
                     raise self._bad_entry("L2", index * SLOTS + slot, entry)
                 used[host >> CLUSTER_BITS] = 1
-            elif entry != ZEROES:
-                raise self._bad_entry("L2", index * SLOTS + slot, entry)
-            table.append((slot, ZEROES if entry & ZEROES else host))
+            table.append((slot, found))
         return table
+
+    def find(self, number: int) -> int:
+        """Where the guest's cluster of that number is: its host offset, ZEROES or ABSENT."""
+        index, slot = divmod(number, SLOTS)
+        table = self._kept.get(index)
+        if table is None:
+            offset = self._table_offset(index, self._l1[index]) if index < len(self._l1) else ABSENT
+            table = self._read(offset, SLOTS) if offset != ABSENT else array("Q")
+            if len(self._kept) >= _TABLES_KEPT:
+                self._kept.clear()
+            self._kept[index] = table
+        return self._cluster(number, table[slot]) if table else ABSENT
+
+    def _table_offset(self, index: int, entry: int) -> int:
+        """Where the L2 table that this entry of the L1 table names begins, or ABSENT."""
+        offset = entry & _OFFSET
+        if entry and (entry & _NEVER_IN_L1 or not offset or offset + CLUSTER > self.length):
+            raise self._bad_entry("L1", index, entry)
+        return offset
+
+    def _cluster(self, number: int, entry: int) -> int:
+        """What this entry of an L2 table says of the guest's cluster of that number."""
+        host = entry & _OFFSET
+        if entry and (entry & _NEVER_IN_L2 or host >= self.length or not (host or entry == ZEROES)):
+            raise self._bad_entry("L2", number, entry)
+        return ZEROES if entry & ZEROES else host
 
     def clusters(self) -> Iterator[tuple[int, Kind, int]]:
         """(number of the guest cluster, kind, host offset in bytes; 0 for zeros), ascending."""
