@@ -16,10 +16,11 @@ depths = st.integers(1, 12)
 chains = st.lists(st.integers(0, 1 << 40), max_size=40)
 
 
-@given(sizes=chains, max_depth=depths)
-def test_a_chain_is_left_alone_or_comes_under_its_bound(sizes: list[int], max_depth: int) -> None:
-    places = plan(sizes, max_depth)
-    if len(sizes) <= max_depth:
+@given(sizes=chains, max_depth=depths, shared=st.integers(0, 40))
+def test_a_chain_is_left_alone_or_comes_under_its_bound(sizes: list[int], max_depth: int, shared: int) -> None:
+    shared = min(shared, len(sizes))
+    places = plan(sizes, max_depth, shared)
+    if len(sizes) <= (2 * max_depth if shared > max_depth // 2 else max_depth):
         assert places is None
         return
     assert places is not None
@@ -28,6 +29,8 @@ def test_a_chain_is_left_alone_or_comes_under_its_bound(sizes: list[int], max_de
     assert places.stop == len(sizes)
     assert len(places) >= 2
     assert len(sizes) - len(places) + 1 <= max_depth
+    if shared <= max_depth // 2:
+        assert places.start >= shared
 
 
 @given(sizes=st.lists(st.integers(1, 1 << 40), max_size=40), max_depth=depths)

@@ -37,6 +37,7 @@ FULL = dataclasses.replace(
     current="3" * 32,
     kept=("4" * 32, "5" * 32),
     machine_id="6" * 32,
+    attached=("7" * 32,),
     last_exit=Exit("failed", "the VMM ended", "last line"),
 )
 

@@ -169,6 +169,18 @@ class LayerAdded(Message, tag="layer-added"):
     pause: float
 
 
+class ReplaceLayers(Message, tag="replace-layers"):
+    """Name the layer `new` in the VM's record, in place of the frozen ones `old`, from which it was merged. The machine
+    goes on reading those until it ends."""
+
+    old: list[str]
+    new: str
+
+
+class LayersReplaced(Message, tag="layers-replaced"):
+    """Closes a ReplaceLayers stream: the record says so, durably."""
+
+
 class Save(Message, tag="save"):
     """Make a checkpoint of the machine, and let it go on (`go_on`), or end it: then the VM is suspended."""
 
@@ -200,6 +212,7 @@ REQUESTS: dict[type[Message], type[Message]] = {
     Stop: Stopping,
     Persist: Persisted,
     AddLayer: LayerAdded,
+    ReplaceLayers: LayersReplaced,
     Save: CheckpointMade,
 }
 _ALL: tuple[type[Message], ...] = (

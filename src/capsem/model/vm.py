@@ -50,6 +50,8 @@ class VmRecord:
     saving: str | None = None  # while suspending: the checkpoint that is being made
     current: str | None = None  # the newest checkpoint on the way to where the VM is now: the next one's parent
     kept: tuple[str, ...] = ()  # checkpoints made by a suspend that the owner wants to see
+    # While it runs: layers that its machine still reads, for which the volume names an equivalent by now.
+    attached: tuple[str, ...] = ()
     machine_id: str = ""  # of the guest, 32 hexadecimal digits; a fork's is its own
     last_exit: Exit | None = None
     extra: MappingProxyType[str, Any] = field(default_factory=lambda: MappingProxyType({}))  # keys of a newer version
@@ -122,6 +124,7 @@ def record_from_json(data: bytes, *, source: str) -> VmRecord:
                 "id": check_name(known["id"]),
                 "kept": tuple(check_object_id(each) for each in known.get("kept", ())),
                 "layers": tuple(check_object_id(layer) for layer in known["layers"]),
+                "attached": tuple(check_object_id(layer) for layer in known.get("attached", ())),
                 "state": State(known["state"]),
                 "spec": VmSpec(spec["cpus"], spec["ram_mb"], spec["disk_mb"], MappingProxyType(dict(spec["env"]))),
                 "last_exit": Exit(**last_exit) if last_exit else None,

@@ -189,6 +189,7 @@ class Service:
         server = make_server(handlers)
         log.info("capsem_service %s serves %s", __version__, path)
         await fleet.reconcile()
+        handlers.flattening.begin()
         await server.startup(sockets=[listener])
         spares.prepare()
         watching = asyncio.create_task(_watch_parent(arguments.parent_pid, stop))
@@ -196,6 +197,7 @@ class Service:
         log.info("stopping")
         fleet.stopping = True
         await spares.close()
+        await handlers.flattening.close()
         for each in server.servers:
             each.close()  # no new connection from here on
         if self.settings.on_service_stop == config.KEEP:

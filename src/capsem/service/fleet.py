@@ -7,7 +7,7 @@ import contextlib
 import logging
 import signal
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from capsem.api.operations import unknown_vm
 from capsem.model.checkpoint import Checkpoint
@@ -49,6 +49,8 @@ class Fleet:
         self._summing: asyncio.Task[None] | None = None
         self._pinned: Counter[str] = Counter()  # checkpoints that VMs are being made of
         self._saving: set[str] = set()  # VMs of which a checkpoint is being made
+        self.spare: set[str] = set()  # layers that are being made, for a record to name
+        self.on_changed: Callable[[Vm], None] = lambda _vm: None  # the layers of a VM, or whether it runs or is there
 
     # -- finding
 
@@ -103,9 +105,14 @@ class Fleet:
         """A VM whose record is on disk."""
         vm = Vm(self.system, session, record, self.checkpoints.is_committed)
         vm.on_ended = self._ended
+        vm.on_changed = self._changed
         self._vms[record.id] = vm
         self.write_index()
+        self.on_changed(vm)
         return vm
+
+    def _changed(self, vm: Vm) -> None:
+        self.on_changed(vm)
 
     def renamed(self, vm: Vm, session: SessionDir) -> None:
         """A VM lies elsewhere under another name."""
@@ -140,8 +147,10 @@ class Fleet:
                 self.keep_failed(vm)
             else:
                 self.remove(vm)
+        self.remove_layers(vm.record.attached)
         self.collect()
         self.write_index()
+        self.on_changed(vm)
 
     def remove(self, vm: Vm) -> None:
         """Remove a VM that does not run, with its files. Doing it again is no error."""
@@ -151,6 +160,7 @@ class Fleet:
         self.layout.instance_socket(vm.id).unlink(missing_ok=True)
         self.layout.ready_file(vm.id).unlink(missing_ok=True)
         self.write_index()
+        self.on_changed(vm)
 
     def _remove_session(self, session: SessionDir, record: VmRecord | None) -> None:
         """The record goes first: without it a directory is no VM, whatever else is still there."""
@@ -160,7 +170,7 @@ class Fleet:
         session.record.unlink(missing_ok=True)
         durable.remove_tree(session.path)
         if record is not None:
-            self.remove_layers(record.layers)
+            self.remove_layers((*record.layers, *record.attached))
             self.collect()
 
     # -- what VMs and checkpoints share
@@ -217,11 +227,23 @@ class Fleet:
     def _used_layers(self) -> set[str]:
         """Layers that a VM or a checkpoint names; all there are while a checkpoint cannot tell which it needs: it may be of
         a newer Capsem, or come back from a backup."""
-        used = {layer for vm in self._vms.values() if not vm.deleted for layer in vm.record.layers}
+        used = {layer for vm in self._vms.values() if not vm.deleted for layer in vm.layers}
+        used |= self.spare
         used |= {layer for checkpoint in self.checkpoints.all() for layer in checkpoint.layer_ids}
         if self.checkpoints.unreadable:
             used |= {path.stem for path in self.layout.layers.glob("*.qcow2")}
         return used
+
+    def lasting_layers(self, vm: Vm) -> set[str]:
+        """Layers that stay whatever a VM does next: those of others, and of checkpoints, except what its next suspend
+        or stop takes along."""
+        others = [other for other in self._vms.values() if other is not vm and not other.deleted]
+        lasting = {layer for other in others for layer in other.layers}
+        for checkpoint in self.checkpoints.all():
+            hidden = checkpoint.vm_id == vm.id and not checkpoint.visible(vm.record.kept)
+            if not hidden or any(other.record.checkpoint == checkpoint.id for other in others):
+                lasting.update(checkpoint.layer_ids)
+        return lasting
 
     def remove_layers(self, layers: Iterable[str]) -> None:
         """Remove those of these layers that neither a VM nor a checkpoint names."""
@@ -249,7 +271,8 @@ class Fleet:
         """Keep the logs of an ephemeral VM that failed, without its disk; the oldest beyond the bound go."""
         vm.deleted = True
         self._vms.pop(vm.id, None)
-        self.remove_layers(vm.record.layers)
+        self.remove_layers((*vm.record.layers, *vm.record.attached))
+        self.on_changed(vm)
         suffix = self.system.entropy.token_bytes(4).hex()
         kept = self.layout.sessions / f"{vm.id}-failed-{suffix}"
         try:

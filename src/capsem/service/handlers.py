@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 
 from capsem.api.types import AssetHealth, ListResponse, LogsResponse, SandboxInfo, UsageResponse
+from capsem.config import Settings
 from capsem.model.errors import Corrupt, NotFound
 from capsem.model.lifecycle import Status
 from capsem.service.checkpoints import Checkpoints
+from capsem.service.create import Maker
 from capsem.service.files import Files
+from capsem.service.flattening import Flattening
+from capsem.service.fleet import Fleet
 from capsem.service.usage import Named, usage
 from capsem.service.vm import Vm
 from capsem.store import durable
@@ -19,6 +23,10 @@ LOG_LIMIT = 1024 * 1024  # bytes of each log in one answer
 
 class Handlers(Checkpoints, Files):
     """Implements service.manager.Manager."""
+
+    def __init__(self, fleet: Fleet, maker: Maker, settings: Settings) -> None:
+        super().__init__(fleet, maker, settings)
+        self.flattening = Flattening(fleet, maker.driver)  # not begun
 
     async def list(self) -> ListResponse:
         """Every VM, and whether there is an image to make more, of no profile in particular."""

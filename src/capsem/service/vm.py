@@ -46,6 +46,7 @@ class Vm:
         self.turn = asyncio.Lock()
         self.link: Link | None = None
         self.on_ended: Callable[[Vm], None] = lambda _vm: None
+        self.on_changed: Callable[[Vm], None] = lambda _vm: None  # its record, or whether it runs
         self.deleted = False
         self.obstacle: CapsemError | None = None  # why it can be neither spoken to nor started; `check` raises it
         self._system = system
@@ -94,6 +95,11 @@ class Vm:
         if self.running:
             return self.link.state.reason if self.link is not None and self.link.state is not None else None
         return self.record.last_exit.reason if self.record.last_exit is not None else None
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """All layers that it needs: its volume's, and those that its machine still reads while it runs."""
+        return (*self.record.layers, *(self.record.attached if self.running else ()))
 
     def check(self) -> None:
         """Raises what keeps this VM from being spoken to or started."""
@@ -216,6 +222,7 @@ class Vm:
         else:
             if isinstance(self.obstacle, Corrupt):  # its supervisor has written a good one
                 self.obstacle = None
+            self.on_changed(self)
 
     def spoilt(self, error: Corrupt) -> None:
         """Its record cannot be read: it is Defunct, and nothing is written over what there is."""
@@ -233,6 +240,7 @@ class Vm:
             self.record = record  # not before it is true: what a record names is kept
         finally:
             claim.release()
+        self.on_changed(self)
 
     async def ended(self, limit: float) -> bool:
         """Wait until no supervisor is there; False when `limit` seconds were not enough."""

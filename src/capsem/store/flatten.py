@@ -1,4 +1,4 @@
-"""Keeps the chain of a volume's frozen layers short: which of them to merge into one, and when.
+"""Keeps the chain of a volume's frozen layers short: which of them to merge into one.
 
 Each checkpoint adds a layer, and each layer costs every read that falls through it, an open file and a table cache. But
 merging everything each time would copy the whole disk again and again. The rule:
@@ -9,36 +9,37 @@ merging everything each time would copy the whole disk again and again. The rule
 So a byte is copied once when it is new, and after that only into a layer at least twice as large as the one it lay in:
 log2(n) times for n checkpoints of about one size, while old, big layers lie still. Where all layers obey the rule
 already, sizes double from layer to layer, and the newest ones are tiny beside the disk: copying them each time is cheap.
+
+Layers that others name too stay when they are merged, and then take their place on disk twice: the forks of one deep
+chain would each make a copy of all of it. So the rule is applied to what lies above them, as long as that leaves it half
+of the depth: with less, little would be copied very often. Failing that, a chain may be twice as deep before it is merged
+with no regard for others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Final, Protocol
-
-from capsem.store import durable
-from capsem.store.layout import Layout
+from typing import Final
 
 MAX_DEPTH: Final = 8  # frozen layers above the base
 
 
-class Merge(Protocol):
-    """What a driver's `merge_layers` does."""
-
-    async def __call__(self, sources: Sequence[Path], target: Path, *, vm_id: str, layer_id: str) -> object:
-        """Write the new layer `target`, equivalent to `sources`, lowest first; durable on return."""
-
-
-def plan(sizes: Sequence[int], max_depth: int = MAX_DEPTH) -> range | None:
+def plan(sizes: Sequence[int], max_depth: int = MAX_DEPTH, shared: int = 0) -> range | None:
     """Which adjacent layers to merge into one, as places in the chain, or None while it is not too deep.
 
-    `sizes` are bytes, lowest layer first, without the base and without the layer that is being written to. The range
-    always reaches to the newest layer, and once it is one layer there are at most `max_depth` (at least 1) of them.
+    `sizes` are bytes, lowest layer first, without the base and without the layer that is being written to; of the
+    `shared` lowest, somebody else names each or one above it. The range always reaches to the newest layer, and once it
+    is one layer there are at most `max_depth` (at least 1) of them. Without a range there are at most twice as many.
     """
     if max_depth < 1:
         raise ValueError(f"a chain of {max_depth} layers")
     if len(sizes) <= max_depth:
+        return None
+    if 0 < shared <= max_depth // 2:
+        places = plan(sizes[shared:], max_depth - shared)
+        assert places is not None
+        return range(places.start + shared, places.stop + shared)
+    if shared and len(sizes) <= 2 * max_depth:
         return None
     start = max_depth - 1
     above = sum(sizes)
@@ -49,18 +50,9 @@ def plan(sizes: Sequence[int], max_depth: int = MAX_DEPTH) -> range | None:
     return range(start, len(sizes))
 
 
-async def flatten(
-    layers: Sequence[str], layout: Layout, merge: Merge, *, vm_id: str, layer_id: str, max_depth: int = MAX_DEPTH
-) -> tuple[str, ...] | None:
-    """Merge what the plan says of a chain's frozen `layers`, lowest first, into the new layer `layer_id`.
-
-    Returns the chain that is equivalent, which nobody names yet: until a record does, the new file is a sweep's to remove,
-    and the layers that it replaces must stay. None when there was nothing to do. Raises what `merge` raises.
-    """
-    paths = [layout.layer(layer) for layer in layers]
-    places = plan([durable.allocated_bytes(path) for path in paths], max_depth)
-    if places is None:
-        return None
-    sources = paths[places.start : places.stop]
-    await merge(sources, layout.layer(layer_id), vm_id=vm_id, layer_id=layer_id)
-    return (*layers[: places.start], layer_id, *layers[places.stop :])
+def replaced(layers: Sequence[str], old: Sequence[str], new: str) -> tuple[str, ...] | None:
+    """A chain with the layer `new` in place of the adjacent ones `old`, or None when it does not hold those (any more)."""
+    for place in range(len(layers) - len(old) + 1):
+        if old and tuple(layers[place : place + len(old)]) == tuple(old):
+            return (*layers[:place], new, *layers[place + len(old) :])
+    return None

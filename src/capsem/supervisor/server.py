@@ -18,8 +18,10 @@ from capsem.api.internal import (
     JobList,
     Jobs,
     LayerAdded,
+    LayersReplaced,
     Persist,
     Persisted,
+    ReplaceLayers,
     Save,
     State,
     Stop,
@@ -60,6 +62,9 @@ class Supervised(Protocol):
 
     async def add_layer(self, request: AddLayer) -> LayerAdded:
         """Freeze the volume's top layer."""
+
+    async def replace_layers(self, request: ReplaceLayers) -> LayersReplaced:
+        """Name a merged layer instead of those it was merged from."""
 
     async def save(self, request: Save) -> CheckpointMade:
         """Make a checkpoint."""
@@ -187,6 +192,8 @@ class _Connection:
         if isinstance(request, AddLayer):
             await self._supervised.admit()
             return await self._supervised.add_layer(request)
+        if isinstance(request, ReplaceLayers):
+            return await self._supervised.replace_layers(request)
         if isinstance(request, Save):
             await self._supervised.admit()
             return await self._supervised.save(request)

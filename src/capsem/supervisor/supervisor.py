@@ -22,8 +22,10 @@ from capsem.api.internal import (
     Bootstrap,
     CheckpointMade,
     LayerAdded,
+    LayersReplaced,
     Persist,
     Persisted,
+    ReplaceLayers,
     Save,
     ShutdownAsked,
     State,
@@ -39,6 +41,7 @@ from capsem.model.lifecycle import State as Lifecycle
 from capsem.model.vm import Exit, VmRecord
 from capsem.store import durable, records
 from capsem.store.checkpoints import CheckpointStore
+from capsem.store.flatten import replaced
 from capsem.store.layout import Layout, SessionDir
 from capsem.store.lines import CappedLog, last_lines
 from capsem.store.locks import Lock, holders, take_lock, try_lock
@@ -206,6 +209,23 @@ class Supervisor:
             raise
         return LayerAdded(quiesced=quiesced, pause=self._system.clock.monotonic() - began)
 
+    async def replace_layers(self, request: ReplaceLayers) -> LayersReplaced:
+        """Name a layer in place of frozen ones that say the same. The machine has those open, and reads them to its end.
+
+        Not while it is being resumed: a resume that fails goes back to the checkpoint's very layers.
+
+        Raises WrongState: nothing was changed; OSError: the record on disk says which.
+        """
+        async with self._saving:
+            *frozen, top = self._record.layers
+            layers = replaced(frozen, request.old, request.new)
+            if layers is None or self._record.state != Lifecycle.RUNNING:
+                raise WrongState(f"{self._record.id} is {self._record.state}, and its layers are others")
+            record = replace(self._record, layers=(*layers, top), attached=(*self._record.attached, *request.old))
+            records.write(self._names.session, record)
+            self._record = record
+        return LayersReplaced()
+
     async def save(self, request: Save) -> CheckpointMade:
         """Make a checkpoint, and go on or be suspended. A save that fails leaves the VM running."""
         async with self._saving:
@@ -336,6 +356,7 @@ class Supervisor:
             Event.RESUME if restored else Event.START,
             layers=(*self._record.layers, *([bootstrap.layer] if bootstrap.layer else ())),
             machine_id=self._record.machine_id or entropy.token_bytes(16).hex(),
+            attached=(),
             started_at=clock.time(),
             host_boot_id=clock.boot_id(),
             boot_kind=kind,
