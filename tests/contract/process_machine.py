@@ -99,7 +99,7 @@ class ProcessMachine:
 
     version = "process 1"
 
-    async def save(self, files: SaveFiles, layer: Layer, *, go_on: bool) -> Saved:
+    async def save(self, files: SaveFiles, layer: Layer, *, go_on: bool, **_: object) -> Saved:
         raise MachineFailed("a process cannot be saved")
 
     async def kill(self) -> None:

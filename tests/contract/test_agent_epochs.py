@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent_bench import Bench
-from capsem.model.errors import AlreadyExists, GuestFailed, Interrupted
+from capsem.model.errors import AlreadyExists, GuestFailed, Interrupted, TimedOut, Unavailable
 from capsem.wire import frames
 from capsem.wire.frames import FIRST_NONCE, answer_to, encode
 from capsem.wire.messages import (
@@ -239,5 +239,27 @@ def test_a_lost_connection_ends_everything_with_interrupted(with_agent: Run) -> 
         assert not bench.guest.is_ready
         bench.agent.process.send_signal(signal.SIGCONT)  # type: ignore[union-attr]
         assert await bench.agent.process.wait() == 0  # type: ignore[union-attr]
+
+    with_agent(scenario)
+
+
+def test_while_commands_are_held_nothing_is_started_and_nobody_let_in(with_agent: Run) -> None:
+    async def scenario(bench: Bench) -> None:
+        guest = bench.guest
+        assert not await guest.hold(10)  # this computer's processes are none of its business
+        with pytest.raises(Unavailable):
+            await bench.run("true")
+        with pytest.raises(TimedOut):
+            await guest.wait_ready(0)
+        waiting = asyncio.create_task(guest.wait_ready(60))
+        await guest.ping(10)
+        assert not waiting.done()
+        guest.go_on()
+        await waiting
+        await bench.serves()
+        # A new epoch lets go as well.
+        await guest.hold(10)
+        await bench.restart()
+        await bench.serves()
 
     with_agent(scenario)

@@ -192,13 +192,15 @@ class Save(Message, tag="save"):
 class CheckpointMade(Message, tag="checkpoint-made"):
     """Closes a Save stream: the checkpoint is durable. Without `go_on` the supervisor's exit follows.
 
-    `pause` is how many seconds the vCPUs stood still, `written` how many bytes of RAM went to disk.
+    `pause` is how many seconds the vCPUs stood still, `written` how many bytes of RAM went to disk; `synced`, `frozen`:
+    the guest had flushed its file systems and held its processes still.
     """
 
     checkpoint: str
     pause: float
     written: int
     synced: bool
+    frozen: bool = False
 
 
 # request -> what closes its stream

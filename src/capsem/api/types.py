@@ -420,13 +420,15 @@ class ForkResponse(_Body, frozen=True):
 
 class SuspendResponse(_Body, frozen=True):
     """Suspended, durably: `checkpoint` is where. `bytes` of memory were written, `pause_ms` is from the guest's last
-    instruction to its state being in our hands; `synced`: the guest had flushed its file systems before."""
+    instruction to its state being in our hands; `synced`: the guest had flushed its file systems before, `frozen`: and held
+    its processes still."""
 
     success: bool
     checkpoint: str
     bytes: int
     pause_ms: float
     synced: bool
+    frozen: bool = False
 
 
 class CheckpointInfo(_Body, frozen=True):
@@ -460,6 +462,7 @@ class CheckpointResponse(_Body, frozen=True):
     bytes: int
     pause_ms: float
     synced: bool
+    frozen: bool = False
 
 
 class RollbackResponse(_Body, frozen=True):

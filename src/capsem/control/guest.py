@@ -23,6 +23,9 @@ from capsem.wire.messages import (
     FileRead,
     FileWritten,
     Freeze,
+    GoOn,
+    Held,
+    Hold,
     Message,
     Ping,
     Pong,
@@ -43,6 +46,7 @@ from capsem.wire.streams import EpochStarted, Mux
 _ENTROPY = 64  # bytes for a restored guest's kernel
 HANDSHAKE_LIMIT = 10.0  # seconds until a handshake that hangs is begun again
 FILE_LIMIT = 30.0  # seconds for a file operation
+HELD_AT_MOST = 10.0  # seconds of guest time after which what is held for a checkpoint goes on by itself
 
 log = logging.getLogger("capsem_process.guest")
 
@@ -61,11 +65,13 @@ class Identity:
 @dataclass(frozen=True, slots=True)
 class Restored:
     """Where the guest of a restored machine stands: the epoch it has completed, the nonce that it waits for, and the
-    mark that its memory and its volume should carry, None when it was not left there for sure."""
+    mark that its memory and its volume should carry, None when it was not left there for sure. `frozen`: its commands
+    were held still."""
 
     epoch: int
     nonce: bytes
     mark: str | None
+    frozen: bool = False
 
 
 class Guest:
@@ -88,6 +94,7 @@ class Guest:
         self._changed = asyncio.Event()  # ready or lost: worth looking again
         self._watchdog: asyncio.TimerHandle | None = None
         self._lost = False
+        self._holding = False  # its commands, for a checkpoint
         self._refused: GuestFailed | None = None
         self._pings: dict[int, asyncio.Future[None]] = {}
         self._ping_id = 0
@@ -106,6 +113,7 @@ class Guest:
         if event.nonce == self._next_nonce:  # the guest has taken it, though its word of that was lost
             self._nonce, self._next_nonce = self._next_nonce, b""
         self._handshake = HostHandshake()
+        self._holding = False  # the handshake's end lets them go
         self._set_ready(False)
 
     def _garbage(self, error: ProtocolError) -> None:
@@ -182,14 +190,19 @@ class Guest:
             )
             self.channel.hang_up()
             return
+        if self._restored and self._restored.frozen and not self.boot_ready.held:
+            log.warning("programs of the restored guest ran before it was told who it is")
         self._restored = None
         self._nonce, self._next_nonce = self._next_nonce, b""
         self.channel.mux.decoder.arm(self._nonce)
         self._set_ready(True)
 
-    def _set_ready(self, ready: bool) -> None:
+    def _notify(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+    def _set_ready(self, ready: bool) -> None:
+        self._notify()
         if ready != self._ready.is_set():
             (self._ready.set if ready else self._ready.clear)()
             self.on_ready(ready)
@@ -216,13 +229,13 @@ class Guest:
         return self._ready.is_set()
 
     async def wait_ready(self, limit: float) -> None:
-        """Wait until the handshake is done, at most `limit` seconds.
+        """Wait until the handshake is done and no checkpoint is being taken, at most `limit` seconds.
 
         Raises TimedOut, Interrupted (connection lost), GuestFailed (the agent is of another version).
         """
         try:
             async with asyncio.timeout(limit):
-                while not self._ready.is_set():
+                while not self._ready.is_set() or self._holding:
                     if self._lost:
                         raise self._refused or Interrupted("the machine ended before its guest was ready")
                     await self._changed.wait()
@@ -323,3 +336,23 @@ class Guest:
             result = await stream.result()
         assert isinstance(result, Synced)
         return result.duration
+
+    async def hold(self, limit: float) -> bool:
+        """Hold the processes of all commands still; whether they are. Raises TimedOut, Interrupted, Unsupported.
+
+        However this ends, nobody is let in until `go_on`.
+        """
+        self._holding = True
+        stream = self.channel.open(Hold(limit=HELD_AT_MOST))
+        async with limited(stream, "holding the commands still", limit):
+            result = await stream.result()
+        assert isinstance(result, Held)
+        return result.frozen
+
+    def go_on(self) -> None:
+        """Let go what `hold` holds; nothing happens when it holds nothing."""
+        if self._holding:
+            self._holding = False
+            if not self._lost:
+                self.channel.control(GoOn())
+            self._notify()

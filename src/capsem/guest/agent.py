@@ -8,6 +8,7 @@ from collections import OrderedDict
 
 from capsem.guest.files import Lister, Reader, Refused, Writer, refusal
 from capsem.guest.freeze import Freezer
+from capsem.guest.group import Group
 from capsem.guest.health import Health
 from capsem.guest.loop import Loop, Timer
 from capsem.guest.memory import Memory
@@ -25,6 +26,9 @@ from capsem.wire.messages import (
     Exec,
     Failed,
     Freeze,
+    GoOn,
+    Held,
+    Hold,
     ListDir,
     Message,
     Ping,
@@ -80,6 +84,8 @@ class Agent:
         self._memory = memory
         self._system = system
         self._health = Health(system.volume)
+        self._group = Group(system.groups)
+        self._held_too_long: Timer | None = None
         self._mux = Mux(FrameDecoder(memory.next_nonce), initiator=False)
         self._handshake = GuestHandshake()
         self._env = dict(BASE_ENV)
@@ -122,6 +128,7 @@ class Agent:
         for servant in self._servants.values():
             servant.orphaned()
         self._servants.clear()
+        self._stop_waiting_to_go_on()  # it may be another machine by now: its handshake comes first
         self._expect_handshake()
         if not event.answer:
             self._send_ready()
@@ -147,6 +154,7 @@ class Agent:
         self._memory.save()
         self._mux.decoder.arm(self._handshake.next_nonce)
         if not config.resumed:
+            self._let_go()
             self._mux.control(BootReady(epoch=config.epoch, clock_step=step, timings={"ready": time.monotonic()}))
             return
         handshake, mark = self._handshake, config.mark
@@ -157,6 +165,7 @@ class Agent:
                     ([f"the examination failed: {found}"], []) if isinstance(found, Exception) else found
                 )
                 timings = {"ready": time.monotonic()}
+                held = self._let_go()
                 self._mux.control(
                     BootReady(
                         epoch=config.epoch,
@@ -165,6 +174,7 @@ class Agent:
                         problems=problems,
                         warnings=warnings,
                         reseeded=reseeded,
+                        held=held,
                     )
                 )
 
@@ -233,7 +243,10 @@ class Agent:
         elif isinstance(message, Rename) and self._handshake.state == DONE:
             self._system.set_hostname(message.hostname)
             self._env |= {"CAPSEM_VM_ID": message.vm_id, "CAPSEM_VM_NAME": message.vm_id}
+        elif isinstance(message, GoOn):
+            self._let_go()
         elif isinstance(message, PowerOff) and self._handshake.state == DONE:
+            self._let_go()
             self._system.power_off(self._loop, message.grace)
         elif self._handshake.receive(message):
             self._configured()
@@ -271,8 +284,30 @@ class Agent:
                 self._mux.close(stream, refusal(error, "the volume") if error else done)
 
             self._loop.offload(lambda: self._health.sync(mark), synced)
+        elif isinstance(request, Hold):
+            self._hold(stream, request.limit)
         else:
             self._mux.close(stream, Failed(code="unsupported", message=f"this agent does not serve {request.tag}"))
+
+    def _hold(self, stream: int, limit: float) -> None:
+        self._let_go()
+        self._group.hold()
+        # While the machine stands still its clock does too: this counts what of `limit` it was awake for.
+        self._held_too_long = self._loop.after(limit, self._let_go)
+
+        def done(frozen: bool | Exception) -> None:
+            self._mux.close(stream, Held(frozen=frozen is True))
+
+        self._loop.offload(self._group.freeze, done)
+
+    def _let_go(self) -> bool:
+        self._stop_waiting_to_go_on()
+        return self._group.let_go()
+
+    def _stop_waiting_to_go_on(self) -> None:
+        if self._held_too_long is not None:
+            self._held_too_long.cancel()
+            self._held_too_long = None
 
     def _command(self, stream: int, request: Exec) -> Command:
         if request.job in self._jobs:
@@ -282,6 +317,8 @@ class Agent:
                 raise Refused("invalid_input", problem)
         if "\0" in request.command:
             raise Refused("invalid_input", "the command contains NUL")
+        if self._group.held:
+            raise Refused("unavailable", "a checkpoint is being made: nothing is started now")
         cwd = request.cwd or self._workspace
         if not os.path.isdir(cwd):
             raise Refused("invalid_input", f"working directory {cwd}: no such directory")
@@ -292,6 +329,7 @@ class Agent:
             request,
             {**self._env, **request.env},
             cwd,
+            self._group,
             lambda ended: self._finished(ended.stream),
         )
         self._jobs[request.job] = None

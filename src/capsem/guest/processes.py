@@ -12,6 +12,7 @@ import os
 import signal
 import time
 
+from capsem.guest.group import Group
 from capsem.guest.loop import READ, WRITE, Loop, Timer
 from capsem.guest.servant import Servant
 from capsem.wire.messages import STDERR, STDIN, STDOUT, Exec, Exited, Message, Signal
@@ -31,8 +32,8 @@ _RESET_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)  # Python ignores them, and wo
 _OOM_SCORE = "/proc/self/oom_score_adj"
 
 
-def spawn(command: str, env: dict[str, str], cwd: str, fds: tuple[int, int, int]) -> int:
-    """Start `bash -c command` in a session of its own with `fds` as its standard streams; returns its pid.
+def spawn(command: str, env: dict[str, str], cwd: str, fds: tuple[int, int, int], group: Group) -> int:
+    """Start `bash -c command` in `group` and a session of its own, `fds` its standard streams; returns its pid.
 
     Raises OSError. Call it from the loop's thread alone: the working directory is the process's while it runs.
     """
@@ -40,6 +41,7 @@ def spawn(command: str, env: dict[str, str], cwd: str, fds: tuple[int, int, int]
     oom_score = _swap_oom_score("0")
     try:
         os.chdir(cwd)
+        group.enter()
         return os.posix_spawn(
             SHELL,
             ["bash", "-c", command],
@@ -49,6 +51,7 @@ def spawn(command: str, env: dict[str, str], cwd: str, fds: tuple[int, int, int]
             setsigdef=_RESET_SIGNALS,
         )
     finally:
+        group.leave()
         os.fchdir(home)
         os.close(home)
         if oom_score is not None:
@@ -80,6 +83,7 @@ class Command(Servant):
         request: Exec,
         env: dict[str, str],
         cwd: str,
+        group: Group,
         ended: Callable[[Command], None],
     ) -> None:
         """Start it. Raises OSError."""
@@ -101,7 +105,7 @@ class Command(Servant):
         self._paused: set[int] = set()  # channels that wait for credit
         theirs = self._open_pipes(stdin=request.stdin)
         try:
-            self.pid = spawn(request.command, env, cwd, theirs)
+            self.pid = spawn(request.command, env, cwd, theirs, group)
             self._pidfd = os.pidfd_open(self.pid)
         except BaseException:
             for fd in self._pipes.values():

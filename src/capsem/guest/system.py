@@ -42,6 +42,7 @@ class Bystander:
     """An agent that is a plain process on somebody's computer leaves that computer alone."""
 
     volume = ""  # where the VM's own file system is mounted; "": there is none
+    groups = ""  # where control groups are; "": none for us
 
     def set_clock(self, now: float) -> float:
         """How many seconds the clock would have been stepped."""
@@ -69,6 +70,7 @@ class Machine(Bystander):
     """The real thing: the agent runs as root in a guest of its own."""
 
     volume = "/mnt/system"
+    groups = "/sys/fs/cgroup"
 
     def set_clock(self, now: float) -> float:
         """Step the wall clock if it is off; returns by how many seconds."""

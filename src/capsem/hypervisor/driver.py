@@ -16,7 +16,7 @@ Calls on one machine are made one at a time; different machines are independent 
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -150,10 +150,19 @@ class Machine(Protocol):
     def version(self) -> str:
         """Name and version of the VMM, such as "qemu 7.2.22"."""
 
-    async def save(self, files: SaveFiles, layer: Layer, *, go_on: bool) -> Saved:
+    async def save(
+        self,
+        files: SaveFiles,
+        layer: Layer,
+        *,
+        go_on: bool,
+        hold: Callable[[], Awaitable[None]] | None = None,
+        release: Callable[[], None] | None = None,
+    ) -> Saved:
         """Save RAM and devices at one instant, at which the volume's present top is frozen and `layer` put above it.
 
-        With `go_on` the machine runs again before anything is written to disk; without it, it stays paused. Device
+        With `go_on` the machine runs again before anything is written to disk; without it, it stays paused. `hold` is
+        called right before the vCPUs are stopped, and `release` as soon as they run again, if they do. Device
         state and layers are durable on return; RAM is once its writer has finished. Raises MachineFailed, OSError: the
         machine is then paused or runs as before, and `top_layer` says whether the layer was added.
         """

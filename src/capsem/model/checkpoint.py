@@ -68,13 +68,14 @@ class Devices:
 class GuestState:
     """What a host must know to speak with the guest again: its kernel's boot id, the epoch reached, the nonce (hex)
     that begins the next one; `token` names this boot (forks have their own), `synced` is whether the guest had flushed
-    its file systems."""
+    its file systems, `frozen` whether it had held the processes of its commands still."""
 
     boot_id: str
     epoch: int
     next_nonce: str
     token: str
     synced: bool
+    frozen: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,7 @@ class Checkpoints(Lifecycle):
             bytes=made.written,
             pause_ms=_ms(made.pause),
             synced=made.synced,
+            frozen=made.frozen,
         )
 
     def _require_persistent(self, vm: Vm, what: str) -> None:
@@ -95,7 +96,13 @@ class Checkpoints(Lifecycle):
         async with vm.turn:
             order = Save(kind=Kind.MANUAL, go_on=True, message=request.message)
             made = await self._save("checkpoint", vm, order)
-        return CheckpointResponse(id=made.checkpoint, bytes=made.written, pause_ms=_ms(made.pause), synced=made.synced)
+        return CheckpointResponse(
+            id=made.checkpoint,
+            bytes=made.written,
+            pause_ms=_ms(made.pause),
+            synced=made.synced,
+            frozen=made.frozen,
+        )
 
     async def checkpoints(self, vm_id: str, *, hidden: bool = False) -> CheckpointsResponse:
         """The checkpoints of a VM, oldest first."""

@@ -2,7 +2,8 @@
 
     prepare   a draft of the next checkpoint, its RAM file already holding what the machine's memory was mapped from,
               copied in the background where the file system cannot share it: the save then writes what has changed
-    save      a mark and a flush in the guest, as far as it answers; then RAM, devices and volume at one instant
+    save      a mark and a flush in the guest, as far as it answers, and its commands held still; then RAM, devices and
+              volume at one instant, after which the commands go on, in a restored machine once that is who it is
     commit    everything durable, the manifest last
 
 A save that fails leaves no trace: the draft is removed, and whoever asked decides what becomes of the machine.
@@ -31,6 +32,7 @@ from capsem.system import System
 
 PREPARE_AFTER = 1.0  # seconds that a machine has run before the next checkpoint's RAM file is begun
 SYNC_LIMIT = 2.0  # seconds for the guest to flush its file systems
+HOLD_LIMIT = 1.0  # seconds for it to hold its processes still
 
 log = logging.getLogger("capsem_process.saving")
 
@@ -79,6 +81,7 @@ class Saver:
         self._own = False  # the base is this machine's own
         self._prepared: _Prepared | None = None
         self._preparing: asyncio.Task[None] | None = None
+        self._frozen = False  # at the last save
 
     def restored_from(self, files: CheckpointDir) -> None:
         """The machine's memory was mapped from this checkpoint. Raises OSError."""
@@ -149,7 +152,9 @@ class Saver:
         try:
             synced = await self._sync(prepared.draft.id)
             files = SaveFiles(prepared.draft.files.devices, prepared.writer, compare=self._own)
-            saved = await self._machine.save(files, order.layer, go_on=order.go_on)
+            saved = await self._machine.save(
+                files, order.layer, go_on=order.go_on, hold=self._hold, release=self._guest.go_on
+            )
             checkpoint = await asyncio.to_thread(self._finish, prepared, record, order, saved, synced)
             await asyncio.to_thread(self._store.commit, prepared.draft, checkpoint)
         except BaseException:
@@ -172,6 +177,13 @@ class Saver:
             return False
         return True
 
+    async def _hold(self) -> None:
+        self._frozen = False
+        try:
+            self._frozen = await self._guest.hold(HOLD_LIMIT)
+        except CapsemError as error:
+            log.warning("the guest did not hold its processes still: %s", error)
+
     def _rebase(self, files: CheckpointDir) -> None:
         base = RamFile(files.memory, files.sums)
         if self._base is not None:
@@ -190,6 +202,7 @@ class Saver:
             next_nonce=self._guest.next_nonce.hex(),
             token=self._guest.identity.token or "",
             synced=synced,
+            frozen=self._frozen,
         )
         return Checkpoint(
             id=prepared.draft.id,

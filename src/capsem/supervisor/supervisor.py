@@ -262,7 +262,9 @@ class Supervisor:
         assert memory is not None
         assert guest is not None
         log.info("saved as %s: %d bytes, paused %.3f s", checkpoint.id, memory.written, pause)
-        return CheckpointMade(checkpoint=checkpoint.id, pause=pause, written=memory.written, synced=guest.synced)
+        return CheckpointMade(
+            checkpoint=checkpoint.id, pause=pause, written=memory.written, synced=guest.synced, frozen=guest.frozen
+        )
 
     def _note_current(self, checkpoint: Checkpoint) -> None:
         self._record = replace(self._record, current=checkpoint.id)
@@ -308,6 +310,7 @@ class Supervisor:
             log.error("the record cannot be written: %s", error)
         with contextlib.suppress(MachineFailed):  # it has ended: the run says why
             await self._machine.run()
+        self.guest.go_on()
         self._server.broadcast(self.state())
 
     def _rewrite(self, **changes: object) -> None:
@@ -347,7 +350,7 @@ class Supervisor:
             assert checkpoint.guest is not None
             guest = checkpoint.guest
             mark = checkpoint.id if guest.synced else None
-            restored = Restored(guest.epoch, bytes.fromhex(guest.next_nonce), mark)
+            restored = Restored(guest.epoch, bytes.fromhex(guest.next_nonce), mark, guest.frozen)
             if checkpoint.vm_id == self._record.id:
                 kind, token = "warm", guest.token
             else:

@@ -153,7 +153,7 @@ class BootReady(Message, tag="boot-ready"):
     """Guest: identity, clock and environment are in place. Times in seconds since the kernel started.
 
     After a resume: `problems` say why the machine must not be used, `warnings` are what else its kernel complained of;
-    `reseeded`: the kernel took the entropy.
+    `reseeded`: the kernel took the entropy; `held`: no process of a command ran before all that was in place.
     """
 
     epoch: int
@@ -162,6 +162,7 @@ class BootReady(Message, tag="boot-ready"):
     problems: list[str] = []
     warnings: list[str] = []
     reseeded: bool = False
+    held: bool = False
 
 
 class Ping(Message, tag="ping"):
@@ -295,6 +296,19 @@ class Synced(Message, tag="synced"):
     duration: float
 
 
+class Hold(Message, tag="hold"):
+    """Hold every process of a command still: until GoOn, the end of the next handshake, or `limit` seconds of guest time."""
+
+    limit: float
+
+
+class Held(Message, tag="held"):
+    """Closes a Hold stream. `frozen`: none of them runs any more; else they soon will not, but for one that waits for a
+    disk, and that runs no further either."""
+
+    frozen: bool
+
+
 class Freeze(Message, tag="freeze"):
     """Flush the volume and hold all writes to it. `Frozen` on the stream says that they are held, `Thaw` ends it.
 
@@ -319,6 +333,10 @@ class Thawed(Message, tag="thawed"):
     expired: bool = False
 
 
+class GoOn(Message, tag="go-on"):
+    """Host: the machine is saved, or will not be; what Hold holds still goes on."""
+
+
 class Rename(Message, tag="rename"):
     """Host: the VM has another name from here on."""
 
@@ -331,7 +349,18 @@ def _by_tag(*classes: type[Message]) -> dict[str, type[Message]]:
 
 
 CONTROL_MESSAGES = _by_tag(
-    Ready, BootConfig, SetEnv, BootConfigDone, BootReady, Ping, Pong, PowerOff, Rename, ShutdownRequest, SuspendRequest
+    Ready,
+    BootConfig,
+    SetEnv,
+    BootConfigDone,
+    BootReady,
+    Ping,
+    Pong,
+    PowerOff,
+    Rename,
+    GoOn,
+    ShutdownRequest,
+    SuspendRequest,
 )
 # request -> what closes its stream when all goes well; every stream may also be closed by Failed
 STREAMS: dict[type[Message], type[Message]] = {
@@ -340,6 +369,7 @@ STREAMS: dict[type[Message], type[Message]] = {
     WriteFile: FileWritten,
     ListDir: DirListed,
     Sync: Synced,
+    Hold: Held,
     Freeze: Thawed,
 }
 # Tags that later versions will use to open streams, so that nothing else takes them.

@@ -12,7 +12,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Final
 
 from capsem.hypervisor.driver import Ending, Layer, MachineSpec, Saved, SaveFiles
@@ -198,14 +198,31 @@ class QemuMachine:
                     "the frozen layer %s stays open for writing, though nothing writes: %s", self._top.path, error
                 )
 
-    async def save(self, files: SaveFiles, layer: Layer, *, go_on: bool) -> Saved:
+    async def save(
+        self,
+        files: SaveFiles,
+        layer: Layer,
+        *,
+        go_on: bool,
+        hold: Callable[[], Awaitable[None]] | None = None,
+        release: Callable[[], None] | None = None,
+    ) -> Saved:
         """See Machine. A caller that is cancelled meanwhile does not leave the machine standing."""
-        return await asyncio.shield(self._save(files, layer, go_on=go_on))
+        return await asyncio.shield(self._save(files, layer, go_on, hold, release))
 
-    async def _save(self, files: SaveFiles, layer: Layer, *, go_on: bool) -> Saved:
+    async def _save(
+        self,
+        files: SaveFiles,
+        layer: Layer,
+        go_on: bool,
+        hold: Callable[[], Awaitable[None]] | None,
+        release: Callable[[], None] | None,
+    ) -> Saved:
         memory = GuestMemory(self.pid, self._spec.ram_file, self._spec.ram_mb << 20)
         snapshot = await asyncio.to_thread(_room, memory) if go_on else None
         try:
+            if hold is not None:
+                await hold()
             began = time.monotonic()
             await self.pause()
             try:
@@ -217,6 +234,8 @@ class QemuMachine:
             finally:
                 if go_on:
                     await self.run()
+                    if release is not None:
+                        release()
             pause = time.monotonic() - began
             pieces = stream(memory) if snapshot is None else snapshot.pieces()
             return await asyncio.to_thread(self._write, files, pieces, pause)
