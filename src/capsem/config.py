@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SOCKET_NAME: Final = "service.sock"
-STOP, KEEP = "stop", "keep"  # values of vm.on_service_stop
+SUSPEND, STOP, KEEP = "suspend", "stop", "keep"  # values of vm.on_service_stop
 
 
 class Setting(NamedTuple):
@@ -69,10 +69,11 @@ SETTINGS: Final = (
     Setting("vm.resources.cpu_count", 4, "CAPSEM_CPU_COUNT", "CPUs of a new VM", 1, 8),
     Setting(
         "vm.on_service_stop",
-        STOP,
+        SUSPEND,
         "CAPSEM_ON_SERVICE_STOP",
-        "what becomes of running VMs when the service is stopped: stop them, or keep them for the next one to take over",
-        choices=(STOP, KEEP),
+        "what becomes of running VMs when the service is stopped: suspend those that are persistent and stop the others, "
+        "stop them all, or keep them for the next service to take over",
+        choices=(SUSPEND, STOP, KEEP),
     ),
 )
 
@@ -103,7 +104,7 @@ class Settings(NamedTuple):
 
     @property
     def on_service_stop(self) -> str:
-        """STOP or KEEP."""
+        """SUSPEND, STOP or KEEP."""
         return str(self.values["vm.on_service_stop"])
 
 

@@ -53,14 +53,14 @@ def test_the_user_s_file(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("value", ["suspend", "Stop", "", 1])
+@pytest.mark.parametrize("value", ["pause", "Stop", "", 1])
 def test_what_becomes_of_vms_when_the_service_stops(tmp_path: Path, value: object) -> None:
-    assert config.load(env(tmp_path)).on_service_stop == "stop"
+    assert config.load(env(tmp_path)).on_service_stop == "suspend"
     assert config.load(env(tmp_path, CAPSEM_ON_SERVICE_STOP="keep")).on_service_stop == "keep"
     write(tmp_path, 'vm.on_service_stop = "keep"')
     assert config.load(env(tmp_path)).on_service_stop == "keep"
     write(tmp_path, f"vm.on_service_stop = {value!r}")
-    with pytest.raises(InvalidInput, match="one of: stop, keep"):
+    with pytest.raises(InvalidInput, match="one of: suspend, stop, keep"):
         config.load(env(tmp_path))
 
 

@@ -135,7 +135,7 @@ def test_vms_outlive_a_killed_service(own_service: Service) -> None:
     wait_for(lambda: not any(map(alive, processes)), 3)
     assert time.monotonic() - began < 15
     own_service.restart()
-    assert own_service.status("kept") == "Stopped"
+    assert own_service.status("kept") == "Suspended"
 
 
 def test_a_family_ends_with_the_parent_it_was_told_to_watch(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from capsem.model.errors import InvalidInput, NotRunning
 def stop_command(obj: Context, session: str | None) -> None:
     """Power a VM off; without SESSION, stop the service and with it all VMs.
 
-    A persistent VM keeps its disk; any other is destroyed.
+    A persistent VM keeps its disk; any other is destroyed. With the service, persistent VMs are suspended (see
+    `vm.on_service_stop`).
     """
     if session is None:
         from capsem.cli.daemon import stop_service

@@ -65,7 +65,7 @@ def start_command(obj: Context) -> None:
 
 
 def stop_service(obj: Context) -> None:
-    """End the service; its VMs end with it, the persistent ones keep their disks (unless `vm.on_service_stop` is keep)."""
+    """End the service and its VMs; the persistent ones are suspended (unless `vm.on_service_stop` says otherwise)."""
     from capsem.client.daemon import stop
 
     with waiting("stopping the service"):

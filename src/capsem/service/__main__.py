@@ -206,7 +206,8 @@ class Service:
             for connection in list(server.server_state.connections):
                 connection.transport.abort()
         else:
-            await fleet.stop_all()
+            suspends = self.settings.on_service_stop == config.SUSPEND
+            await fleet.stop_all(handlers.suspend if suspends else None)
         await server.shutdown(sockets=[listener])
         watching.cancel()
         with contextlib.suppress(FileNotFoundError):

@@ -22,9 +22,12 @@ from capsem.api.types import (
     RollbackResponse,
     SuspendResponse,
 )
+from capsem.config import Settings
 from capsem.model.checkpoint import Checkpoint, Kind
-from capsem.model.errors import InvalidInput, MachineFailed, WrongState, host_failed
+from capsem.model.errors import CapsemError, InvalidInput, MachineFailed, WrongState, host_failed
 from capsem.model.lifecycle import Event, State, step
+from capsem.service.create import Maker
+from capsem.service.fleet import Fleet
 from capsem.service.lifecycle import Lifecycle
 from capsem.service.vm import READY_LIMIT, Vm
 from capsem.store import durable
@@ -38,6 +41,11 @@ log = logging.getLogger("capsem_service.checkpoints")
 
 class Checkpoints(Lifecycle):
     """See service.manager.Manager."""
+
+    def __init__(self, fleet: Fleet, maker: Maker, settings: Settings) -> None:
+        super().__init__(fleet, maker, settings)
+        self._asked: set[asyncio.Task[None]] = set()
+        fleet.on_asked = self._suspend_asked
 
     @property
     def _store(self) -> CheckpointStore:
@@ -59,6 +67,19 @@ class Checkpoints(Lifecycle):
             synced=made.synced,
             frozen=made.frozen,
         )
+
+    def _suspend_asked(self, vm: Vm, action: str) -> None:
+        """Its own guest wants it: as if somebody had asked from outside, but that there is nobody to tell."""
+        if action == "suspend":
+            task = asyncio.create_task(self._suspend_quietly(vm.id), name=f"suspend {vm.id}")
+            self._asked.add(task)
+            task.add_done_callback(self._asked.discard)
+
+    async def _suspend_quietly(self, vm_id: str) -> None:
+        try:
+            await self.suspend(vm_id)
+        except CapsemError as error:
+            log.warning("%s was not suspended, as its guest had asked: %s", vm_id, error)
 
     def _require_persistent(self, vm: Vm, what: str) -> None:
         if not vm.record.persistent:

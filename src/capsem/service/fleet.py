@@ -7,7 +7,7 @@ import contextlib
 import logging
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 
 from capsem.api.operations import unknown_vm
 from capsem.model.checkpoint import Checkpoint
@@ -27,7 +27,8 @@ from capsem.system import System
 FAILED_KEPT = 32
 SUM_AFTER = 10.0  # seconds from a checkpoint to the checksums of its layers: others want the disk first
 ADOPT_LIMIT = 10.0  # seconds for a living supervisor to answer
-TERMINATE_LIMIT = 2.0  # seconds between SIGTERM and SIGKILL when the service stops
+SUSPEND_LIMIT = 8.0  # seconds for all VMs together to be suspended when the service stops
+TERMINATE_LIMIT = 2.0  # seconds between SIGTERM and SIGKILL for those that are not, or not in time
 
 log = logging.getLogger("capsem_service.fleet")
 
@@ -43,6 +44,7 @@ class Fleet:
         self._reserved: set[str] = set()  # names that are being given
         self._starting: set[str] = set()  # those of them whose VMs are about to run
         self.stopping = False
+        self.on_asked: Callable[[Vm, str], None] = lambda _vm, _action: None  # see Vm
         self._index_waits = False
         self._skipped = False  # there are session directories that are no VM's, and were left alone
         self.checkpoints = CheckpointStore(layout)
@@ -106,6 +108,7 @@ class Fleet:
         vm = Vm(self.system, session, record, self.checkpoints.is_committed)
         vm.on_ended = self._ended
         vm.on_changed = self._changed
+        vm.on_asked = self._guest_asked
         self._vms[record.id] = vm
         self.write_index()
         self.on_changed(vm)
@@ -113,6 +116,9 @@ class Fleet:
 
     def _changed(self, vm: Vm) -> None:
         self.on_changed(vm)
+
+    def _guest_asked(self, vm: Vm, action: str) -> None:
+        self.on_asked(vm, action)
 
     def renamed(self, vm: Vm, session: SessionDir) -> None:
         """A VM lies elsewhere under another name."""
@@ -389,16 +395,17 @@ class Fleet:
                 log.warning("removing unreferenced layer %s", path.name)
                 path.unlink(missing_ok=True)
 
-    async def stop_all(self) -> None:
-        """End every supervisor: SIGTERM, two seconds, SIGKILL; ephemeral VMs go with it."""
+    async def stop_all(self, suspend: Callable[[str], Awaitable[object]] | None = None) -> None:
+        """End every supervisor; ephemeral VMs go with it. `suspend` is tried first on what is persistent and ready."""
         self._stop()
         running = [vm for vm in self._vms.values() if vm.running]
-        for vm in running:
-            vm.terminate(signal.SIGTERM)
-        await asyncio.gather(*(vm.ended(TERMINATE_LIMIT) for vm in running))
-        for vm in running:
-            vm.terminate(signal.SIGKILL)
-        await asyncio.gather(*(vm.ended(TERMINATE_LIMIT) for vm in running))
+        saved = [vm for vm in running if suspend and vm.record.persistent and vm.link is not None and vm.link.ready]
+        suspending = [asyncio.ensure_future(suspend(vm.id)) for vm in saved if suspend is not None]
+        await asyncio.gather(
+            _within(SUSPEND_LIMIT, dict(zip(saved, suspending, strict=True))),
+            _terminate([vm for vm in running if vm not in saved]),
+        )
+        await _terminate([vm for vm in saved if vm.running])
 
     def leave_all(self) -> None:
         """Let go of every supervisor without a word, for the next service to find."""
@@ -410,3 +417,25 @@ class Fleet:
         self.stopping = True
         if self._summing is not None:
             self._summing.cancel()
+
+
+async def _within(limit: float, suspending: dict[Vm, asyncio.Future[object]]) -> None:
+    """Wait for these to be suspended; what is not done in time is left to its supervisor."""
+    if not suspending:
+        return
+    await asyncio.wait(suspending.values(), timeout=limit)
+    for vm, task in suspending.items():
+        if not task.done():
+            log.warning("%s is not suspended after %.0f s and will be stopped", vm.id, limit)
+            task.cancel()
+        elif not task.cancelled() and (error := task.exception()) is not None:
+            log.warning("%s cannot be suspended and will be stopped: %s", vm.id, error)
+    await asyncio.gather(*suspending.values(), return_exceptions=True)
+
+
+async def _terminate(vms: list[Vm]) -> None:
+    """SIGTERM, two seconds, SIGKILL."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for vm in vms:
+            vm.terminate(number)
+        await asyncio.gather(*(vm.ended(TERMINATE_LIMIT) for vm in vms))

@@ -47,6 +47,7 @@ class Vm:
         self.link: Link | None = None
         self.on_ended: Callable[[Vm], None] = lambda _vm: None
         self.on_changed: Callable[[Vm], None] = lambda _vm: None  # its record, or whether it runs
+        self.on_asked: Callable[[Vm, str], None] = lambda _vm, _action: None  # its guest asks for "suspend"
         self.deleted = False
         self.obstacle: CapsemError | None = None  # why it can be neither spoken to nor started; `check` raises it
         self._system = system
@@ -117,6 +118,7 @@ class Vm:
         """A supervisor was started (a child of ours) or adopted (not)."""
         self._child, self.link = child, link
         link.on_state = lambda _state: self.reload()
+        link.on_shutdown_asked = lambda action: self.on_asked(self, action)
         self._supervised(link.pid if child is None else child.pid)
 
     def begin_apart(self, pid: int, obstacle: CapsemError) -> None:

@@ -548,8 +548,12 @@ class Supervisor:
         if isinstance(message, ShutdownRequest):
             log.info("the guest asked for its shutdown")
             self.stop(Stop())
-        else:
+        elif self._record.persistent:
+            log.info("the guest asked to be suspended")
             self._server.broadcast(ShutdownAsked(action="suspend"))
+        else:
+            log.warning("the guest asked to be suspended; it is not persistent: nothing is done")
+            self._warn(f"asked to be suspended, which it cannot be; `capsem persist {self._record.id} NAME` would help")
 
     def _give_up_resume(self, ending: Ending) -> int:
         """The VM is as suspended as before; only the layer that this attempt wrote to goes."""
