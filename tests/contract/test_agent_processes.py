@@ -42,7 +42,8 @@ class Shell:
                 request,
                 {"PATH": os.environ["PATH"]},
                 str(self.directory),
-                lambda _command: self.loop.exit(0),
+                lambda _command: None,
+                lambda _stream: self.loop.exit(0),
             )
         )
         return self.commands[-1]
@@ -134,22 +135,24 @@ def test_an_endless_flood_does_not_hold_the_loop(shell: Shell, monkeypatch: pyte
     settle(shell.host, shell.guest)
     received = sum(len(event.data) for event in shell.host.events if isinstance(event, DataReceived))
     assert received == (WINDOW if attached else 0)
+    assert command.held == reads * processes._PIECE
 
 
 def test_what_a_command_left_in_its_pipe_is_sent_and_no_more(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     """A background process goes on writing into the pipe; the command has ended, and so does its stream."""
-    command = shell.start("head -c 50000 /dev/zero; sleep 100 &")
-    shell.guest.mux.send(command.stream, STDOUT, bytes(WINDOW))  # no credit is left
-    settle(shell.host, shell.guest)
+    command = shell.start(f"head -c {WINDOW + 50000} /dev/zero; sleep 100 &")
+    stream = command.stream
+    assert stream is not None
     over = command._stop_lingering
     monkeypatch.setattr(command, "_stop_lingering", lambda: (over(), shell.loop.exit(0)))
     shell.loop.run(lambda: None)
-    assert command._status is not None
-    assert command._rest == {STDOUT: 50000, 2: 0}
+    assert command.exited is not None
+    assert command.held == WINDOW + 50000
     assert shell.loop._next_due() is None
     with Path(f"/proc/self/fd/{command._pipes[STDOUT]}").open("wb", buffering=0) as late:
         late.write(b"late" * 100)
-    shell.host.mux.consumed(command.stream, STDOUT, WINDOW)
+    settle(shell.host, shell.guest)
+    shell.host.mux.consumed(stream, STDOUT, WINDOW)
     settle(shell.host, shell.guest)
     command.credit(STDOUT)
     (result,) = shell.results()

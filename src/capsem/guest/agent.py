@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections import OrderedDict
 
 from capsem.guest.files import Lister, Reader, Refused, Writer, refusal
 from capsem.guest.freeze import Freezer
 from capsem.guest.group import Group
 from capsem.guest.health import Health
+from capsem.guest.jobs import Jobs
 from capsem.guest.loop import Loop, Timer
 from capsem.guest.memory import Memory
 from capsem.guest.port import Port
@@ -25,6 +25,8 @@ from capsem.wire.messages import (
     BootReady,
     Exec,
     Failed,
+    Forget,
+    Forgotten,
     Freeze,
     GoOn,
     Held,
@@ -36,6 +38,7 @@ from capsem.wire.messages import (
     PowerOff,
     ReadFile,
     Ready,
+    Reattach,
     Rename,
     ShutdownRequest,
     SuspendRequest,
@@ -63,7 +66,6 @@ VERSION = "1"
 # Seconds that the clock may differ from a Ping's before it is stepped. A ping may come late and so make the clock look
 # ahead; one that is behind a time that has passed is wrong for sure.
 _MAY_BE_AHEAD, _MAY_BE_BEHIND = 0.5, 0.05
-_JOBS_REMEMBERED = 4096
 
 # interface.md 6.2
 BASE_ENV = {
@@ -90,7 +92,7 @@ class Agent:
         self._handshake = GuestHandshake()
         self._env = dict(BASE_ENV)
         self._servants: dict[int, Servant] = {}
-        self._jobs: OrderedDict[str, None] = OrderedDict()
+        self._jobs = Jobs()
         self._expected: Timer | None = None
         decoder = self._mux.decoder
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
@@ -266,6 +268,14 @@ class Agent:
     def _start(self, stream: int, request: Message) -> None:
         if isinstance(request, Exec):
             self._servants[stream] = self._command(stream, request)
+        elif isinstance(request, Reattach):
+            command = self._jobs.find(request.job)
+            offsets = command.place(request)
+            self._servants[stream] = command
+            command.attach(stream, offsets)
+        elif isinstance(request, Forget):
+            self._jobs.forget(request.job)
+            self._mux.close(stream, Forgotten())
         elif isinstance(request, ReadFile):
             self._servants[stream] = Reader(self._mux, stream, request, self._workspace, self._finished)
             self._servants[stream].credit(STDOUT)
@@ -310,8 +320,7 @@ class Agent:
             self._held_too_long = None
 
     def _command(self, stream: int, request: Exec) -> Command:
-        if request.job in self._jobs:
-            raise Refused("already_exists", f"job {request.job} was started before")
+        self._jobs.check_new(request.job)
         for name, value in request.env.items():
             if problem := env_problem(name, value):
                 raise Refused("invalid_input", problem)
@@ -330,11 +339,10 @@ class Agent:
             {**self._env, **request.env},
             cwd,
             self._group,
-            lambda ended: self._finished(ended.stream),
+            self._jobs.ended,
+            self._finished,
         )
-        self._jobs[request.job] = None
-        if len(self._jobs) > _JOBS_REMEMBERED:
-            self._jobs.popitem(last=False)
+        self._jobs.started(command)
         return command
 
     def _finished(self, stream: int) -> None:

@@ -3,6 +3,10 @@
 Nothing polls: output, exit (a pidfd) and time-outs are events of the loop. A command has ended when its bash has, and
 its pipes are closed; a process that it left behind may keep a pipe open: what that holds a moment after the end still
 belongs to the command, what comes later is read and dropped.
+
+What is sent is kept until the host confirms it. When a new epoch takes the stream away, the command goes on and its
+output is kept here, the newest `LIMIT` bytes of each; the host attaches again at the offsets that it has, and nothing
+comes twice.
 """
 
 from __future__ import annotations
@@ -12,10 +16,12 @@ import os
 import signal
 import time
 
+from capsem.guest.files import Refused
 from capsem.guest.group import Group
+from capsem.guest.kept import LIMIT, Kept
 from capsem.guest.loop import READ, WRITE, Loop, Timer
 from capsem.guest.servant import Servant
-from capsem.wire.messages import STDERR, STDIN, STDOUT, Exec, Exited, Message, Signal
+from capsem.wire.messages import STDERR, STDIN, STDOUT, Exec, Exited, Message, Reattach, Reattached, Signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
     from capsem.wire.streams import Mux
 
 SHELL = "/bin/bash"
+OUTPUTS = (STDOUT, STDERR)
 _PIECE = 64 * 1024
 _PIECES_PER_TURN = 16  # then the rest of the agent gets its turn
 _LINGER = 0.1  # seconds that a background process may hold a pipe open before its command counts as ended
@@ -73,7 +80,7 @@ def _swap_oom_score(new: str) -> str | None:
 
 
 class Command(Servant):
-    """A running command on a stream of the control channel."""
+    """A command, on a stream of the control channel or, for a while, on none."""
 
     def __init__(
         self,
@@ -85,18 +92,23 @@ class Command(Servant):
         cwd: str,
         group: Group,
         ended: Callable[[Command], None],
+        left: Callable[[int], None],
     ) -> None:
-        """Start it. Raises OSError."""
+        """Start it; `ended` is called when it has ended, `left` when its stream is closed. Raises OSError."""
         self.job = request.job
-        self.stream = stream
+        self.stream: int | None = stream
+        self.exited: Exited | None = None  # how it ended
+        self.kept = {channel: Kept() for channel in OUTPUTS}
+        self._sent = dict.fromkeys(OUTPUTS, 0)  # offset of what goes to the stream next
+        self._base = dict.fromkeys(OUTPUTS, 0)  # offset of the stream's first byte
         self._loop = loop
         self._mux = mux
         self._ended = ended
-        self._attached = True
+        self._left = left
+        self._limit = LIMIT
         self._status: int | None = None
         self._timed_out = False
         self._lingering: Timer | None = None
-        self._rest: dict[int, int] | None = None  # when lingering is over: bytes in the pipes that are to be sent
         self._expiry: Timer | None = None
         self._began = time.monotonic()
         self._stdin_queue: list[memoryview] = []
@@ -114,7 +126,7 @@ class Command(Servant):
         finally:
             for fd in theirs:
                 os.close(fd)
-        for channel in (STDOUT, STDERR):
+        for channel in OUTPUTS:
             self._watch_output(channel)
         loop.watch(self._pidfd, READ, self._exited)
         if request.timeout is not None:
@@ -134,60 +146,139 @@ class Command(Servant):
 
     # -- output
 
+    @property
+    def held(self) -> int:
+        """Bytes of output in memory."""
+        return sum(len(kept) for kept in self.kept.values())
+
     def _watch_output(self, channel: int) -> None:
-        self._loop.watch(self._pipes[channel], READ, lambda _events: self._pump(channel))
-
-    def credit(self, channel: int) -> None:
-        """The host takes more: go on reading what was paused."""
-        if channel in self._paused and channel in self._pipes:
-            self._paused.discard(channel)
-            self._watch_output(channel)
-            self._pump(channel)
-
-    def _pump(self, channel: int) -> None:
-        """Move what a pipe holds to the host, as far as there is credit."""
         fd = self._pipes.get(channel)
         if fd is None:
             return
-        for _ in range(_PIECES_PER_TURN):
-            room = self._room(channel)
-            if not room:
-                self._paused.add(channel)
-                self._loop.unwatch(fd)
-                self._settle()
-                return
-            try:
-                data = os.read(fd, min(room, _PIECE))
-            except BlockingIOError:
-                self._settle()
-                return
-            if not data:
-                self._close(channel)
-                if self._attached:
-                    self._mux.end(self.stream, channel)
-                self._settle()
-                return
-            if self._attached:
-                self._mux.send(self.stream, channel, data)
-                if self._rest is not None:
-                    self._rest[channel] -= len(data)
+        if self.exited is None:
+            self._loop.watch(fd, READ, lambda _events: self._pump(channel))
+        elif self.stream is None:
+            self._loop.watch(fd, READ, lambda _events: self._drain(channel))
+        else:  # what a background process writes can wait until the host has what came before
+            self._loop.unwatch(fd)
 
-    def _room(self, channel: int) -> int:
-        """How much of a pipe may be read now."""
-        if not self._attached:
-            return _PIECE
-        room = self._mux.room(self.stream, channel)
-        return room if self._rest is None else min(room, self._rest[channel])
+    def credit(self, channel: int) -> None:
+        """The host has dealt with some output, and takes more: go on with what was paused."""
+        if self.stream is not None and channel in self.kept:
+            self.kept[channel].drop(self._base[channel] + self._mux.confirmed(self.stream, channel))
+            if channel in self._paused:
+                self._paused.discard(channel)
+                self._watch_output(channel)
+                self._pump(channel)
+
+    def _pump(self, channel: int) -> None:
+        """Move output to the host, first what is kept, then what the pipe holds, as far as there is credit."""
+        for _ in range(_PIECES_PER_TURN):
+            room = _PIECE if self.stream is None else self._mux.room(self.stream, channel)
+            if not room:
+                self._pause(channel)
+                break
+            if not self._resend(channel, room) and not self._read(channel, room):
+                break
+        self._finish_stream(channel)
+        self._settle()
+
+    def _pause(self, channel: int) -> None:
+        self._paused.add(channel)
+        if channel in self._pipes and self.exited is None:
+            self._loop.unwatch(self._pipes[channel])
+
+    def _resend(self, channel: int, room: int) -> bool:
+        """Send a piece of what the stream has not carried yet, if there is any."""
+        at, kept = self._sent[channel], self.kept[channel]
+        if self.stream is None or at >= kept.end:
+            return False
+        self._send(channel, kept.read(at, min(room, _PIECE)))
+        return True
+
+    def _send(self, channel: int, data: bytes) -> None:
+        assert self.stream is not None
+        self._mux.send(self.stream, channel, data)
+        self._sent[channel] += len(data)
+
+    def _read(self, channel: int, room: int) -> bool:
+        """Take a piece from the pipe; False when there is none."""
+        fd = self._pipes.get(channel)
+        if fd is None or self.exited is not None:
+            return False
+        try:
+            data = os.read(fd, min(room, _PIECE))
+        except BlockingIOError:
+            return False
+        if not data:
+            self._close(channel)
+            return False
+        self._keep(channel, data)
+        if self.stream is not None:
+            self._send(channel, data)
+        return True
+
+    def _keep(self, channel: int, data: bytes) -> None:
+        kept = self.kept[channel]
+        kept.append(data)
+        if self.stream is None:
+            kept.drop(kept.end - self._limit)
+
+    def _drain(self, channel: int) -> None:
+        """What a background process goes on writing after the end belongs to nobody."""
+        fd = self._pipes[channel]
+        for _ in range(_PIECES_PER_TURN):
+            try:
+                if not os.read(fd, _PIECE):
+                    self._close(channel)
+                    return
+            except BlockingIOError:
+                return
+
+    def _finish_stream(self, channel: int) -> None:
+        """Say that a channel has ended, and with the last one how the command has."""
+        if self.stream is None:
+            return
+        if channel not in self._pipes and self._sent[channel] == self.kept[channel].end:
+            self._mux.end(self.stream, channel)
+        if self.exited is not None and all(self._sent[each] == self.kept[each].end for each in OUTPUTS):
+            stream, self.stream = self.stream, None
+            self._mux.close(stream, self.exited)
+            self._left(stream)
+            for each in OUTPUTS:
+                self._watch_output(each)
+
+    # -- streams come and go
 
     def orphaned(self) -> None:
-        """The stream is gone, the command goes on: its output is dropped from here."""
-        self._detach()
+        """The stream is gone, the command goes on: its output is kept from here, its input is at its end."""
+        self.stream = None
+        self._stdin_queue.clear()
         self._close(STDIN)
+        self._paused.clear()
+        for channel in OUTPUTS:
+            self._watch_output(channel)
+            self._pump(channel)
 
-    def _detach(self) -> None:
-        self._attached = False
-        for channel in (STDOUT, STDERR):
-            self.credit(channel)
+    def place(self, request: Reattach) -> dict[int, int]:
+        """The offsets from which another stream can go on, where it asks to. Raises Refused when it cannot."""
+        if self.stream is not None:
+            raise Refused("already_exists", f"job {self.job} is followed already")
+        wanted = {STDOUT: request.stdout, STDERR: request.stderr}
+        for channel, offset in wanted.items():
+            if not 0 <= offset <= self.kept[channel].end:
+                raise Refused("invalid_input", f"job {self.job} has not written {offset} bytes")
+        return {channel: max(offset, self.kept[channel].start) for channel, offset in wanted.items()}
+
+    def attach(self, stream: int, offsets: dict[int, int]) -> None:
+        """Go on with another stream, from what `place` has said."""
+        self.stream = stream
+        for channel, offset in offsets.items():
+            self.kept[channel].drop(offset)
+            self._sent[channel] = self._base[channel] = offset
+        self._mux.message(stream, Reattached(stdout=offsets[STDOUT], stderr=offsets[STDERR]))
+        for channel in OUTPUTS:
+            self._pump(channel)
 
     def _close(self, channel: int) -> None:
         fd = self._pipes.pop(channel, None)
@@ -221,7 +312,8 @@ class Command(Servant):
             except BrokenPipeError:
                 self._close(STDIN)
                 fd, size = None, len(head)
-            self._mux.consumed(self.stream, STDIN, size)
+            if self.stream is not None:
+                self._mux.consumed(self.stream, STDIN, size)
             if size < len(head):
                 self._stdin_queue[0] = head[size:]
             else:
@@ -241,6 +333,7 @@ class Command(Servant):
     def cancelled(self) -> None:
         """The host does not want it any more."""
         self.signal(signal.SIGKILL)
+        self._limit = 0
         self.orphaned()
 
     def signal(self, number: int) -> None:
@@ -263,38 +356,38 @@ class Command(Servant):
         if self._expiry is not None:
             self._expiry.cancel()
         self._close(STDIN)
-        for channel in (STDOUT, STDERR):
+        for channel in OUTPUTS:
             self._pump(channel)
-        self._settle()
 
     def _settle(self) -> None:
-        """Report the end once bash has exited and its pipes are closed, or what they held after a while is sent."""
-        if self._status is None or not self._attached:
+        """The command has ended once bash has exited, and its pipes are closed or have been open a while longer."""
+        if self._status is None or self.exited is not None:
             return
-        held = [channel for channel in (STDOUT, STDERR) if channel in self._pipes]
-        if held and self._rest is None:
+        if any(channel in self._pipes for channel in OUTPUTS):
             self._lingering = self._lingering or self._loop.after(_LINGER, self._stop_lingering)
-            return
-        if self._rest is not None and any(self._rest[channel] for channel in held):
-            return
+        else:
+            self._end()
+
+    def _stop_lingering(self) -> None:
+        for channel in OUTPUTS:
+            if channel in self._pipes:
+                size = fcntl.ioctl(self._pipes[channel], _FIONREAD, bytes(4))
+                left = int.from_bytes(size, "little")
+                if left:  # a pipe hands out all that it holds at once
+                    self._keep(channel, os.read(self._pipes[channel], left))
+        self._end()
+
+    def _end(self) -> None:
         if self._lingering is not None:
             self._lingering.cancel()
+        assert self._status is not None
         code, number = os.waitstatus_to_exitcode(self._status), None
         if code < 0:
             code, number = 1, -code
-        self._mux.close(
-            self.stream,
-            Exited(exit_code=code, signal=number, timed_out=self._timed_out, duration=time.monotonic() - self._began),
+        self.exited = Exited(
+            exit_code=code, signal=number, timed_out=self._timed_out, duration=time.monotonic() - self._began
         )
-        self._detach()
         self._ended(self)
-
-    def _stop_lingering(self) -> None:
-        self._rest = {}
-        for channel in (STDOUT, STDERR):
-            if channel in self._pipes:
-                size = fcntl.ioctl(self._pipes[channel], _FIONREAD, bytes(4))
-                self._rest[channel] = int.from_bytes(size, "little")
-        for channel in tuple(self._rest):
+        for channel in OUTPUTS:
+            self._watch_output(channel)
             self._pump(channel)
-        self._settle()

@@ -193,11 +193,12 @@ class SuspendRequest(Message, tag="suspend-request"):
 
 
 class Failed(Message, tag="failed"):
-    """Closes a stream whose request could not be done. `code` is one of capsem.model.errors."""
+    """Closes a stream whose request could not be done. `code` is one of capsem.model.errors; `job` is what goes on."""
 
     code: str
     message: str
     hint: str | None = None
+    job: str | None = None
 
 
 class Exec(Message, tag="exec"):
@@ -215,18 +216,46 @@ class Exec(Message, tag="exec"):
 
 
 class Signal(Message, tag="signal"):
-    """On an Exec stream, from the host: send `number` to the command's whole process group."""
+    """On an Exec or Reattach stream, from the host: send `number` to the command's whole process group."""
 
     number: int
 
 
 class Exited(Message, tag="exited"):
-    """Closes an Exec stream. `exit_code` is the command's own; ended by `signal`, it is 1 as the contract has it."""
+    """Closes an Exec or Reattach stream. `exit_code` is the command's own; ended by `signal`, it is 1 as the contract has it."""
 
     exit_code: int
     signal: int | None = None
     timed_out: bool = False
     duration: float = 0.0
+
+
+class Reattach(Message, tag="reattach"):
+    """Go on with a command whose stream an epoch took away, from these offsets of its outputs; closed by Exited.
+
+    Also for one that has ended meanwhile. `Reattached` says from where it really goes on; there is no input any more.
+    """
+
+    job: str
+    stdout: int = 0
+    stderr: int = 0
+
+
+class Reattached(Message, tag="reattached"):
+    """On a Reattach stream, from the guest, before any data: the offsets of the first bytes; earlier ones are lost."""
+
+    stdout: int
+    stderr: int
+
+
+class Forget(Message, tag="forget"):
+    """All of a command that has ended has arrived: the guest need not keep it any longer."""
+
+    job: str
+
+
+class Forgotten(Message, tag="forgotten"):
+    """Closes a Forget stream."""
 
 
 class ReadFile(Message, tag="read-file"):
@@ -365,6 +394,8 @@ CONTROL_MESSAGES = _by_tag(
 # request -> what closes its stream when all goes well; every stream may also be closed by Failed
 STREAMS: dict[type[Message], type[Message]] = {
     Exec: Exited,
+    Reattach: Exited,
+    Forget: Forgotten,
     ReadFile: FileRead,
     WriteFile: FileWritten,
     ListDir: DirListed,
@@ -374,7 +405,10 @@ STREAMS: dict[type[Message], type[Message]] = {
 }
 # Tags that later versions will use to open streams, so that nothing else takes them.
 RESERVED_STREAMS = ("egress", "resolve", "bulk-in", "bulk-out", "watch", "forward", "terminal")
-MESSAGES = {**CONTROL_MESSAGES, **_by_tag(*STREAMS, *STREAMS.values(), Signal, FileFound, Frozen, Thaw, Failed)}
+MESSAGES = {
+    **CONTROL_MESSAGES,
+    **_by_tag(*STREAMS, *STREAMS.values(), Signal, Reattached, FileFound, Frozen, Thaw, Failed),
+}
 
 
 def _no_constant(text: str) -> float:

@@ -221,6 +221,11 @@ class Mux:
         out = state.out(channel)
         return 0 if out.end else max(0, out.limit - out.sent - out.queued)
 
+    def confirmed(self, stream: int, channel: int) -> int:
+        """How many of the bytes sent on a channel the peer has dealt with, as far as it has said so."""
+        state = self._streams.get(stream)
+        return 0 if state is None else max(0, state.out(channel).limit - WINDOW)
+
     def send(self, stream: int, channel: int, data: bytes | memoryview) -> None:
         """Queue data; a stream that is gone swallows it. The caller keeps within `room`, or it piles up here."""
         state = self._streams.get(stream)
