@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from capsem.guest import processes
+from capsem.guest.group import Group
 from capsem.guest.loop import Loop
 from capsem.guest.processes import Command
 from capsem.wire.messages import STDOUT, Exec, Exited, Message
@@ -42,6 +43,7 @@ class Shell:
                 request,
                 {"PATH": os.environ["PATH"]},
                 str(self.directory),
+                Group(""),
                 lambda _command: None,
                 lambda _stream: self.loop.exit(0),
             )
