@@ -47,7 +47,7 @@ def documented_type(annotation: Any) -> tuple[str, bool]:
 
 @pytest.mark.parametrize(
     ("heading", "kind"),
-    [("body", Checkpoint), ("layer", FrozenLayer), ("memory", Memory), ("devices", Devices), ("guest", GuestState)],
+    [("body", Checkpoint), ("layer", FrozenLayer), ("memory", Memory), ("part", Devices), ("guest", GuestState)],
 )
 def test_every_field_of_a_manifest_is_documented(heading: str, kind: type) -> None:
     rows, hints = table(heading), typing.get_type_hints(kind)
