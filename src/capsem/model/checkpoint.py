@@ -45,7 +45,8 @@ class FrozenLayer:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """RAM: its size in bytes, the SHA-256 of the table of page checksums, and what differs from the parent's RAM.
+    """RAM: its size in bytes, the SHA-256 of the table of page checksums, and what differs from the RAM that it began with:
+    that of the checkpoint that the machine came from, or, after a cold start, an empty one, whatever `parent` says.
 
     `runs` are (first page, count), pages of 4 KiB; `written` is how many bytes of them were not zero.
     """
