@@ -27,7 +27,16 @@ from capsem.api.types import (
 )
 from capsem.config import Settings
 from capsem.image.recipe import DEFAULT_PROFILE
-from capsem.model.errors import CapsemError, InvalidInput, MachineFailed, NotFound, NotRunning, TimedOut, host_failed
+from capsem.model.errors import (
+    CapsemError,
+    Corrupt,
+    InvalidInput,
+    MachineFailed,
+    NotFound,
+    NotRunning,
+    TimedOut,
+    host_failed,
+)
 from capsem.model.ids import check_name
 from capsem.model.lifecycle import State
 from capsem.model.spec import DEFAULT_DISK_MB, VmSpec
@@ -136,7 +145,10 @@ class Lifecycle(Commands):
         Raises WrongState, Corrupt: the checkpoint cannot be used on this host, or at all; nothing was tried, and a
         cold start is for the user to ask for.
         """
-        checkpoint, files = self._fleet.checkpoints.open(vm.record.checkpoint or "")
+        try:
+            checkpoint, files = self._fleet.checkpoints.open(vm.record.checkpoint or "")
+        except NotFound as error:  # it is the VM's own, and not a name that somebody gave us
+            raise Corrupt(error.message, hint="the VM can be resumed cold (`capsem resume --cold`)") from error
         await self._maker.check_restorable(vm.record, checkpoint)
         for attempt in range(1, RESTORES + 1):
             try:

@@ -156,7 +156,10 @@ class CheckpointStore:
             try:
                 head = self._head(layer.id)
             except OSError as error:
-                raise Corrupt(f"layer {layer.id[:12]} of checkpoint {checkpoint.id[:12]} is gone: {error}") from error
+                raise Corrupt(
+                    f"layer {layer.id[:12]} of checkpoint {checkpoint.id[:12]} is gone: {error}",
+                    hint="restore it from a backup",
+                ) from error
             if head != layer.head:
                 raise Corrupt(
                     f"layer {layer.id[:12]} of checkpoint {checkpoint.id[:12]} is not the one that was frozen",
