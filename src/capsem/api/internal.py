@@ -9,6 +9,8 @@ with an error in its log. From then on the service, or one that comes after it, 
    (`Stop`). Streams are independent and may be opened at any time; what the state does not allow is refused.
 3. A stream that the service resets is given up: its command is killed. A connection that is lost is not: commands go
    on, and what they write is kept for an `Attach`, as far as `RETAINED` goes.
+4. When the VM has been suspended, every stream of a command ends with `Failed`: interrupted, with the job's id. The
+   supervisor of the resumed machine knows the job again.
 
 `PROTOCOL` counts up with every change that an older peer would misunderstand. A service speaks to supervisors of N and
 N-1, and of N+1 in its own words, which those understand: so VMs go on through an upgrade and through the way back.
@@ -103,18 +105,24 @@ class ShutdownAsked(Message, tag="shutdown-asked"):
 
 
 class Attach(Message, tag="attach"):
-    """Follow a job of this VM from these offsets of its outputs; what is no longer kept is skipped and counted."""
+    """Follow a job of this VM from these offsets of its outputs; what is no longer kept is skipped and counted.
+
+    Without `wait` only as far as it has come. With `keep` the command goes on when the stream is given up.
+    """
 
     job: str
     stdout: int = 0
     stderr: int = 0
+    wait: bool = True
+    keep: bool = False
 
 
 class JobEnded(Message, tag="job-ended"):
-    """Closes an Exec or Attach stream. `dropped`: bytes of output that were not kept."""
+    """Closes an Exec or Attach stream. `dropped`: bytes of output that were not kept. `running`: it has not ended."""
 
     job: str
     exit_code: int
+    running: bool = False
     signal: int | None = None
     timed_out: bool = False
     duration: float = 0.0
@@ -126,10 +134,16 @@ class Jobs(Message, tag="jobs"):
 
 
 class JobList(Message, tag="job-list"):
-    """Closes a Jobs stream: the ids, oldest first, then those that still run."""
+    """Closes a Jobs stream: the ids, oldest first, then those that still run.
+
+    By id: the (beginning of the) command, the exit codes of those that ended, and what else became of some.
+    """
 
     jobs: list[str]
     running: list[str]
+    commands: dict[str, str] = {}
+    exit_codes: dict[str, float] = {}
+    errors: dict[str, str] = {}
 
 
 class Stop(Message, tag="stop"):

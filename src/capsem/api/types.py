@@ -84,7 +84,8 @@ class ExecRequest(_Body, frozen=True):
 
     `env` comes on top of the VM's own, `cwd` is /root unless given, `job` is the id under which the run can be found
     again (one is made up unless given). With `offsets` nothing is started: the output of the run `job` is followed
-    from there, by a client whose connection broke.
+    from there, by a client whose connection broke. Such a request can leave out the `wait` for the command's end, and
+    `keep` the command when its client hangs up.
     """
 
     command: str | None = None
@@ -93,6 +94,8 @@ class ExecRequest(_Body, frozen=True):
     cwd: str | None = None
     job: str | None = None
     offsets: Offsets | None = None
+    wait: bool = True
+    keep: bool = False
 
     def __post_init__(self) -> None:
         if (self.offsets is None) != (self.command is not None) or (self.offsets is not None and self.job is None):
@@ -105,6 +108,8 @@ class ExecRequest(_Body, frozen=True):
         check_env(self.env or {})
         if self.job is not None:
             check_name(self.job)
+        if self.offsets is None and (self.keep or not self.wait):
+            raise InvalidInput("`wait` and `keep` are for following a job", hint="give its id and offsets")
 
 
 class RunRequest(_Body, frozen=True):
@@ -328,13 +333,17 @@ class UsageResponse(_Body, frozen=True):
 
 
 class ExecResponse(_Body, frozen=True):
-    """How a command ended. Bytes that are no UTF-8 are replaced. `truncated`: output beyond the cap was dropped."""
+    """How a command ended. Bytes that are no UTF-8 are replaced. `truncated`: output beyond the cap was dropped.
+
+    `running`: it has not ended, and the exit code means nothing.
+    """
 
     stdout: str
     stderr: str
     exit_code: int
     truncated: bool = False
     job: str | None = None
+    running: bool = False
 
 
 class ExecResult(_Body, frozen=True):
@@ -343,6 +352,7 @@ class ExecResult(_Body, frozen=True):
     exit_code: int
     truncated: bool = False
     job: str | None = None
+    running: bool = False
 
 
 class ReadFileResponse(_Body, frozen=True):
@@ -476,11 +486,22 @@ class RollbackResponse(_Body, frozen=True):
     boot_note: str | None = None
 
 
+class JobInfo(_Body, frozen=True):
+    """One command; `command` is how it begins. One that has ended has an exit code, or the error that ended it."""
+
+    id: str
+    command: str
+    running: bool
+    exit_code: int | None = None
+    error: str | None = None
+
+
 class JobsResponse(_Body, frozen=True):
-    """Commands of a running VM by id, oldest first, and those of them that still run."""
+    """Commands of a running VM by id, oldest first, those of them that still run, and what is known of each."""
 
     jobs: list[str]
     running: list[str]
+    details: list[JobInfo] = []
 
 
 class LogsResponse(_Body, frozen=True):

@@ -47,7 +47,7 @@ def exec_command(
     """Run a command in a VM.
 
     One word is a line for bash; several are a program and its arguments. Output comes as it is made; Ctrl-C ends the
-    command. The exit code is the command's.
+    command. The exit code is the command's; 75 when the VM was suspended meanwhile: then `capsem output` has the rest.
     """
     job = os.urandom(8).hex()
     body: dict[str, Any] = {
@@ -62,8 +62,8 @@ def exec_command(
     while True:
         try:
             with client.stream(session, body, stdin=StandardInput() if with_input else None) as output:
-                _show(output, session, seen)
-            return _ending(output.result)
+                show(output, session, seen)
+            return ending(output.result)
         except BrokenOff:
             # The service is gone, the command is not: its supervisor keeps it, and its output, for the next service.
             if with_input or not _answers_again(obj):
@@ -110,10 +110,10 @@ def run_command(
         answer = obj.client().call("run", body=body)
     _write(stream.STDOUT, answer["stdout"].encode())
     _write(stream.STDERR, answer["stderr"].encode())
-    return _ending(answer)
+    return ending(answer)
 
 
-def _show(output: ExecStream, session: str, seen: dict[int, int]) -> None:
+def show(output: ExecStream, session: str, seen: dict[int, int]) -> None:
     """Copy the output as it comes, counting it."""
     pieces = iter(output)
     with waiting(f"waiting for {session}"):  # which may still be booting; the first piece says that it begins
@@ -159,7 +159,7 @@ def _write(channel: int, data: bytes) -> None:
     out.flush()
 
 
-def _ending(result: Mapping[str, Any]) -> int:
+def ending(result: Mapping[str, Any]) -> int:
     """The exit code for a command's; says what the code does not."""
     if result.get("truncated"):
         click.echo("note: output beyond the limit of 10 MiB was dropped", err=True)

@@ -1,8 +1,9 @@
 """The command `capsem`: its group of commands, each imported when it is called, and the one place where errors become
 text and an exit code.
 
-Exit codes: 0 done; the command's own for exec and run; 1 an error; 2 a mistake in the call; 124 a time limit ran out;
-130 interrupted; 141 nobody reads the output any more.
+Exit codes: 0 done; the command's own for exec, run and output; 1 an error; 2 a mistake in the call; 75 cut off, by a
+suspend or because something died: what was asked for may go on; 124 a time limit ran out; 130 interrupted; 141 nobody
+reads the output any more.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ COMMANDS: Final = MappingProxyType(
         "create": "capsem.cli.create",
         "run": "capsem.cli.execute",
         "exec": "capsem.cli.execute",
+        "jobs": "capsem.cli.jobs",
+        "output": "capsem.cli.jobs",
         "list": "capsem.cli.show",
         "info": "capsem.cli.show",
         "logs": "capsem.cli.show",

@@ -142,6 +142,7 @@ class Channel(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._streams: dict[int, Stream] = {}
         self._blocked = False
+        self._held = False
 
     @property
     def connected(self) -> bool:
@@ -174,11 +175,20 @@ class Channel(asyncio.Protocol):
         """Hand queued output to the transport while it takes it."""
         if self._transport is None:
             return
-        while not self._blocked and not self._transport.is_closing():
+        while not self._blocked and not self._held and not self._transport.is_closing():
             data = self.mux.output()
             if not data:
                 return
             self._transport.write(data)
+
+    def hold(self) -> None:
+        """Send nothing until `release`: what is said meanwhile waits. What comes is taken as ever."""
+        self._held = True
+
+    def release(self) -> None:
+        """Send again, beginning with what waits."""
+        self._held = False
+        self.flush()
 
     def drop_streams(self, reason: CapsemError) -> None:
         """Every open stream ends with `reason`."""

@@ -157,12 +157,14 @@ class Machine(Protocol):
         *,
         go_on: bool,
         hold: Callable[[], Awaitable[None]] | None = None,
+        instant: Callable[[], None] | None = None,
         release: Callable[[], None] | None = None,
     ) -> Saved:
         """Save RAM and devices at one instant, at which the volume's present top is frozen and `layer` put above it.
 
         With `go_on` the machine runs again before anything is written to disk; without it, it stays paused. `hold` is
-        called right before the vCPUs are stopped, and `release` as soon as they run again, if they do. Device
+        called right before the vCPUs are stopped, `instant` while they stand still, the last thing before they go on,
+        and `release` as soon as they run again, if they do. Device
         state and layers are durable on return; RAM is once its writer has finished. Raises MachineFailed, OSError: the
         machine is then paused or runs as before, and `top_layer` says whether the layer was added.
         """

@@ -58,8 +58,8 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
-class Devices:
-    """The state of the devices: length in bytes and SHA-256."""
+class Part:
+    """A file of the checkpoint: length in bytes and SHA-256."""
 
     size: int
     digest: str
@@ -99,7 +99,8 @@ class Checkpoint:
     message: str | None = None
     machine: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     memory: Memory | None = None
-    devices: Devices | None = None
+    devices: Part | None = None
+    jobs: Part | None = None
     guest: GuestState | None = None
     pause: float | None = None  # seconds that the vCPUs stood still
     owner_epoch: int = THIS_HOST
@@ -179,7 +180,7 @@ def checkpoint_from_json(data: bytes, *, source: str) -> Checkpoint:
 
 def _from_body(body: dict[str, Any]) -> Checkpoint:
     known = {name: body[name] for name in Checkpoint.__dataclass_fields__ if name in body}
-    memory, devices, guest = (known.pop(name, None) for name in ("memory", "devices", "guest"))
+    memory, devices, jobs, guest = (known.pop(name, None) for name in ("memory", "devices", "jobs", "guest"))
     return Checkpoint(
         **{
             **known,
@@ -192,7 +193,8 @@ def _from_body(body: dict[str, Any]) -> Checkpoint:
             "memory": Memory(**{**memory, "runs": tuple((at, count) for at, count in memory["runs"])})
             if memory
             else None,
-            "devices": Devices(**devices) if devices else None,
+            "devices": Part(**devices) if devices else None,
+            "jobs": Part(**jobs) if jobs else None,
             "guest": GuestState(**guest) if guest else None,
         }
     )

@@ -126,9 +126,20 @@ class TimedOut(CapsemError):
 
 
 class Interrupted(CapsemError):
-    """The call was cut off; whether it took effect is not known to this call."""
+    """The call was cut off; whether it took effect is not known to this call.
 
-    code = "interrupted"
+    `job` is the command that may go on, under which its output and its end can be fetched.
+    """
+
+    code, exit_code = "interrupted", 75  # EX_TEMPFAIL of sysexits.h: not failed, and not done as far as one can tell
+
+    def __init__(self, message: str, *, hint: str | None = None, job: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.job = job
+
+    def to_dict(self) -> dict[str, Any]:
+        """See CapsemError; `job` travels too."""
+        return {**super().to_dict(), **({"job": self.job} if self.job else {})}
 
 
 class GuestFailed(CapsemError):
@@ -180,4 +191,7 @@ def from_dict(body: dict[str, Any]) -> CapsemError:
     retry_after = body.get("retry_after")
     if isinstance(error, Unavailable) and isinstance(retry_after, (int, float)):
         error.retry_after = retry_after
+    job = body.get("job")
+    if isinstance(error, Interrupted) and isinstance(job, str):
+        error.job = job
     return error

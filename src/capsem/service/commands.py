@@ -15,13 +15,14 @@ from capsem.api.types import (
     ExecRequest,
     ExecResponse,
     ExecResult,
+    JobInfo,
     JobsResponse,
     ReadFileRequest,
     ReadFileResponse,
     WriteFileRequest,
 )
 from capsem.control.channel import Stream, limited
-from capsem.model.errors import CapsemError, GuestFailed, InvalidInput, TimedOut
+from capsem.model.errors import CapsemError, GuestFailed, Interrupted, InvalidInput, TimedOut
 from capsem.service.fleet import Fleet
 from capsem.service.vm import Vm
 from capsem.wire.messages import STDERR, STDIN, STDOUT, Exec, ReadFile, WriteFile
@@ -58,6 +59,7 @@ class Commands:
                         exit_code=data.exit_code,
                         job=data.job,
                         truncated=truncated or data.dropped > 0,
+                        running=data.running,
                     )
                 room = OUTPUT_CAP - sum(map(len, output.values()))
                 truncated = truncated or len(data) > room
@@ -74,7 +76,9 @@ class Commands:
                 async for channel, data in items:
                     begun = True
                     if isinstance(data, JobEnded):
-                        result = ExecResult(exit_code=data.exit_code, job=data.job, truncated=data.dropped > 0)
+                        result = ExecResult(
+                            exit_code=data.exit_code, job=data.job, truncated=data.dropped > 0, running=data.running
+                        )
                         yield RESULT, msgspec.json.encode(result)
                     else:
                         yield channel, data
@@ -92,7 +96,8 @@ class Commands:
         if request.timeout_secs is not None and request.timeout_secs <= 0:
             raise InvalidInput(f"timeout_secs is {request.timeout_secs}", hint="leave it out for no limit")
         link = await self._vm("exec", vm_id).ready_link()
-        stream = link.open(self._order(request, stdin=stdin is not None))
+        order = self._order(request, stdin=stdin is not None)
+        stream = link.open(order)
         queue: asyncio.Queue[tuple[int, bytes] | None] = asyncio.Queue(maxsize=1)
         tasks = [asyncio.create_task(_pump(stream, channel, queue)) for channel in (STDOUT, STDERR)]
         if stdin is not None:
@@ -111,6 +116,9 @@ class Commands:
                 result = await stream.result()
         except TimeoutError:
             raise TimedOut(f"command timed out after {request.timeout_secs:g}s and the guest did not end it") from None
+        except Interrupted as error:
+            error.job = error.job or order.job
+            raise
         finally:
             stream.reset()
             for task in tasks:
@@ -127,7 +135,8 @@ class Commands:
         """What a supervisor is asked for."""
         job = request.job or self._fleet.system.entropy.token_bytes(8).hex()
         if request.offsets is not None:
-            return Attach(job=job, stdout=request.offsets.stdout, stderr=request.offsets.stderr)
+            at = request.offsets
+            return Attach(job=job, stdout=at.stdout, stderr=at.stderr, wait=request.wait, keep=request.keep)
         return Exec(
             job=job,
             command=request.command or "",
@@ -142,7 +151,17 @@ class Commands:
         link = await self._vm("jobs", vm_id).ready_link()
         answer = await link.open(Jobs()).result()
         assert isinstance(answer, JobList)
-        return JobsResponse(jobs=answer.jobs, running=answer.running)
+        details = [
+            JobInfo(
+                id=job,
+                command=answer.commands.get(job, ""),
+                running=job in answer.running,
+                exit_code=None if job not in answer.exit_codes else int(answer.exit_codes[job]),
+                error=answer.errors.get(job),
+            )
+            for job in answer.jobs
+        ]
+        return JobsResponse(jobs=answer.jobs, running=answer.running, details=details)
 
     async def write_file(self, vm_id: str, request: WriteFileRequest) -> None:
         """Write a text file in the guest; durable on return."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from capsem.model.checkpoint import Checkpoint, Devices, FrozenLayer, checkpoint_from_json
+from capsem.model.checkpoint import Checkpoint, FrozenLayer, Part, checkpoint_from_json
 from capsem.model.errors import CapsemError, Corrupt, InvalidInput, NotFound
 from capsem.model.ids import check_object_id
 from capsem.store import durable, layer_sums, ram
@@ -144,8 +144,9 @@ class CheckpointStore:
                     )
                 if files.sums.stat().st_size != ram.sums_size(checkpoint.memory.size):
                     raise Corrupt(f"{files.sums} has not the size that it should have", hint=_COLD)
-            if checkpoint.devices is not None and describe(files.devices) != checkpoint.devices:
-                raise Corrupt(f"{files.devices} is not what was written: its digest is wrong", hint=_COLD)
+            for part, path in ((checkpoint.devices, files.devices), (checkpoint.jobs, files.jobs)):
+                if part is not None and describe(path) != part:
+                    raise Corrupt(f"{path} is not what was written: its digest is wrong", hint=_COLD)
         except OSError as error:
             raise Corrupt(f"checkpoint {checkpoint.id[:12]} lacks a part: {error}", hint=_COLD) from error
         return checkpoint, files
@@ -246,8 +247,8 @@ class CheckpointStore:
         return gone
 
 
-def describe(path: Path) -> Devices:
-    """Length and digest of a device state. Raises OSError."""
+def describe(path: Path) -> Part:
+    """Length and digest of a file. Raises OSError."""
     with path.open("rb", buffering=0) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return Devices(file.tell(), digest)
+        return Part(file.tell(), digest)

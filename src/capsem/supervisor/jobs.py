@@ -2,32 +2,40 @@
 
 Each output of a job is a log of the last `RETAINED` bytes, addressed by absolute offset. A follower that keeps up
 loses nothing, however much comes: while somebody follows, the guest is held back rather than output dropped.
+
+A job outlives its stream to the guest, too. When an epoch takes that away, be it that the agent met garbage or that
+the machine was restored from a checkpoint, the job attaches again at the offsets that it has; the guest keeps what it
+sent until that was confirmed. A job that the guest does not know ends as interrupted: nothing is run twice.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 from capsem.api.internal import RETAINED, JobEnded
 from capsem.control.channel import Stream
-from capsem.model.errors import AlreadyExists, CapsemError, NotFound
-from capsem.wire.messages import STDERR, STDOUT, Exec, Exited
+from capsem.control.guest import Guest
+from capsem.model.errors import AlreadyExists, CapsemError, Interrupted, NotFound, TimedOut, from_dict
+from capsem.store.jobs import OUTPUT_LIMIT, TOTAL_LIMIT, SavedJob, SavedOutput
+from capsem.wire.messages import STDERR, STDOUT, Exec, Exited, Failed, Forget, Message, Reattach, Reattached
 
 LAG = 1024 * 1024  # bytes that a follower may be behind before the guest waits for it
 FINISHED_KEPT = 64  # jobs
 FINISHED_BYTES = 32 * 1024 * 1024  # of output that finished jobs may hold in all
+EPOCH_LIMIT = 90.0  # seconds for the guest to be ready in another epoch
 _TRIM = 256 * 1024
 
 
 class OutputLog:
     """The last `limit` bytes of what was written, by absolute offset."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int = RETAINED, *, start: int = 0, data: bytes = b"") -> None:
         self._limit = limit
-        self._data = bytearray()
-        self.start = 0  # offset of the first byte still kept
+        self._data = bytearray(data)
+        self.start = start  # offset of the first byte still kept
 
     @property
     def end(self) -> int:
@@ -41,6 +49,12 @@ class OutputLog:
         if excess >= min(_TRIM, self._limit):
             del self._data[:excess]
             self.start += excess
+
+    def go_on_at(self, offset: int) -> None:
+        """What comes next is at `offset`; if that leaves a gap, what is before it is dropped."""
+        if offset != self.end:
+            self._data.clear()
+            self.start = offset
 
     def read(self, offset: int, size: int) -> bytes:
         """Bytes from `offset` on, or from the first that is kept."""
@@ -62,15 +76,25 @@ class Follower:
 class Job:
     """One command, from the moment that it was asked for."""
 
-    def __init__(self, request: Exec, stream: Stream) -> None:
-        self.id = request.job
-        self.command = request.command
-        self.stream = stream
-        self.outputs = {STDOUT: OutputLog(RETAINED), STDERR: OutputLog(RETAINED)}
-        self.ended: Exited | CapsemError | None = None
+    def __init__(
+        self,
+        job_id: str,
+        command: str,
+        outputs: dict[int, OutputLog] | None = None,
+        ended: Exited | CapsemError | None = None,
+    ) -> None:
+        self.id = job_id
+        self.command = command
+        self.outputs = outputs or {STDOUT: OutputLog(), STDERR: OutputLog()}
+        self.ended = ended
+        self.stream: Stream | None = None
         self._followers: list[Follower] = []
         self._changed = asyncio.Event()
-        self._task = asyncio.create_task(self._collect(), name=f"job {self.id}")
+        self.cut: asyncio.Future[Interrupted] = (
+            asyncio.get_running_loop().create_future()
+        )  # why nobody can follow it now
+        self._cancelled = False
+        self._task: asyncio.Task[None] | None = None
 
     @property
     def held(self) -> int:
@@ -81,29 +105,102 @@ class Job:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
-    async def _collect(self) -> None:
+    # -- with the guest
+
+    def start(self, guest: Guest, request: Exec) -> None:
+        """Ask the guest for it. Raises Interrupted, InvalidInput."""
+        self.stream = guest.execute(request)
+        self._task = asyncio.create_task(self._run(guest), name=f"job {self.id}")
+
+    def go_on(self, guest: Guest) -> None:
+        """Attach to it in a guest that was restored."""
+        self._task = asyncio.create_task(self._run(guest), name=f"job {self.id}")
+
+    async def _run(self, guest: Guest) -> None:
         try:
-            async with asyncio.TaskGroup() as group:
-                for channel in self.outputs:
-                    group.create_task(self._pump(channel))
-            result = await self.stream.result()
-            assert isinstance(result, Exited)
-            self.ended = result
+            self.ended = await self._follow_through(guest)
         except CapsemError as error:
             self.ended = error
         finally:
+            self.stream = None
             self._notify()
+        with contextlib.suppress(CapsemError):  # then it keeps it for a while longer
+            await guest.channel.open(Forget(job=self.id)).result()
 
-    async def _pump(self, channel: int) -> None:
+    async def _follow_through(self, guest: Guest) -> Exited:
+        """Collect what the command writes, through as many epochs as there are; returns how it ended."""
+        while True:
+            stream = self.stream or await self._attach(guest)
+            try:
+                return await self._collect(stream)
+            except Interrupted:
+                self.stream = None
+                if self._cancelled or guest.is_lost:
+                    raise
+
+    async def _attach(self, guest: Guest) -> Stream:
+        try:
+            await guest.wait_ready(EPOCH_LIMIT)
+        except TimedOut as error:
+            raise Interrupted(f"the guest could not be asked about job {self.id} again: {error.message}") from None
+        at = {channel: log.end for channel, log in self.outputs.items()}
+        stream = guest.channel.open(Reattach(job=self.id, stdout=at[STDOUT], stderr=at[STDERR]))
+        stream.on_message = self._attached
+        self.stream = stream
+        if self._cancelled:
+            stream.reset()
+        return stream
+
+    def _attached(self, message: Message) -> None:
+        if isinstance(message, Reattached):
+            self.outputs[STDOUT].go_on_at(message.stdout)
+            self.outputs[STDERR].go_on_at(message.stderr)
+
+    async def _collect(self, stream: Stream) -> Exited:
+        pumps = [asyncio.create_task(self._pump(stream, channel)) for channel in self.outputs]
+        try:
+            await asyncio.gather(*pumps)
+        finally:
+            for pump in pumps:
+                pump.cancel()
+        try:
+            result = await stream.result()
+        except NotFound:
+            raise Interrupted(
+                f"what became of job {self.id} is not known: it never began, or the guest agent was started anew",
+                hint="look what it did before you repeat it",
+            ) from None
+        assert isinstance(result, Exited)
+        return result
+
+    async def _pump(self, stream: Stream, channel: int) -> None:
         log = self.outputs[channel]
-        while data := await self.stream.read(channel):
+        while data := await stream.read(channel):
             log.append(data)
             self._notify()
             while any(log.end - follower.offsets[channel] > LAG for follower in self._followers):
                 await self._changed.wait()
 
-    async def follow(self, follower: Follower, write: Callable[[int, bytes], Awaitable[None]]) -> JobEnded:
-        """Hand a follower all output as it comes; returns how the command ended. Raises what kept it from ending."""
+    def send(self, message: Message) -> None:
+        """Hand a message, such as a signal, to the command; one that has ended does not get it."""
+        if self.stream is not None:
+            self.stream.send(message)
+
+    def cancel(self) -> None:
+        """Kill the command."""
+        self._cancelled = True
+        if self.stream is not None:
+            self.stream.reset()
+
+    # -- with those who follow it
+
+    async def follow(
+        self, follower: Follower, write: Callable[[int, bytes], Awaitable[None]], *, wait: bool
+    ) -> JobEnded:
+        """Hand a follower all output as it comes, or with `wait` false what there is; returns how the command ended.
+
+        Raises what kept it from ending.
+        """
         self._followers.append(follower)
         try:
             while True:
@@ -122,7 +219,7 @@ class Job:
                         self._notify()
                 if moved:
                     continue
-                if self.ended is not None:
+                if self.ended is not None or not wait:
                     break
                 await changed.wait()
         finally:
@@ -130,11 +227,47 @@ class Job:
             self._notify()
         if isinstance(self.ended, CapsemError):
             raise self.ended
+        if self.ended is None:
+            return JobEnded(job=self.id, exit_code=0, running=True, dropped=follower.dropped)
         return JobEnded(job=self.id, dropped=follower.dropped, **self.ended.__dict__)
 
-    def cancel(self) -> None:
-        """Kill the command."""
-        self.stream.reset()
+    # -- with checkpoints
+
+    def mark(self) -> Mark:
+        """Where it is now; cheap."""
+        return Mark(self, {channel: log.end for channel, log in self.outputs.items()}, self.ended)
+
+
+class Mark:
+    """Where a job was at an instant."""
+
+    def __init__(self, job: Job, ends: dict[int, int], ended: Exited | CapsemError | None) -> None:
+        self._job = job
+        self._ends = ends
+        self._ended = ended
+
+    def saved(self, room: int) -> SavedJob:
+        """The job as it was, with at most `room` bytes of output: what is still kept of what it had written."""
+        outputs = {}
+        for channel, end in self._ends.items():
+            log = self._job.outputs[channel]
+            start = max(log.start, end - min(OUTPUT_LIMIT, room))
+            data = log.read(start, end - start) if start < end else b""
+            room -= len(data)
+            outputs[channel] = SavedOutput(end, data)
+        how = self._ended
+        ended = Failed(code=how.code, message=how.message, hint=how.hint) if isinstance(how, CapsemError) else how
+        return SavedJob(self._job.id, self._job.command, outputs[STDOUT], outputs[STDERR], ended)
+
+
+def restored(saved: SavedJob) -> Job:
+    """A job of a checkpoint."""
+    outputs = {
+        channel: OutputLog(start=output.start, data=output.data)
+        for channel, output in ((STDOUT, saved.stdout), (STDERR, saved.stderr))
+    }
+    ended = from_dict(saved.ended.__dict__) if isinstance(saved.ended, Failed) else saved.ended
+    return Job(saved.id, saved.command, outputs, ended)
 
 
 class JobTable:
@@ -142,6 +275,28 @@ class JobTable:
 
     def __init__(self) -> None:
         self._jobs: OrderedDict[str, Job] = OrderedDict()
+
+    def __iter__(self) -> Iterator[Job]:
+        """Oldest first."""
+        return iter(list(self._jobs.values()))
+
+    def marks(self) -> list[Mark]:
+        """Where all of them are now. Call it while the machine stands still and nothing is sent to it."""
+        return [job.mark() for job in self._jobs.values()]
+
+    def restore(self, saved: list[SavedJob], guest: Guest) -> None:
+        """Take over the jobs of a checkpoint, and go on with those that had not ended in its guest."""
+        for each in saved:
+            job = restored(each)
+            self._jobs[job.id] = job
+            if job.ended is None:
+                job.go_on(guest)
+
+    def cut(self, reason: Callable[[str], Interrupted]) -> None:
+        """Those who follow a job are told the reason, and no more."""
+        for job in self._jobs.values():
+            if not job.cut.done():
+                job.cut.set_result(reason(job.id))
 
     def check_new(self, job_id: str) -> None:
         """Raises AlreadyExists."""
@@ -166,6 +321,11 @@ class JobTable:
             raise NotFound(f"no job {job_id}", hint="finished jobs are kept for a while only")
         return job
 
-    def ids(self) -> tuple[list[str], list[str]]:
-        """All jobs, and those that still run; oldest first."""
-        return list(self._jobs), [each.id for each in self._jobs.values() if each.ended is None]
+
+def saved_jobs(marks: list[Mark]) -> list[SavedJob]:
+    """The jobs as they were, oldest first, with the output of the newest as far as there is room."""
+    room, jobs = TOTAL_LIMIT, []
+    for mark in reversed(marks):
+        jobs.append(mark.saved(room))
+        room -= len(jobs[-1].stdout.data) + len(jobs[-1].stderr.data)
+    return jobs[::-1]

@@ -2,8 +2,8 @@
 
     prepare   a draft of the next checkpoint, its RAM file already holding what the machine's memory was mapped from,
               copied in the background where the file system cannot share it: the save then writes what has changed
-    save      a mark and a flush in the guest, as far as it answers, and its commands held still; then RAM, devices and
-              volume at one instant, after which the commands go on, in a restored machine once that is who it is
+    save      a mark and a flush in the guest, as far as it answers, and its commands held still; then RAM, devices,
+              volume and jobs at one instant, after which the commands go on, in a restored machine once that is who it is
     commit    everything durable, the manifest last
 
 A save that fails leaves no trace: the draft is removed, and whoever asked decides what becomes of the machine.
@@ -25,9 +25,12 @@ from capsem.hypervisor.driver import Driver, Layer, Machine, MachineSpec, Saved,
 from capsem.model.checkpoint import Checkpoint, GuestState, Kind, Memory
 from capsem.model.errors import CapsemError
 from capsem.model.vm import VmRecord
+from capsem.store import durable
 from capsem.store.checkpoints import CheckpointStore, Draft, describe
+from capsem.store.jobs import SavedJob, encode
 from capsem.store.layout import CheckpointDir
 from capsem.store.ram import PAGE, RamFile, RamIdentity, RamWriter
+from capsem.supervisor.jobs import JobTable, Mark, saved_jobs
 from capsem.system import System
 
 PREPARE_AFTER = 1.0  # seconds that a machine has run before the next checkpoint's RAM file is begun
@@ -67,6 +70,7 @@ class Saver:
         machine: Machine,
         spec: MachineSpec,
         guest: Guest,
+        jobs: JobTable,
         assets: Mapping[str, str],
     ) -> None:
         """`assets`: the digests of what the machine boots from, for the manifest."""
@@ -76,6 +80,7 @@ class Saver:
         self._machine = machine
         self._spec = spec
         self._guest = guest
+        self._jobs = jobs
         self._assets = assets
         self._base: RamFile | None = None  # what the next RAM file begins with; None: with nothing
         self._own = False  # the base is this machine's own
@@ -152,9 +157,9 @@ class Saver:
         try:
             synced = await self._sync(prepared.draft.id)
             files = SaveFiles(prepared.draft.files.devices, prepared.writer, compare=self._own)
-            saved = await self._machine.save(
-                files, order.layer, go_on=order.go_on, hold=self._hold, release=self._guest.go_on
-            )
+            saved, jobs = await self._save(files, order)
+            if jobs:
+                await asyncio.to_thread(durable.write, prepared.draft.files.jobs, encode(jobs))
             checkpoint = await asyncio.to_thread(self._finish, prepared, record, order, saved, synced)
             await asyncio.to_thread(self._store.commit, prepared.draft, checkpoint)
         except BaseException:
@@ -168,6 +173,37 @@ class Saver:
             except OSError as error:  # the checkpoint is made; the next one begins with what this one began with
                 log.error("the next checkpoint will take longer: %s", error)
         return checkpoint
+
+    async def _save(self, files: SaveFiles, order: Order) -> tuple[Saved, list[SavedJob]]:
+        """RAM, devices, volume, and the jobs of the same instant.
+
+        Around that instant nothing is sent to the guest. So what its memory holds as confirmed is not beyond what the
+        jobs have here, and what they have here is not beyond what it had written: between the two nothing is missing.
+        """
+        channel = self._guest.channel
+        marks: list[Mark] = []
+
+        async def hold() -> None:
+            await self._hold()
+            channel.hold()
+
+        def release() -> None:
+            channel.release()
+            self._guest.go_on()
+
+        try:
+            saved = await self._machine.save(
+                files,
+                order.layer,
+                go_on=order.go_on,
+                hold=hold,
+                instant=lambda: marks.extend(self._jobs.marks()),
+                release=release,
+            )
+        except BaseException:
+            channel.release()
+            raise
+        return saved, saved_jobs(marks)
 
     async def _sync(self, mark: str) -> bool:
         try:
@@ -222,6 +258,7 @@ class Saver:
             machine=MappingProxyType(self.fingerprint()),
             memory=Memory(size, digest, runs, saved.written),
             devices=describe(prepared.draft.files.devices),
+            jobs=describe(prepared.draft.files.jobs) if prepared.draft.files.jobs.exists() else None,
             guest=guest,
             pause=round(saved.pause, 6),
             owner_epoch=record.owner_epoch,

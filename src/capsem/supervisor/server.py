@@ -30,13 +30,14 @@ from capsem.api.internal import (
 )
 from capsem.control.channel import Channel, Stream
 from capsem.control.guest import Guest
-from capsem.model.errors import CapsemError, InvalidInput, Unsupported
+from capsem.model.errors import CapsemError, Interrupted, InvalidInput, Unsupported
 from capsem.supervisor.jobs import Follower, Job, JobTable
 from capsem.wire.frames import FrameDecoder, ProtocolError
-from capsem.wire.messages import STDERR, STDIN, STDOUT, Exec, Failed, ListDir, Message, ReadFile, WriteFile
+from capsem.wire.messages import STDERR, STDIN, STDOUT, Exec, Exited, Failed, ListDir, Message, ReadFile, WriteFile
 from capsem.wire.streams import Mux
 
 HELLO_LIMIT = 5.0  # seconds
+COMMAND_SHOWN = 100  # characters of a command in a list: a thousand jobs have to fit a message
 
 log = logging.getLogger("capsem_process.server")
 
@@ -158,7 +159,8 @@ class _Connection:
         try:
             stream.close(await self._answer(stream))
         except CapsemError as error:
-            stream.close(Failed(code=error.code, message=error.message, hint=error.hint))
+            job = error.job if isinstance(error, Interrupted) else None
+            stream.close(Failed(code=error.code, message=error.message, hint=error.hint, job=job))
         except Exception as error:
             log.exception("%s failed", stream.request.tag)
             stream.close(Failed(code="internal", message=f"{stream.request.tag}: {type(error).__name__}: {error}"))
@@ -168,19 +170,17 @@ class _Connection:
         if isinstance(request, Exec):
             await self._supervised.admit()
             jobs.check_new(request.job)
-            job = Job(request, self._supervised.guest.execute(request))
+            job = Job(request.job, request.command)
+            job.start(self._supervised.guest, request)
             jobs.add(job)
-            stream.on_message = job.stream.send
-            return await self._follow(stream, job, Follower({STDOUT: 0, STDERR: 0}), feed=request.stdin)
+            stream.on_message = job.send
+            return await self._follow(stream, job, Attach(job=job.id), feed=request.stdin)
         if isinstance(request, Attach):
             job = jobs.get(request.job)
-            stream.on_message = job.stream.send
-            return await self._follow(
-                stream, job, Follower({STDOUT: request.stdout, STDERR: request.stderr}), feed=False
-            )
+            stream.on_message = job.send
+            return await self._follow(stream, job, request, feed=False)
         if isinstance(request, Jobs):
-            known, running = jobs.ids()
-            return JobList(jobs=known, running=running)
+            return job_list(jobs)
         if isinstance(request, (ReadFile, WriteFile, ListDir)):
             await self._supervised.admit()
             return await relay(stream, self._supervised.guest.channel.open(request))
@@ -199,26 +199,41 @@ class _Connection:
             return await self._supervised.save(request)
         raise Unsupported(f"{request.tag} is not served here")
 
-    async def _follow(self, stream: Stream, job: Job, follower: Follower, *, feed: bool) -> Message:
-        """Copy a job's output to a peer, and the peer's input to the job, until the job has ended.
+    async def _follow(self, stream: Stream, job: Job, place: Attach, *, feed: bool) -> Message:
+        """Copy a job's output to a peer, and the peer's input to the job, until the job has ended or is cut off.
 
-        A peer that gives the stream up kills the command; one that is gone leaves it to run.
+        A peer that gives the stream up kills the command, unless it has said otherwise; one that is gone leaves it to run.
         """
-        following = asyncio.create_task(job.follow(follower, stream.write))
-        feeding = asyncio.create_task(copy(stream, job.stream, STDIN)) if feed else None
+        follower = Follower({STDOUT: place.stdout, STDERR: place.stderr})
+        following = asyncio.create_task(job.follow(follower, stream.write, wait=place.wait))
+        feeding = asyncio.create_task(copy(stream, job.stream, STDIN)) if feed and job.stream is not None else None
         watching = asyncio.create_task(stream.result())
         try:
-            await asyncio.wait((following, watching), return_when=asyncio.FIRST_COMPLETED)
-            if not following.done():
-                if self.channel.connected:
-                    job.cancel()
-                return Failed(code="interrupted", message="nobody follows any more")
-            return following.result()
+            await asyncio.wait((following, watching, job.cut), return_when=asyncio.FIRST_COMPLETED)
+            if following.done():
+                return following.result()
+            if job.cut.done():
+                raise job.cut.result()
+            if self.channel.connected and not place.keep:
+                job.cancel()
+            return Failed(code="interrupted", message="nobody follows any more")
         finally:
             for task in (following, watching, feeding):
                 if task is not None:
                     task.cancel()
             await asyncio.gather(*(task for task in (following, watching, feeding) if task), return_exceptions=True)
+
+
+def job_list(jobs: JobTable) -> JobList:
+    """What there is to say of them."""
+    everything = list(jobs)
+    return JobList(
+        jobs=[job.id for job in everything],
+        running=[job.id for job in everything if job.ended is None],
+        commands={job.id: job.command[:COMMAND_SHOWN] for job in everything},
+        exit_codes={job.id: job.ended.exit_code for job in everything if isinstance(job.ended, Exited)},
+        errors={job.id: job.ended.message[:COMMAND_SHOWN] for job in everything if isinstance(job.ended, CapsemError)},
+    )
 
 
 async def copy(source: Stream, target: Stream, channel: int) -> None:

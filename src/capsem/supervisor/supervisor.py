@@ -35,14 +35,25 @@ from capsem.control.guest import Guest, Identity, Restored
 from capsem.control.heartbeat import SILENCE, Heartbeat
 from capsem.hypervisor.driver import Accelerator, Driver, Ending, Layer, Machine, MachineSpec
 from capsem.model.checkpoint import Checkpoint, Kind
-from capsem.model.errors import CapsemError, GuestFailed, Interrupted, MachineFailed, NotRunning, TimedOut, WrongState
+from capsem.model.errors import (
+    CapsemError,
+    Corrupt,
+    GuestFailed,
+    Interrupted,
+    MachineFailed,
+    NotRunning,
+    TimedOut,
+    Unavailable,
+    WrongState,
+)
 from capsem.model.lifecycle import Event
 from capsem.model.lifecycle import State as Lifecycle
 from capsem.model.vm import Exit, VmRecord
 from capsem.store import durable, records
 from capsem.store.checkpoints import CheckpointStore
 from capsem.store.flatten import replaced
-from capsem.store.layout import Layout, SessionDir
+from capsem.store.jobs import decode
+from capsem.store.layout import CheckpointDir, Layout, SessionDir
 from capsem.store.lines import CappedLog, last_lines
 from capsem.store.locks import Lock, holders, take_lock, try_lock
 from capsem.supervisor import room
@@ -151,9 +162,11 @@ class Supervisor:
         self._server.broadcast(self.state())
 
     async def admit(self) -> None:
-        """Wait until the guest may be spoken to. Raises NotRunning, TimedOut, Interrupted."""
+        """Wait until the guest may be spoken to. Raises NotRunning, Unavailable, TimedOut, Interrupted."""
         if self._stop_asked is not None:
             raise NotRunning(f"{self._record.id} is being stopped", hint=f"capsem resume {self._record.id}")
+        if self._record.state == Lifecycle.SUSPENDING:
+            raise Unavailable(f"{self._record.id} is being suspended", hint=f"capsem resume {self._record.id}")
         await self.guest.wait_ready(ADMIT_LIMIT)
 
     def stop(self, request: Stop) -> None:
@@ -293,6 +306,16 @@ class Supervisor:
             log.error("the record cannot be written: %s", error)
         finally:
             self._suspended.set()
+            self.jobs.cut(self._job_waits)
+
+    def _job_waits(self, job: str) -> Interrupted:
+        """What the clients of commands are told at a suspend."""
+        name = self._record.id
+        return Interrupted(
+            f"{name} was suspended; job {job} goes on when it is resumed",
+            hint=f"capsem resume {name}, then capsem output {name} {job} --follow",
+            job=job,
+        )
 
     async def _go_on(self, before: VmRecord, layer_id: str, layer: Layer) -> None:
         """After a save that failed: the machine runs, and the record says on which layers."""
@@ -308,6 +331,7 @@ class Supervisor:
                 layer.path.unlink(missing_ok=True)
         except OSError as error:  # a full disk; what the record says is true enough: one empty layer more
             log.error("the record cannot be written: %s", error)
+        self.guest.channel.release()
         with contextlib.suppress(MachineFailed):  # it has ended: the run says why
             await self._machine.run()
         self.guest.go_on()
@@ -445,10 +469,11 @@ class Supervisor:
         finally:
             vmm_lock.release()
         self._saver = saver = Saver(
-            self._system, self._driver, self._store, machine, spec, self.guest, self._bootstrap.assets
+            self._system, self._driver, self._store, machine, spec, self.guest, self.jobs, self._bootstrap.assets
         )
         if restore:
             saver.restored_from(files)
+            self._restore_jobs(files)
         self._console = Console(self._names.session.serial_log)
         await network.attach(machine.console, lambda: self._console)
         self.guest.on_request = self._guest_asked
@@ -487,6 +512,14 @@ class Supervisor:
                 self._saving.acquire()
             )  # a save that is under way learns that the machine is gone, and puts things right
             await saver.close()
+
+    def _restore_jobs(self, files: CheckpointDir) -> None:
+        """The commands of that time go on. Those of a file that cannot be read do so, too, only nobody learns how."""
+        try:
+            if files.jobs.exists():
+                self.jobs.restore(decode(files.jobs.read_bytes(), source=str(files.jobs)), self.guest)
+        except (OSError, Corrupt) as error:
+            log.error("the jobs of the checkpoint are lost: %s", error)
 
     async def _become_ready(self, began: float) -> None:
         await self.guest.wait_ready(BOOT_LIMIT)

@@ -205,10 +205,11 @@ class QemuMachine:
         *,
         go_on: bool,
         hold: Callable[[], Awaitable[None]] | None = None,
+        instant: Callable[[], None] | None = None,
         release: Callable[[], None] | None = None,
     ) -> Saved:
         """See Machine. A caller that is cancelled meanwhile does not leave the machine standing."""
-        return await asyncio.shield(self._save(files, layer, go_on, hold, release))
+        return await asyncio.shield(self._save(files, layer, go_on, hold, instant, release))
 
     async def _save(
         self,
@@ -216,6 +217,7 @@ class QemuMachine:
         layer: Layer,
         go_on: bool,
         hold: Callable[[], Awaitable[None]] | None,
+        instant: Callable[[], None] | None,
         release: Callable[[], None] | None,
     ) -> Saved:
         memory = GuestMemory(self.pid, self._spec.ram_file, self._spec.ram_mb << 20)
@@ -231,6 +233,8 @@ class QemuMachine:
                 await self._command(self._monitor.save_devices(files.devices))
                 if snapshot is not None:
                     snapshot.take()
+                if instant is not None:
+                    instant()
             finally:
                 if go_on:
                     await self.run()
