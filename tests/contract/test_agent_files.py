@@ -411,7 +411,7 @@ def test_many_at_once_do_not_mix(with_agent: Run) -> None:
 
 def test_sync(with_agent: Run) -> None:
     async def scenario(bench: Bench) -> None:
-        assert (await bench.guest.sync(100)).duration >= 0  # of this computer's disks, whatever else it does
+        assert await bench.guest.sync(100) >= 0  # of this computer's disks, whatever else it does
 
     with_agent(scenario)
 

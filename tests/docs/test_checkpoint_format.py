@@ -18,7 +18,7 @@ import pytest
 
 from capsem.hypervisor.driver import Accelerator
 from capsem.hypervisor.qemu.driver import QemuDriver
-from capsem.model.checkpoint import Checkpoint, Devices, FrozenLayer, GuestState, Kind, Memory
+from capsem.model.checkpoint import Checkpoint, FrozenLayer, GuestState, Kind, Memory, Part
 from capsem.store.checkpoints import CheckpointStore, describe
 from capsem.store.layout import CheckpointDir, Layout
 from capsem.store.ram import RamIdentity, RamWriter
@@ -47,7 +47,7 @@ def documented_type(annotation: Any) -> tuple[str, bool]:
 
 @pytest.mark.parametrize(
     ("heading", "kind"),
-    [("body", Checkpoint), ("layer", FrozenLayer), ("memory", Memory), ("part", Devices), ("guest", GuestState)],
+    [("body", Checkpoint), ("layer", FrozenLayer), ("memory", Memory), ("part", Part), ("guest", GuestState)],
 )
 def test_every_field_of_a_manifest_is_documented(heading: str, kind: type) -> None:
     rows, hints = table(heading), typing.get_type_hints(kind)
