@@ -89,7 +89,7 @@ async def exec_floor(image: Image, accelerator: Accelerator, directory: Path, co
     """Fork+exec in the guest plus one ping."""
     bare = Bare(image, directory, accelerator, 512, 1)
     try:
-        async with guest_of(bare) as guest:
+        async with guest_of(bare.control) as guest:
             pings = [await guest.ping(5) * 1e3 for _ in range(count)]
             spawns = await spawn_times(guest, count)
             return [ping + spawn for ping, spawn in zip(sorted(pings), sorted(spawns), strict=True)]

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from capsem.control.guest import Guest, Identity
+from capsem.control.guest import Guest, Identity, Restored
 from capsem.hypervisor.driver import Accelerator, Layer, MachineSpec
 from capsem.hypervisor.qemu import qcow2
 from capsem.hypervisor.qemu.command import Channels, argv
@@ -84,11 +84,11 @@ class Bare:
 
 
 @contextlib.asynccontextmanager
-async def guest_of(bare: Bare) -> AsyncIterator[Guest]:
+async def guest_of(control: socket.socket, restored: Restored | None = None) -> AsyncIterator[Guest]:
     """The host end of the control channel, with nothing of the product above it."""
-    guest = Guest(Identity("floor", "floor", {}), RealClock(), RealEntropy())
-    bare.control.setblocking(False)
-    await asyncio.get_running_loop().create_unix_connection(lambda: guest.channel, sock=bare.control)
+    guest = Guest(Identity("floor", "floor", {}), RealClock(), RealEntropy(), restored)
+    control.setblocking(False)
+    await asyncio.get_running_loop().create_unix_connection(lambda: guest.channel, sock=control)
     await guest.wait_ready(120)
     try:
         yield guest

@@ -92,7 +92,7 @@ class Floor:
 
 @contextlib.asynccontextmanager
 async def _echo(bare: Bare) -> AsyncIterator[None]:
-    async with guest_of(bare) as guest:
+    async with guest_of(bare.control) as guest:
         stream = guest.execute(Exec(job="floor", command=f"exec python3 -c '{GUEST}'"))
         try:
             yield
