@@ -50,6 +50,7 @@ class Fleet:
         self.checkpoints = CheckpointStore(layout)
         self._summing: asyncio.Task[None] | None = None
         self._pinned: Counter[str] = Counter()  # checkpoints that VMs are being made of
+        self._clearing: set[asyncio.Future[None]] = set()
         self._saving: set[str] = set()  # VMs of which a checkpoint is being made
         self.spare: set[str] = set()  # layers that are being made, for a record to name
         self.on_changed: Callable[[Vm], None] = lambda _vm: None  # the layers of a VM, or whether it runs or is there
@@ -227,8 +228,16 @@ class Fleet:
     def remove_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Remove a checkpoint that nothing refers to, and its layers unless others name them."""
         log.info("removing checkpoint %s of %s", checkpoint.id, checkpoint.vm_id)
-        self.checkpoints.remove(checkpoint.id)
+        self.checkpoints.withdraw(checkpoint.id)
         self.remove_layers(checkpoint.layer_ids)
+        # Giving back hundreds of megabytes takes a file system longer than a suspend takes us: nobody waits for that.
+        clearing = asyncio.get_running_loop().run_in_executor(None, self.checkpoints.clear, checkpoint.id)
+        self._clearing.add(clearing)
+        clearing.add_done_callback(self._clearing.discard)
+
+    async def cleared(self) -> None:
+        """Wait until the files of all removed checkpoints are gone. Raises OSError."""
+        await asyncio.gather(*self._clearing)
 
     def _used_layers(self) -> set[str]:
         """Layers that a VM or a checkpoint names; all there are while a checkpoint cannot tell which it needs: it may be of
@@ -406,6 +415,7 @@ class Fleet:
             _terminate([vm for vm in running if vm not in saved]),
         )
         await _terminate([vm for vm in saved if vm.running])
+        await asyncio.gather(*self._clearing, return_exceptions=True)
 
     def leave_all(self) -> None:
         """Let go of every supervisor without a word, for the next service to find."""

@@ -211,13 +211,21 @@ class CheckpointStore:
 
     # -- removing
 
-    def remove(self, checkpoint_id: str) -> None:
-        """Remove a checkpoint; one that is not there is no error. Its layers stay: others may name them."""
+    def withdraw(self, checkpoint_id: str) -> None:
+        """From here on there is no such checkpoint, whatever happens; its files are left for `clear`, or `sweep`."""
         files = self._layout.checkpoint(check_object_id(checkpoint_id))
         files.manifest.unlink(missing_ok=True)
         if files.path.exists():
             durable.sync_directory(files.path)
-        durable.remove_tree(files.path)
+
+    def clear(self, checkpoint_id: str) -> None:
+        """Remove the files of a checkpoint that was withdrawn. Gigabytes take their time."""
+        durable.remove_tree(self._layout.checkpoint(check_object_id(checkpoint_id)).path)
+
+    def remove(self, checkpoint_id: str) -> None:
+        """Remove a checkpoint; one that is not there is no error. Its layers stay: others may name them."""
+        self.withdraw(checkpoint_id)
+        self.clear(checkpoint_id)
 
     def sweep(self) -> list[str]:
         """Remove drafts that nobody works on; returns their ids.

@@ -22,6 +22,7 @@ from typing import Any
 from capsem import __version__
 from capsem.control.guest import Guest
 from capsem.hypervisor.driver import Driver, Layer, Machine, MachineSpec, Saved, SaveFiles
+from capsem.log import trace
 from capsem.model.checkpoint import Checkpoint, GuestState, Kind, Memory
 from capsem.model.errors import CapsemError
 from capsem.model.vm import VmRecord
@@ -38,6 +39,10 @@ SYNC_LIMIT = 2.0  # seconds for the guest to flush its file systems
 HOLD_LIMIT = 1.0  # seconds for it to hold its processes still
 
 log = logging.getLogger("capsem_process.saving")
+
+
+def _step(name: str) -> trace:
+    return trace(f"save.{name}", log, level=logging.DEBUG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +91,7 @@ class Saver:
         self._own = False  # the base is this machine's own
         self._prepared: _Prepared | None = None
         self._preparing: asyncio.Task[None] | None = None
+        self._syncing: asyncio.Task[bool] | None = None
         self._frozen = False  # at the last save
 
     def restored_from(self, files: CheckpointDir) -> None:
@@ -137,15 +143,20 @@ class Saver:
         return await self._prepare()
 
     async def reserve(self) -> str:
-        """Make sure that there is a draft; returns the id that the next checkpoint will have.
+        """Make sure that there is a draft, and have the guest begin to flush; returns the id of the next checkpoint.
 
         Raises OSError; then no draft is left, which may have filled the disk.
         """
         try:
-            return (await self._finish_preparing()).draft.id
+            with _step("prepare"):
+                draft = (await self._finish_preparing()).draft
         except BaseException:
             self._drop_prepared()
             raise
+        if self._syncing is not None:  # of a save that came no further
+            self._syncing.cancel()
+        self._syncing = asyncio.create_task(self._sync(draft.id), name="sync")
+        return draft.id
 
     async def save(self, record: VmRecord, order: Order) -> Checkpoint:
         """Make the checkpoint that `reserve` announced; committed on return.
@@ -153,15 +164,21 @@ class Saver:
         Raises CapsemError, OSError: nothing is left of the checkpoint; the machine may stand still, and its volume may
         have gone on to the order's layer.
         """
-        prepared = await self._finish_preparing()
+        prepared, syncing, self._syncing = self._prepared, self._syncing, None
+        assert prepared is not None
+        assert syncing is not None
         try:
-            synced = await self._sync(prepared.draft.id)
+            with _step("sync"):
+                synced = await syncing
             files = SaveFiles(prepared.draft.files.devices, prepared.writer, compare=self._own)
-            saved, jobs = await self._save(files, order)
-            if jobs:
-                await asyncio.to_thread(durable.write, prepared.draft.files.jobs, encode(jobs))
-            checkpoint = await asyncio.to_thread(self._finish, prepared, record, order, saved, synced)
-            await asyncio.to_thread(self._store.commit, prepared.draft, checkpoint)
+            with _step("machine"):
+                saved, jobs = await self._save(files, order)
+            with _step("finish"):
+                if jobs:
+                    await asyncio.to_thread(durable.write, prepared.draft.files.jobs, encode(jobs))
+                checkpoint = await asyncio.to_thread(self._finish, prepared, record, order, saved, synced)
+            with _step("commit"):
+                await asyncio.to_thread(self._store.commit, prepared.draft, checkpoint)
         except BaseException:
             self._drop_prepared()
             raise
@@ -280,6 +297,8 @@ class Saver:
     async def close(self) -> None:
         """The machine has ended: a draft that was prepared for nothing goes."""
         task, self._preparing = self._preparing, None
+        if self._syncing is not None:
+            self._syncing.cancel()
         if self._prepared is not None:
             self._prepared.cancelled = True
         if task is not None:
