@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -40,26 +41,33 @@ class Disk:
         self.filler.unlink()
 
 
-@pytest.fixture(scope="module")
-def disk() -> Iterator[Disk]:
+@contextlib.contextmanager
+def mounted(size_mb: int) -> Iterator[Service]:
+    """A service whose run directory is a file system of its own."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system takes root")
     with tempfile.TemporaryDirectory(prefix="capsem-vm-") as text:
         run_dir, image = Path(text) / "run", Path(text) / "disk.img"
         run_dir.mkdir()
         with image.open("wb") as file:
-            file.truncate(600 * MIB)
+            file.truncate(size_mb * MIB)
         subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
-        mounted = subprocess.run(["mount", "-o", "loop", image, run_dir], capture_output=True, text=True)
-        if mounted.returncode:
-            pytest.skip(f"a loop device cannot be mounted here: {mounted.stderr.strip()}")
+        done = subprocess.run(["mount", "-o", "loop", image, run_dir], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"a loop device cannot be mounted here: {done.stderr.strip()}")
         try:
             with running_service(Path(text)) as service:
-                service.client.call("provision", body={"name": "box", "persistent": True, **SMALL})
-                service.output("box", "true")
-                yield Disk(service)
+                yield service
         finally:
             subprocess.run(["umount", run_dir], check=True)
+
+
+@pytest.fixture(scope="module")
+def disk() -> Iterator[Disk]:
+    with mounted(600) as service:
+        service.client.call("provision", body={"name": "box", "persistent": True, **SMALL})
+        service.output("box", "true")
+        yield Disk(service)
 
 
 def test_a_vm_that_writes_stands_still_and_goes_on(disk: Disk, tmp_path: Path) -> None:

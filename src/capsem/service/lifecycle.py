@@ -156,8 +156,10 @@ class Lifecycle(Commands):
                 await self._wait_ready(vm, READY_LIMIT)
             except (MachineFailed, TimedOut) as error:
                 log.error("%s: restore %d of %d failed: %s", vm.id, attempt, RESTORES, error)
+                reason, full = error.message, vm.warning
                 await vm.stop(Stop(kill=True))  # never two machines on one volume
-                reason = error.message
+                if full is not None:
+                    raise MachineFailed(f"{vm.id}: {full}", hint="make room, then try again: `capsem df`") from error
             else:
                 return
         await self._start(vm, Boot(kind="cold-after-failure", note=reason))

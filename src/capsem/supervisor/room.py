@@ -15,6 +15,7 @@ from capsem.hypervisor.driver import Machine
 from capsem.model.errors import MachineFailed
 
 ENOUGH = 64 * 1024 * 1024  # bytes that have to be free, or a tenth of the file system if that is less
+FULL = 1024 * 1024  # bytes
 TURN = 3.0  # seconds between looks
 
 log = logging.getLogger("capsem_process.room")
@@ -38,6 +39,12 @@ async def keep_going(machine: Machine, store: Path, warn: Callable[[str | None],
             return  # it has ended, or QEMU does not obey: both are told elsewhere
         warn(None)
         log.info("there is room on the host's disk again: the VM goes on")
+
+
+def is_full(store: Path) -> bool:
+    """Whether there is no room for anything of size: what a VMM that says no more than "I/O error" then means."""
+    found = os.statvfs(store)
+    return found.f_bavail * found.f_frsize < FULL
 
 
 def has_room(store: Path) -> bool:

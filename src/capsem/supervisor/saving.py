@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -24,13 +26,14 @@ from capsem.control.guest import Guest
 from capsem.hypervisor.driver import Driver, Layer, Machine, MachineSpec, Saved, SaveFiles
 from capsem.log import trace
 from capsem.model.checkpoint import Checkpoint, GuestState, Kind, Memory
-from capsem.model.errors import CapsemError
+from capsem.model.errors import CapsemError, MachineFailed
 from capsem.model.vm import VmRecord
 from capsem.store import durable
 from capsem.store.checkpoints import CheckpointStore, Draft, describe
 from capsem.store.jobs import SavedJob, encode
 from capsem.store.layout import CheckpointDir
 from capsem.store.ram import PAGE, RamFile, RamIdentity, RamWriter
+from capsem.supervisor import room
 from capsem.supervisor.jobs import JobTable, Mark, saved_jobs
 from capsem.system import System
 
@@ -179,8 +182,11 @@ class Saver:
                 checkpoint = await asyncio.to_thread(self._finish, prepared, record, order, saved, synced)
             with _step("commit"):
                 await asyncio.to_thread(self._store.commit, prepared.draft, checkpoint)
-        except BaseException:
+        except BaseException as error:
+            full = isinstance(error, MachineFailed) and room.is_full(prepared.draft.files.path)
             self._drop_prepared()
+            if full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             raise
         self._prepared = None
         prepared.writer.close()

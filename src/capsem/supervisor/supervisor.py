@@ -264,7 +264,9 @@ class Supervisor:
             except BaseException as error:
                 await self._go_on(before, layer_id, layer)
                 if isinstance(error, OSError):
-                    raise MachineFailed(f"{before.id} could not be saved: {error}", hint=SAVE_HINT) from error
+                    raise MachineFailed(
+                        f"{before.id} could not be saved: {error.strerror or error}", hint=SAVE_HINT
+                    ) from error
                 raise
             if request.go_on:
                 self._note_current(checkpoint)

@@ -12,12 +12,12 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from capsem.hypervisor.driver import Ending, Layer, MachineSpec, Saved, SaveFiles
 from capsem.hypervisor.qemu.command import TOP_NODE, layer_nodes
-from capsem.hypervisor.qemu.memory import GuestMemory, Snapshot, stream
+from capsem.hypervisor.qemu.memory import GuestMemory, Pieces, Snapshot, stream
 from capsem.hypervisor.qemu.process import Process, complaint
 from capsem.hypervisor.qemu.qmp import Event, Monitor
 from capsem.model.errors import MachineFailed
@@ -247,8 +247,11 @@ class QemuMachine:
             if snapshot is not None:
                 snapshot.close()
 
-    def _write(self, files: SaveFiles, pieces: Iterator[tuple[int, memoryview]], pause: float) -> Saved:
-        runs, written = files.ram.patch(pieces, compare=files.compare)
+    def _write(self, files: SaveFiles, pieces: Pieces, pause: float) -> Saved:
+        with contextlib.closing(
+            pieces
+        ):  # also when the disk is full: they look into memory that is about to be given back
+            runs, written = files.ram.patch(pieces, compare=files.compare)
         durable.sync_file(files.devices)
         for layer in (self._frozen, self._top):
             durable.sync_file(layer.path)

@@ -14,7 +14,7 @@ import ctypes
 import mmap
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +25,8 @@ _SCAN: Final = 8 << 20  # bytes of pagemap read at once: 4 GiB of RAM
 # The top byte of an entry: present or swapped, and not of a file; the five bits below say other things.
 _CHANGED: Final = re.compile(rb"[\x40-\x5f\x80-\x9f\xc0-\xdf]+")
 _IOV_MAX: Final = 1024  # IOV_MAX, limits.h
+Pieces = Generator[tuple[int, memoryview], None, None]  # (offset, bytes), ascending; to be closed
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.process_vm_readv.restype = ctypes.c_ssize_t
 
@@ -110,12 +112,14 @@ class Snapshot:
             self._memory.read(list(_chunks(self._runs)), view)
         return total
 
-    def pieces(self) -> Iterator[tuple[int, memoryview]]:
-        """What was copied, at most CHUNK at a time."""
-        view, at = memoryview(self._buffer), 0
-        for offset, length in _chunks(self._runs):
-            yield offset, view[at : at + length]
-            at += length
+    def pieces(self) -> Pieces:
+        """What was copied, at most CHUNK at a time; each is good until the next is asked for."""
+        at = 0
+        with memoryview(self._buffer) as view:
+            for offset, length in _chunks(self._runs):
+                with view[at : at + length] as piece:
+                    yield offset, piece
+                at += length
 
     def close(self) -> None:
         """Give the memory back."""
@@ -123,18 +127,13 @@ class Snapshot:
         self._buffer.close()
 
 
-def stream(memory: GuestMemory) -> Iterator[tuple[int, memoryview]]:
+def stream(memory: GuestMemory) -> Pieces:
     """What has changed, read piece by piece: for a machine that will not run on."""
-    with _touched(CHUNK) as buffer:
-        view = memoryview(buffer)
-        try:
-            for offset, length in _chunks(memory.changed()):
-                piece = view[:length]
+    with _touched(CHUNK) as buffer, memoryview(buffer) as view:
+        for offset, length in _chunks(memory.changed()):
+            with view[:length] as piece:
                 memory.read([(offset, length)], piece)
                 yield offset, piece
-                piece.release()
-        finally:
-            view.release()
 
 
 def _touched(size: int) -> mmap.mmap:

@@ -1,0 +1,99 @@
+"""The host's disk is full at every step of a suspend, a checkpoint, a fork: refused whole, and done when there is room."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from test_full_disk import Disk, mounted
+from witness import Witness
+
+from capsem.store.checkpoints import CheckpointStore
+from capsem.store.layout import Layout
+from real_service import SMALL, Service
+
+VM = "tight"
+# MiB that are left: for nothing, for a record, for a layer, for some of the memory, for most of it.
+ROOM = [0, *(pytest.param(each, marks=pytest.mark.soak) for each in (0.02, 1, 30)), 0.2, 6]
+
+
+@pytest.fixture(scope="module")
+def disk() -> Iterator[Disk]:
+    with mounted(900) as service:
+        service.client.call("provision", body={"name": VM, "persistent": True, "disk_mb": 2048, **SMALL})
+        service.output(VM, "true")
+        yield Disk(service)
+
+
+@pytest.fixture(scope="module")
+def witness(disk: Disk) -> Witness:
+    """Its memory holds what no sparse copy makes small."""
+    disk.service.output(VM, "head -c 60M /dev/urandom >/dev/shm/ballast")
+    return Witness(disk.service, VM).begin()
+
+
+def left_over(service: Service) -> set[str]:
+    """Files in the store that belong to nothing."""
+    layout, store = Layout(service.run_dir), CheckpointStore(Layout(service.run_dir))
+    checkpoints = {each.id for each in store.all()}
+    return {
+        *(path.name for path in layout.checkpoints.iterdir() if path.name not in checkpoints),
+        *(str(path) for path in service.run_dir.rglob("*tmp*")),
+    }
+
+
+def refused(service: Service, *words: str) -> None:
+    done = service.cli(*words)
+    assert done.returncode == 1, (words, done)
+    assert b"No space left" in done.stderr, (words, done)
+    assert b"\nhint: " in done.stderr, (words, done)
+
+
+@pytest.mark.parametrize("room", ROOM)
+def test_nothing_half_made_is_left(disk: Disk, witness: Witness, room: float) -> None:
+    service = disk.service
+    known = {each.id for each in CheckpointStore(Layout(service.run_dir)).all()}
+    for words in (("checkpoint", VM), ("fork", VM, "other"), ("suspend", VM)):
+        disk.fill(free=int(room * 1024 * 1024))
+        try:
+            refused(service, *words)
+            assert left_over(service) == set(), words
+            assert {each.id for each in CheckpointStore(Layout(service.run_dir)).all()} == known
+            assert service.status(VM) == "Running"
+        finally:
+            disk.empty()
+        witness.check()
+
+
+def test_when_there_is_room_it_works(disk: Disk, witness: Witness) -> None:
+    service = disk.service
+    for _ in range(2):
+        service.client.call("suspend", vm_id=VM)
+        assert service.client.call("resume", vm_id=VM)["boot_kind"] == "warm"
+        witness.check()
+    service.client.call("stop", vm_id=VM)
+    service.client.call("resume", vm_id=VM)
+    assert left_over(service) == set()
+
+
+def test_a_resume_without_room_leaves_it_suspended(disk: Disk, witness: Witness) -> None:
+    service = disk.service
+    witness.begin()
+    service.client.call("suspend", vm_id=VM)
+    layers = sorted((service.run_dir / "store/layers").iterdir())
+    for room in (0, 0.02, 0.2):
+        disk.fill(free=int(room * 1024 * 1024))
+        try:
+            done = service.cli("resume", VM)
+            if done.returncode == 0:  # enough for a layer and a record
+                break
+            assert b"No space left" in done.stderr or b"disk is full" in done.stderr, done
+            assert b"\nhint: " in done.stderr, done
+            assert service.status(VM) == "Suspended"
+            assert sorted((service.run_dir / "store/layers").iterdir()) == layers
+        finally:
+            disk.empty()
+    service.client.call("resume", vm_id=VM)
+    witness.check()
+    service.client.call("suspend", vm_id=VM)
+    assert left_over(service) == set()
