@@ -1,0 +1,142 @@
+"""Which checkpoints and layers a service keeps, and which it removes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from capsem.api.types import ProvisionRequest
+from capsem.model.checkpoint import Kind
+from capsem.model.errors import Corrupt
+from capsem.model.lifecycle import State
+from capsem.model.spec import VmSpec
+from capsem.model.vm import VmRecord
+from capsem.service.fleet import Fleet
+from capsem.service.vm import Vm
+from capsem.store import records
+from capsem.store.layout import Layout
+from checkpoint_files import add_layer, layout, make, new_id
+from service_world import World, play
+
+ID, OTHER, LAYER, TOP = new_id(1), new_id(2), new_id(11), new_id(12)
+
+
+@pytest.fixture
+def where(tmp_path: Path) -> Layout:
+    return layout(tmp_path)
+
+
+@pytest.fixture
+def fleet(where: Layout) -> Iterator[Fleet]:
+    entropy = SimpleNamespace(token_bytes=bytes)
+    clock = SimpleNamespace(boot_id=lambda: "boot", time=lambda: 1e9)
+    return Fleet(SimpleNamespace(entropy=entropy, clock=clock), where, 10)  # type: ignore[arg-type]
+
+
+def add(fleet: Fleet, name: str = "box", **changes: object) -> Vm:
+    record = VmRecord(name, True, VmSpec(), "default", "d", (), 1e9, state=State.STOPPED)
+    record = replace(record, **changes)  # type: ignore[arg-type]
+    session = fleet.layout.session(name, persistent=True)
+    session.path.mkdir()
+    records.write(session, record)
+    for layer in record.layers:
+        if not fleet.layout.layer(layer).exists():
+            add_layer(fleet.layout, layer)
+    return fleet.add(session, record)
+
+
+def kept(fleet: Fleet) -> set[str]:
+    fleet.collect()
+    return {each.id for each in fleet.checkpoints.all()}
+
+
+def test_what_people_made_stays_until_they_remove_it(fleet: Fleet) -> None:
+    add(fleet)
+    for number, kind in enumerate((Kind.MANUAL, Kind.AUTOMATIC, Kind.ROLLBACK), 1):
+        make(fleet.checkpoints, new_id(number), kind=kind)
+    assert len(kept(fleet)) == 3
+
+
+@pytest.mark.parametrize("kind", [Kind.SUSPEND, Kind.FORK])
+def test_what_an_operation_made_for_itself_goes_with_the_last_who_needs_it(fleet: Fleet, kind: Kind) -> None:
+    add(fleet, layers=(LAYER, TOP))
+    make(fleet.checkpoints, ID, (LAYER,), kind=kind)
+    child = add(fleet, "child", state=State.SUSPENDED, layers=(LAYER,), checkpoint=ID)
+    assert kept(fleet) == {ID}
+    child.record = replace(child.record, checkpoint=None, saving=ID)
+    assert kept(fleet) == {ID}
+    child.record = replace(child.record, saving=None)
+    with fleet.pinned(ID), fleet.pinned(ID):
+        assert kept(fleet) == {ID}
+    with fleet.saving("box"):
+        assert kept(fleet) == {ID}
+    with fleet.saving("child"):
+        assert kept(fleet) == set()
+    assert fleet.layout.layer(LAYER).exists(), "both volumes begin with it"
+
+
+def test_a_hidden_one_that_the_owner_wants_to_see_stays(fleet: Fleet) -> None:
+    vm = add(fleet, kept=(ID,))
+    make(fleet.checkpoints, ID, kind=Kind.SUSPEND)
+    make(fleet.checkpoints, OTHER, kind=Kind.SUSPEND)
+    assert kept(fleet) == {ID}
+    vm.record = replace(vm.record, kept=())
+    assert kept(fleet) == set()
+
+
+def test_the_checkpoints_of_a_vm_go_with_it_but_not_from_under_its_forks(fleet: Fleet) -> None:
+    add_layer(fleet.layout, LAYER)
+    vm = add(fleet, layers=(LAYER, TOP))
+    make(fleet.checkpoints, ID, (LAYER,))
+    make(fleet.checkpoints, OTHER, (LAYER,))
+    child = add(fleet, "child", state=State.SUSPENDED, layers=(LAYER,), checkpoint=ID)
+    fleet.remove(vm)
+    assert kept(fleet) == {ID}
+    assert {path.stem for path in fleet.layout.layers.glob("*.qcow2")} == {LAYER}
+    fleet.checkpoints.verify(ID)
+    fleet.remove(child)
+    assert kept(fleet) == set()
+    assert list(fleet.layout.layers.iterdir()) == [], "its checksum too"
+
+
+def test_nothing_goes_while_a_record_cannot_be_read(fleet: Fleet) -> None:
+    """It would say what it needs."""
+    vm, spoilt = add(fleet, layers=(LAYER,)), add(fleet, "spoilt")
+    make(fleet.checkpoints, ID, (LAYER,), kind=Kind.SUSPEND, vm_id="spoilt")
+    make(fleet.checkpoints, OTHER, kind=Kind.SUSPEND)
+    spoilt.spoilt(Corrupt("its record"))
+    fleet.remove(vm)
+    assert kept(fleet) == {ID, OTHER}
+    assert fleet.layout.layer(LAYER).exists()
+    fleet.remove(spoilt)
+    assert kept(fleet) == set()
+
+
+def test_a_layer_of_a_checkpoint_is_frozen_and_no_other(fleet: Fleet) -> None:
+    add(fleet, layers=(LAYER, TOP))
+    make(fleet.checkpoints, ID, (LAYER,))
+    assert fleet.is_frozen(LAYER)
+    assert not fleet.is_frozen(TOP)
+
+
+def test_a_rollback_that_was_cut_off_leaves_no_machine_writing_to_what_it_kept(tmp_path: Path) -> None:
+    """The disk was kept, and the record still names the very layers: whoever starts the VM goes on above them."""
+
+    async def scene(it: World) -> None:
+        await it.handlers.provision(ProvisionRequest(name="box", persistent=True))
+        await it.handlers.stop("box")
+        before = records.read(it.layout.session("box", persistent=True)).layers
+        make(it.fleet.checkpoints, ID, before, kind=Kind.ROLLBACK, memory=None, devices=None, guest=None)
+        await it.restart()
+        await it.handlers.resume("box")
+        after = records.read(it.layout.session("box", persistent=True)).layers
+        assert after[:-1] == before
+        await it.handlers.stop("box")
+        await it.handlers.resume("box")
+        assert records.read(it.layout.session("box", persistent=True)).layers == after, "once is enough"
+
+    play(tmp_path, scene)
