@@ -162,7 +162,9 @@ class ProcessDriver:
         path.write_bytes(b"layer")
         path.with_suffix(".disk").mkdir()
 
-    async def merge_layers(self, sources: Sequence[Path], target: Path, *, vm_id: str, layer_id: str) -> Merged:
+    async def merge_layers(
+        self, sources: Sequence[Path], target: Path, *, vm_id: str, layer_id: str, size_mb: int | None = None
+    ) -> Merged:
         """A "disk" here is whole, not a difference to the one below: the highest says it all."""
         with target.open("xb") as file:
             file.write(b"layer")

@@ -475,6 +475,18 @@ class CheckpointResponse(_Body, frozen=True):
     frozen: bool = False
 
 
+class CheckpointContent(_Body, frozen=True):
+    """Not JSON: the answer is the file that docs/checkpoint-export.md specifies."""
+
+
+class ImportResponse(_Body, frozen=True):
+    """A new VM: Suspended in `checkpoint`, with the memory that came, or Stopped on its disk."""
+
+    id: str
+    status: Status
+    checkpoint: str | None = None
+
+
 class RollbackResponse(_Body, frozen=True):
     """The VM is at `checkpoint`; `saved` is where the present was kept. It runs if it ran before."""
 

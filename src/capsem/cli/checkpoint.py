@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -39,7 +42,7 @@ class _Group(click.Group):
 def checkpoint_command() -> None:
     """Make a checkpoint of a running VM, which goes on: `capsem checkpoint NAME [-m MESSAGE]`.
 
-    With the words rm or verify before the name, remove or check one.
+    With the words rm, verify, export or import first, do that with one.
     """
 
 
@@ -127,6 +130,55 @@ def _line(depth: int, each: dict[str, Any]) -> str:
     disk, shared = size_text(each["disk_bytes"]), size_text(each["shared_bytes"])
     message = printable(each.get("message") or "")
     return f"{name:<22} {made:<16} {each['kind']:<9} {memory:>9} {disk:>9} {shared:>9}  {message}".rstrip()
+
+
+@checkpoint_command.command("export", epilog="\b\nExample:\n  capsem checkpoint export box 3f2a box.capsem")
+@click.argument("session", type=SESSION)
+@click.argument("checkpoint")
+@click.argument("file", type=click.Path(dir_okay=False, writable=True, path_type=Path))
+@click.pass_obj
+def export_command(obj: Context, session: str, checkpoint: str, file: Path) -> None:
+    """Write a checkpoint into one file: memory, devices and disk above the image.
+
+    Whatever the VM had in memory, keys and passwords too, is in it: it is made for its owner alone to read.
+    """
+    from capsem.client.transfer import Incoming
+
+    incoming = Incoming(obj.client(), "export_checkpoint", session, {"checkpoint": checkpoint})
+    partial = file.with_name(f"{file.name}.part")
+    with contextlib.closing(incoming), waiting(f"exporting {checkpoint}"):
+        try:
+            with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as target:
+                target.writelines(incoming)
+                target.flush()
+                os.fsync(target.fileno())
+            partial.replace(file)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    click.echo(f"Checkpoint exported: {size_text(file.stat().st_size)}.")
+
+
+@checkpoint_command.command(
+    "import", epilog="\b\nExample:\n  capsem checkpoint import box.capsem twin && capsem resume twin"
+)
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("name", type=SESSION)
+@click.option("--trust", is_flag=True, help="Take memory and devices too: only from a source that you trust.")
+@click.pass_obj
+def import_command(obj: Context, file: Path, name: str, trust: bool) -> None:
+    """Make a VM of an exported checkpoint; its image must be on this host.
+
+    It is stopped, with the checkpoint's disk. With --trust it is suspended, and goes on where the other one was:
+    the state of its devices is then handed to QEMU as it came.
+    """
+    from capsem.client.transfer import send_file
+
+    with file.open("rb") as source, waiting(f"importing {file.name}"):
+        size = os.fstat(source.fileno()).st_size
+        query = {"name": name} | ({"trust": "1"} if trust else {})
+        answer = send_file(obj.client(), "import_checkpoint", None, query, source.fileno(), size)
+    click.echo(f"Session {answer['id']} is {answer['status'].lower()}.")
 
 
 @click.command("rollback", epilog="\b\nExample:\n  capsem rollback box 3f2a")

@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from typing import Final
+from typing import Any, Final
 
 from capsem.api.operations import Operation
 from capsem.client import request
@@ -17,18 +17,18 @@ from capsem.model.errors import Interrupted
 _PIECE: Final = 1024 * 1024
 
 
-class Download:
-    """A file of a VM's workspace, whether that runs or not; `size` and `mode` are None where they are not known."""
+class Incoming:
+    """The bytes with which an operation answers, as they come."""
 
-    def __init__(self, client: Client, vm_id: str, path: str) -> None:
+    def __init__(self, client: Client, operation: str, vm_id: str, query: Mapping[str, str]) -> None:
         """Ask for it; close it. Raises the CapsemError that the service answers with, and what `Client.call` does."""
-        row = request.operation("get_file")
+        row = request.operation(operation)
         self._answer = Answer()
         self._first = b""
         self._connection = client.connect()
         try:
             self._connection.settimeout(None)
-            self._connection.sendall(_head(row, vm_id, {"path": path, "whole": "1"}, {}))
+            self._connection.sendall(_head(row, vm_id, query, {}))
             while not self._answer.status:
                 self._first += receive(self._connection, self._answer, None)
             if self._answer.status != 200:
@@ -36,12 +36,9 @@ class Download:
         except BaseException:
             self.close()
             raise
-        length, mode = self._answer.headers.get("content-length", ""), self._answer.headers.get("x-capsem-mode", "")
-        self.size = int(length) if length.isdecimal() else None
-        self.mode = int(mode, 8) & 0o777 if mode.isdecimal() and not set(mode) & set("89") else None
 
     def __iter__(self) -> Iterator[bytes]:
-        """The file's bytes. Raises Interrupted when it ends too early."""
+        """The bytes. Raises Interrupted when they end too early."""
         if self._first:
             yield self._first
         while not self._answer.done:
@@ -53,6 +50,17 @@ class Download:
         self._connection.close()
 
 
+class Download(Incoming):
+    """A file of a VM's workspace, whether that runs or not; `size` and `mode` are None where they are not known."""
+
+    def __init__(self, client: Client, vm_id: str, path: str) -> None:
+        """See Incoming."""
+        super().__init__(client, "get_file", vm_id, {"path": path, "whole": "1"})
+        length, mode = self._answer.headers.get("content-length", ""), self._answer.headers.get("x-capsem-mode", "")
+        self.size = int(length) if length.isdecimal() else None
+        self.mode = int(mode, 8) & 0o777 if mode.isdecimal() and not set(mode) & set("89") else None
+
+
 def upload(
     client: Client, vm_id: str, path: str, fd: int, size: int, mode: int, sent: Callable[[int], None] = lambda _n: None
 ) -> None:
@@ -61,8 +69,20 @@ def upload(
     `sent` is told how many bytes more have gone. Raises the CapsemError that the service answers with; Interrupted
     when the local file is shorter.
     """
-    row = request.operation("put_file")
-    head = _head(row, vm_id, {"path": path, "mode": f"{mode & 0o777:03o}"}, {"Content-Length": str(size)})
+    send_file(client, "put_file", vm_id, {"path": path, "mode": f"{mode & 0o777:03o}"}, fd, size, sent)
+
+
+def send_file(
+    client: Client,
+    operation: str,
+    vm_id: str | None,
+    query: Mapping[str, str],
+    fd: int,
+    size: int,
+    sent: Callable[[int], None] = lambda _n: None,
+) -> dict[str, Any]:
+    """Do an operation whose body is the first `size` bytes of a file; returns its answer. Raises as `upload` does."""
+    head = _head(request.operation(operation), vm_id, query, {"Content-Length": str(size)})
     with client.connect() as connection:
         connection.settimeout(None)
         # A service that refuses answers and closes before it has read everything: the answer is there.
@@ -72,7 +92,7 @@ def upload(
         answer, parts = Answer(), []
         while not answer.done:
             parts.append(receive(connection, answer, None))
-    request.decode_answer(answer.status, answer.headers, b"".join(parts))
+    return request.decode_answer(answer.status, answer.headers, b"".join(parts))
 
 
 def _send(connection: socket.socket, fd: int, size: int, sent: Callable[[int], None]) -> None:
@@ -85,6 +105,6 @@ def _send(connection: socket.socket, fd: int, size: int, sent: Callable[[int], N
         sent(step)
 
 
-def _head(row: Operation, vm_id: str, query: Mapping[str, str], headers: Mapping[str, str]) -> bytes:
+def _head(row: Operation, vm_id: str | None, query: Mapping[str, str], headers: Mapping[str, str]) -> bytes:
     words = "&".join(f"{key}={request.quote(value)}" for key, value in query.items())
     return encode_head(row.method, f"{request.path_of(row, vm_id)}?{words}", headers)

@@ -209,12 +209,17 @@ class Driver(Protocol):
     def create_layer(self, path: Path, *, size_mb: int, vm_id: str, layer_id: str) -> None:
         """Write a new, empty qcow2 layer of `size_mb` MiB, mode 0600, that carries both ids; durable on return."""
 
-    async def merge_layers(self, sources: Sequence[Path], target: Path, *, vm_id: str, layer_id: str) -> Merged:
+    async def merge_layers(
+        self, sources: Sequence[Path], target: Path, *, vm_id: str, layer_id: str, size_mb: int | None = None
+    ) -> Merged:
         """Write a new layer `target`, mode 0600, that can take the place of `sources`: frozen layers that are adjacent in
         a chain, lowest first. They are only read, and machines may run on them meanwhile. Durable on return.
 
-        Raises Corrupt, when a source is not a layer of ours or damaged, and OSError, among others FileExistsError and
-        ENOSPC. On any error and when cancelled nothing is left; after a crash there may be a target that nobody names.
+        Sources may be anybody's: of what they say nothing is believed, and nothing but clusters gets into the target.
+
+        Raises Corrupt, when a source is not a layer of ours, damaged or not of `size_mb`, and OSError, among others
+        FileExistsError and ENOSPC. On any error and when cancelled nothing is left; after a crash there may be a target
+        that nobody names.
         """
 
     def open_volume(self, volume: Sequence[Layer]) -> Volume:

@@ -28,6 +28,7 @@ from capsem.api.operations import FINISH, OPERATIONS, Operation
 from capsem.api.types import SuccessResponse, VersionResponse
 from capsem.model.errors import CapsemError, InvalidInput, NotFound, PayloadTooLarge, TimedOut, Unavailable, host_failed
 from capsem.model.ids import check_name
+from capsem.service.checkpoint_routes import CHECKPOINT_ROUTES, checkpoint_endpoint
 from capsem.service.exec_stream import ExecStream
 from capsem.service.file_routes import FILE_ROUTES, file_endpoint
 from capsem.service.manager import Manager
@@ -61,7 +62,8 @@ async def _verify_checkpoint(manager: Manager, vm_id: str, request: Any) -> Succ
     return SuccessResponse(success=True)
 
 
-# All but `version`, which needs no manager, `exec_stream`, which is no request with one answer, and FILE_ROUTES.
+# All but `version`, which needs no manager, `exec_stream`, which is no request with one answer, and those whose bodies
+# are no JSON: FILE_ROUTES and CHECKPOINT_ROUTES.
 HANDLERS: Final = MappingProxyType[str, Handler](
     {
         "provision": lambda manager, _id, request: manager.provision(request),
@@ -99,6 +101,8 @@ def build_app(manager: Manager, version: str) -> Starlette:
             return ExecStream(operation, manager, error_response)
         if operation.name in FILE_ROUTES:
             return file_endpoint(operation, manager, error_response)
+        if operation.name in CHECKPOINT_ROUTES:
+            return checkpoint_endpoint(operation, manager, error_response)
 
         async def answer(request: Request) -> Response:
             try:

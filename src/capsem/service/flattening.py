@@ -88,10 +88,13 @@ class Flattening:
 
     def _look(self, vm: Vm) -> None:
         task = self._tasks.get(vm)
-        if vm.deleted and task is not None:
-            task.cancel()
-        elif vm.deleted:
-            self._forget(vm)
+        if vm.deleted:
+            if task is not None:
+                task.cancel()
+            else:
+                self._forget(vm)
+            for other in self._fleet.known():  # with which it may have shared layers
+                self._look(other)
         elif task is not None:
             self._again.add(vm)
         elif vm in self._merged or len(frozen(vm)) > MAX_DEPTH:

@@ -8,11 +8,11 @@ from capsem.api.types import AssetHealth, ListResponse, LogsResponse, SandboxInf
 from capsem.config import Settings
 from capsem.model.errors import Corrupt, NotFound
 from capsem.model.lifecycle import Status
-from capsem.service.checkpoints import Checkpoints
 from capsem.service.create import Maker
 from capsem.service.files import Files
 from capsem.service.flattening import Flattening
 from capsem.service.fleet import Fleet
+from capsem.service.transfer import Transfer
 from capsem.service.usage import Named, usage
 from capsem.service.vm import Vm
 from capsem.store import durable
@@ -21,7 +21,7 @@ from capsem.store.lines import read_tail
 LOG_LIMIT = 1024 * 1024  # bytes of each log in one answer
 
 
-class Handlers(Checkpoints, Files):
+class Handlers(Transfer, Files):
     """Implements service.manager.Manager."""
 
     def __init__(self, fleet: Fleet, maker: Maker, settings: Settings) -> None:

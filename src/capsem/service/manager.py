@@ -10,7 +10,7 @@ its VM, before the cancellation is passed on.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import TYPE_CHECKING, Protocol
 
 from capsem.api.types import (
@@ -23,6 +23,7 @@ from capsem.api.types import (
     FileWrittenResponse,
     ForkRequest,
     ForkResponse,
+    ImportResponse,
     JobsResponse,
     ListResponse,
     LogsResponse,
@@ -117,6 +118,12 @@ class Manager(Protocol):
 
     async def verify_checkpoint(self, vm_id: str, request: OneCheckpointRequest) -> None:
         """Read all of a checkpoint; raises when it is not what was written."""
+
+    async def export_checkpoint(self, vm_id: str, checkpoint: str) -> AsyncGenerator[bytes, None]:
+        """A checkpoint as one stream; whoever takes it closes it."""
+
+    async def import_checkpoint(self, name: str, body: AsyncIterator[bytes], *, trust: bool) -> ImportResponse:
+        """A new VM of such a stream; with `trust` its device state is believed, and the VM is suspended there."""
 
     async def rollback(self, vm_id: str, request: RollbackRequest) -> RollbackResponse:
         """Take a VM back to a checkpoint."""

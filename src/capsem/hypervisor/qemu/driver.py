@@ -65,10 +65,14 @@ class QemuDriver:
         """See Driver; also raises OSError."""
         qcow2.create_layer(path, size_mb=size_mb, vm_id=vm_id, layer_id=layer_id)
 
-    async def merge_layers(self, sources: Sequence[Path], target: Path, *, vm_id: str, layer_id: str) -> Merged:
+    async def merge_layers(
+        self, sources: Sequence[Path], target: Path, *, vm_id: str, layer_id: str, size_mb: int | None = None
+    ) -> Merged:
         """See Driver. A thread does it; when cancelled, this returns once that has tidied up."""
         stop = threading.Event()
-        call = functools.partial(merge, sources, target, vm_id=vm_id, layer_id=layer_id, cancelled=stop.is_set)
+        call = functools.partial(
+            merge, sources, target, vm_id=vm_id, layer_id=layer_id, size_mb=size_mb, cancelled=stop.is_set
+        )
         work = asyncio.get_running_loop().run_in_executor(None, call)
         try:
             return await asyncio.shield(work)

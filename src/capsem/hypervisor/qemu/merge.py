@@ -48,6 +48,7 @@ def merge(
     *,
     vm_id: str,
     layer_id: str,
+    size_mb: int | None = None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Merged:
     """Write the layer `target`, which must not exist, mode 0600, with what `sources` say, the lowest first; durable on return.
@@ -67,6 +68,8 @@ def merge(
         if not layers:
             raise ValueError("nothing to merge")
         size = layers[0].size
+        if size_mb not in (None, size >> 20) or size % (1 << 20):
+            raise corrupt(layers[0].path, f"its disk has {size} bytes, not {size_mb} MiB")
         for layer in layers:
             if layer.size != size:
                 raise corrupt(layer.path, f"its disk has {layer.size} bytes, that of {layers[0].path} {size}")
