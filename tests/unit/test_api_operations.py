@@ -9,6 +9,7 @@ from capsem.api.operations import OPERATIONS, OnDisconnect
 from capsem.model.errors import CapsemError, NotFound, NotRunning, Unavailable, WrongState
 from capsem.model.lifecycle import LIVE, PUBLIC_STATUS, State
 from capsem.service.app import HANDLERS
+from capsem.service.checkpoint_routes import CHECKPOINT_ROUTES
 from capsem.service.file_routes import FILE_ROUTES
 
 OF_A_VM = [operation for operation in OPERATIONS.values() if operation.legal is not None]
@@ -29,7 +30,7 @@ def test_rows_are_whole(operation) -> None:  # type: ignore[no-untyped-def]
     if operation.method == "GET":
         assert operation.retry_safe
         assert operation.on_disconnect is OnDisconnect.ABANDON
-    if operation.name not in ("version", "exec_stream", *FILE_ROUTES):
+    if operation.name not in ("version", "exec_stream", *FILE_ROUTES, *CHECKPOINT_ROUTES):
         assert operation.name in HANDLERS
 
 

@@ -251,16 +251,19 @@ def test_df(service: FakeService) -> None:
     code, out, err = run(service, "df")
     assert (code, err) == (0, "")
     assert [line.split() for line in out.splitlines()] == [
-        ["VM", "OWN", "SHARED", "SESSION"],
-        ["box", "3M", "5M", "4K"],
+        ["VM", "OWN", "SHARED", "MEMORY", "MAKING", "SESSION"],
+        ["box", "3M", "5M", "0B", "0B", "4K"],
         [],
         ["IMAGE", "SIZE", "VMS"],
         ["default-dddddddddddd", "188M", "1"],
         [],
         ["layers", "9M"],
+        ["memory", "0B"],
+        ["in", "the", "making", "0B"],
         ["unreferenced", "1M"],
         ["failed", "VMs", "0B"],
         ["total", "197M"],
+        ["free", "0B"],
     ]
     assert json.loads(run(service, "df", "--json")[1])["vms"][0]["id"] == "box"
 

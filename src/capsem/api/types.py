@@ -249,7 +249,11 @@ class SandboxInfo(_Body, frozen=True):
     """One VM. `pid` is its supervisor's, 0 when it does not run; `name` only for a persistent VM.
 
     `last_error` says why it is Defunct; `reason`, in any other status, how its last run ended, or what is wrong with
-    the present one; `warning` tells what keeps a running VM from getting on, such as a full disk of the host.
+    the present one; `warning` tells what keeps a running VM from getting on, such as a full disk of the host, or that
+    there may be no room to suspend it.
+
+    `can_resume`, of a VM that does not run: whether `resume` would do on this host as it is, and if not,
+    `resume_blocked_reason`. `available_actions` are operations; `resume_cold` is `resume` with `cold`.
     """
 
     id: str
@@ -272,6 +276,9 @@ class SandboxInfo(_Body, frozen=True):
     last_error: str | None = None
     reason: str | None = None
     warning: str | None = None
+    can_resume: bool | None = None
+    resume_blocked_reason: str | None = None
+    available_actions: list[str] | None = None
     total_input_tokens: int | None = None
     total_output_tokens: int | None = None
     total_estimated_cost: float | None = None
@@ -300,12 +307,27 @@ class ListResponse(_Body, frozen=True):
 
 
 class VmUsage(_Body, frozen=True):
-    """What a VM takes: layers that no other VM names, layers that others name too, and its session directory."""
+    """What a VM takes: layers that it and its checkpoints alone name, layers that others name too, its session directory,
+    the memory of its checkpoints, and what is being made of one for it."""
 
     id: str
     own_bytes: int
     shared_bytes: int
     session_bytes: int
+    memory_bytes: int = 0
+    draft_bytes: int = 0
+
+
+class CheckpointUsage(_Body, frozen=True):
+    """What a checkpoint takes: its memory, layers that nothing else names, and layers that something else names too."""
+
+    id: str
+    vm: str
+    kind: str
+    memory_bytes: int
+    own_bytes: int
+    shared_bytes: int
+    hidden: bool = False
 
 
 class ImageUsage(_Body, frozen=True):
@@ -320,8 +342,9 @@ class ImageUsage(_Body, frozen=True):
 class UsageResponse(_Body, frozen=True):
     """Disk space, holes not counted. A layer counts once in `layers_bytes`, however many VMs name it.
 
-    `unreferenced_bytes` are layers that no VM names; `failed_bytes` the kept logs of ephemeral VMs that failed;
-    `total_bytes` is all of it, with everything else in the run directory's store.
+    `unreferenced_bytes` are layers that nothing names; `failed_bytes` the kept logs of ephemeral VMs that failed;
+    `checkpoints` are all, hidden ones too, `memory_bytes` their RAM; `draft_bytes` checkpoints and layers in the making;
+    `total_bytes` is all of it, with everything else in the run directory's store, and `free_bytes` are left.
     """
 
     vms: list[VmUsage]
@@ -330,6 +353,10 @@ class UsageResponse(_Body, frozen=True):
     unreferenced_bytes: int
     failed_bytes: int
     total_bytes: int
+    checkpoints: list[CheckpointUsage] = []
+    memory_bytes: int = 0
+    draft_bytes: int = 0
+    free_bytes: int = 0
 
 
 class ExecResponse(_Body, frozen=True):
@@ -431,7 +458,7 @@ class ForkResponse(_Body, frozen=True):
 class SuspendResponse(_Body, frozen=True):
     """Suspended, durably: `checkpoint` is where. `bytes` of memory were written, `pause_ms` is from the guest's last
     instruction to its state being in our hands; `synced`: the guest had flushed its file systems before, `frozen`: and held
-    its processes still."""
+    its processes still; `warning`: there may be no room for the next one."""
 
     success: bool
     checkpoint: str
@@ -439,6 +466,7 @@ class SuspendResponse(_Body, frozen=True):
     pause_ms: float
     synced: bool
     frozen: bool = False
+    warning: str | None = None
 
 
 class CheckpointInfo(_Body, frozen=True):
@@ -473,6 +501,7 @@ class CheckpointResponse(_Body, frozen=True):
     pause_ms: float
     synced: bool
     frozen: bool = False
+    warning: str | None = None
 
 
 class CheckpointContent(_Body, frozen=True):

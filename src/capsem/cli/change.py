@@ -53,8 +53,10 @@ def resume_command(obj: Context, name: str, cold: bool) -> None:
 def suspend_command(obj: Context, session: str) -> None:
     """Save a running VM, memory and all, and end its processes; `resume` brings it back just as it was."""
     with waiting(f"suspending {session}"):
-        obj.client().call("suspend", vm_id=session)
+        answer = obj.client().call("suspend", vm_id=session)
     click.echo("Session suspended.")
+    if warning := answer.get("warning"):
+        click.echo(f"warning: {printable(warning)}", err=True)
 
 
 @click.command("delete", epilog="\b\nExample:\n  capsem delete box")

@@ -60,6 +60,8 @@ def create_command(obj: Context, session: str, message: str | None, as_json: boo
     else:
         click.echo(answer["id"][:ID])
         click.echo(f"paused {answer['pause_ms']:.0f} ms, {size_text(answer['bytes'])} of memory written", err=True)
+        if warning := answer.get("warning"):
+            click.echo(f"warning: {printable(warning)}", err=True)
 
 
 @checkpoint_command.command("rm", epilog="\b\nExample:\n  capsem checkpoint rm box 3f2a")

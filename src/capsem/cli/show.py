@@ -40,6 +40,8 @@ def list_command(obj: Context, quiet: bool, as_json: bool) -> None:
                 click.echo(f"  note: {reason}")
             if warning := box.get("warning"):
                 click.echo(f"  warning: {printable(warning)}")
+            if box["status"] == "Suspended" and (blocked := box.get("resume_blocked_reason")):
+                click.echo(f"  cannot be resumed: {printable(blocked)}")
 
 
 @click.command("info", epilog="\b\nExamples:\n  capsem info box\n  capsem info box --json")
@@ -82,31 +84,50 @@ def logs_command(obj: Context, session: str, tail: int | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="The service's answer, as JSON.")
 @click.pass_obj
 def df_command(obj: Context, as_json: bool) -> None:
-    """Show what VMs and images take on disk.
+    """Show what VMs, checkpoints and images take on disk.
 
-    OWN goes when the VM is deleted; what it SHARES with others stays as long as one of them does.
+    OWN goes when the VM is deleted; what it SHARES with others stays as long as one of them does. MEMORY is that of its
+    checkpoints, hidden ones too; MAKING is prepared for the next one.
     """
     answer = obj.client().call("df")
     if as_json:
         click.echo(json.dumps(answer, indent=2))
         return
     vms = [
-        (vm["id"], *(size_text(vm[key]) for key in ("own_bytes", "shared_bytes", "session_bytes")))
+        (vm["id"], *(size_text(vm.get(f"{key}_bytes", 0)) for key in ("own", "shared", "memory", "draft", "session")))
         for vm in answer["vms"]
+    ]
+    checkpoints = [
+        (
+            each["id"][:12],
+            each["vm"],
+            f"{each['kind']}{' (hidden)' if each.get('hidden') else ''}",
+            *(size_text(each[f"{key}_bytes"]) for key in ("memory", "own", "shared")),
+        )
+        for each in answer.get("checkpoints", ())
     ]
     images = [
         (f"{image['name']}-{image['digest'][:12]}", size_text(image["size_bytes"]), str(len(image["vms"])))
         for image in answer["images"]
     ]
-    for line in (*table(("VM", "OWN", "SHARED", "SESSION"), vms), "", *table(("IMAGE", "SIZE", "VMS"), images), ""):
-        click.echo(line)
+    tables = [
+        table(("VM", "OWN", "SHARED", "MEMORY", "MAKING", "SESSION"), vms),
+        table(("CHECKPOINT", "VM", "KIND", "MEMORY", "OWN", "SHARED"), checkpoints) if checkpoints else (),
+        table(("IMAGE", "SIZE", "VMS"), images),
+    ]
+    for lines in filter(None, tables):
+        for line in (*lines, ""):
+            click.echo(line)
     totals = [
-        (text, size_text(answer[key]))
+        (text, size_text(answer.get(key, 0)))
         for text, key in (
             ("layers", "layers_bytes"),
+            ("memory", "memory_bytes"),
+            ("in the making", "draft_bytes"),
             ("unreferenced", "unreferenced_bytes"),
             ("failed VMs", "failed_bytes"),
             ("total", "total_bytes"),
+            ("free", "free_bytes"),
         )
     ]
     for line in table(totals[0], totals[1:]):

@@ -26,6 +26,7 @@ from capsem.config import Settings
 from capsem.model.checkpoint import Checkpoint, Kind
 from capsem.model.errors import CapsemError, InvalidInput, MachineFailed, WrongState, host_failed
 from capsem.model.lifecycle import Event, State, step
+from capsem.service import space
 from capsem.service.create import Maker
 from capsem.service.fleet import Fleet
 from capsem.service.lifecycle import Lifecycle
@@ -66,6 +67,7 @@ class Checkpoints(Lifecycle):
             pause_ms=_ms(made.pause),
             synced=made.synced,
             frozen=made.frozen,
+            warning=self._space_warning(vm),
         )
 
     def _suspend_asked(self, vm: Vm, action: str) -> None:
@@ -80,6 +82,18 @@ class Checkpoints(Lifecycle):
             await self.suspend(vm_id)
         except CapsemError as error:
             log.warning("%s was not suspended, as its guest had asked: %s", vm_id, error)
+
+    def _space_warning(self, vm: Vm) -> str | None:
+        """That the disk may be too full for the VM's next suspend; None when it is not, or the VM is never suspended."""
+        layout, record, ram = self._fleet.layout, vm.record, vm.record.spec.ram_mb << 20
+        free = space.free_bytes(layout)
+        if free >= ram + space.MARGIN or not record.persistent:
+            return None
+        base = durable.allocated_bytes(layout.checkpoint(record.checkpoint).memory) if record.checkpoint else 0
+        said = vm.link.state if vm.link is not None else None
+        changed = space.changed_bytes(said.vmm_pid) if said is not None and said.vmm_pid else 0
+        prepared = space.draft_bytes(layout, vm.pid) if vm.pid else 0
+        return space.warning(vm.id, space.needed(ram, changed, base, prepared), free)
 
     def _require_persistent(self, vm: Vm, what: str) -> None:
         if not vm.record.persistent:
@@ -123,6 +137,7 @@ class Checkpoints(Lifecycle):
             pause_ms=_ms(made.pause),
             synced=made.synced,
             frozen=made.frozen,
+            warning=self._space_warning(vm),
         )
 
     async def checkpoints(self, vm_id: str, *, hidden: bool = False) -> CheckpointsResponse:

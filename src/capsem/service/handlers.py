@@ -6,19 +6,34 @@ import asyncio
 
 from capsem.api.types import AssetHealth, ListResponse, LogsResponse, SandboxInfo, UsageResponse
 from capsem.config import Settings
-from capsem.model.errors import Corrupt, NotFound
-from capsem.model.lifecycle import Status
+from capsem.model.errors import CapsemError, Corrupt, HostNotReady, NotFound
+from capsem.model.lifecycle import State, Status
+from capsem.model.vm import VmRecord
 from capsem.service.create import Maker
 from capsem.service.files import Files
 from capsem.service.flattening import Flattening
 from capsem.service.fleet import Fleet
 from capsem.service.transfer import Transfer
-from capsem.service.usage import Named, usage
+from capsem.service.usage import Found, Named, usage
 from capsem.service.vm import Vm
 from capsem.store import durable
 from capsem.store.lines import read_tail
 
 LOG_LIMIT = 1024 * 1024  # bytes of each log in one answer
+MAY_BE_SUSPENDED = frozenset({Status.RUNNING, Status.SUSPENDED})
+
+
+def actions(status: Status, record: VmRecord, blocked: CapsemError | None) -> list[str]:
+    """What can be done with a VM, by operation. Only a suspended one has a way around what keeps it from being resumed:
+    its image is another matter, without which nothing starts."""
+    if status == Status.RUNNING:
+        return [*(("checkpoint", "suspend") if record.persistent else ()), "stop", "fork", "delete"]
+    if blocked is None:
+        return ["resume", "fork", "delete"]
+    if isinstance(blocked, Corrupt) and status != Status.SUSPENDED:
+        return ["delete"]
+    cold = status == Status.SUSPENDED and not isinstance(blocked, (NotFound, HostNotReady))
+    return [*(("resume_cold",) if cold else ()), "fork", "delete"]
 
 
 class Handlers(Transfer, Files):
@@ -34,13 +49,17 @@ class Handlers(Transfer, Files):
             health = AssetHealth(ready=True, version=self._maker.catalog.find().digest[:12], missing=[])
         except (NotFound, Corrupt):
             health = AssetHealth(ready=False, version="", missing=["default image"])
-        return ListResponse(sandboxes=[self._info(vm) for vm in self._fleet.all()], asset_health=health)
+        return ListResponse(sandboxes=[await self._info(vm) for vm in self._fleet.all()], asset_health=health)
 
     async def df(self) -> UsageResponse:
         """What VMs and images take on disk."""
-        vms = [Named(vm.id, vm.session.path, vm.record.layers, vm.record.image_digest) for vm in self._fleet.known()]
+        vms = [
+            Named(vm.id, vm.session.path, vm.layers, vm.record.image_digest, vm.pid, vm.record.kept)
+            for vm in self._fleet.known()
+        ]
+        found = Found(vms, self._store.all(), frozenset(self._fleet.spare))
         # Every file is looked at, of images too: that is not for the event loop.
-        return await asyncio.to_thread(usage, self._fleet.layout, vms, self._maker.catalog)
+        return await asyncio.to_thread(usage, self._fleet.layout, found, self._maker.catalog)
 
     async def info(self, vm_id: str) -> SandboxInfo:
         """One VM; a persistent one that does not run also tells its size."""
@@ -48,14 +67,27 @@ class Handlers(Transfer, Files):
         size = None
         if vm.record.persistent and not vm.running:
             size = durable.allocated_bytes(vm.session.path) + self._fleet.chain_bytes(vm.record)
-        return self._info(vm, size)
+        return await self._info(vm, size)
 
-    def _info(self, vm: Vm, size_bytes: int | None = None) -> SandboxInfo:
+    async def _blocked(self, vm: Vm) -> CapsemError | None:
+        """Why a VM that does not run could not be resumed on this host as it is, with the way out."""
+        try:
+            vm.check()
+            if vm.record.state == State.SUSPENDED:
+                await self._maker.check_restorable(vm.record, self._store.peek(vm.record.checkpoint or ""))
+            else:
+                self._maker.image_of(vm.record)
+        except CapsemError as error:
+            return error
+        return None
+
+    async def _info(self, vm: Vm, size_bytes: int | None = None) -> SandboxInfo:
         record, status = vm.record, vm.status
         assert status is not None
         uptime = None
         if vm.running and record.started_at is not None:
             uptime = max(0, int(self._fleet.system.clock.time() - record.started_at))
+        blocked = None if vm.running else await self._blocked(vm)
         known = not isinstance(vm.obstacle, Corrupt)  # else the record's numbers are not the VM's
         return SandboxInfo(
             id=vm.id,
@@ -77,7 +109,10 @@ class Handlers(Transfer, Files):
             checkpoint=record.checkpoint if status == Status.SUSPENDED else None,
             last_error=record.last_error if status == Status.DEFUNCT else None,
             reason=vm.reason if status != Status.DEFUNCT else None,
-            warning=vm.warning,
+            warning=vm.warning or (self._space_warning(vm) if status in MAY_BE_SUSPENDED else None),
+            can_resume=None if vm.running else blocked is None,
+            resume_blocked_reason=str(blocked) if blocked is not None else None,
+            available_actions=actions(status, record, blocked),
         )
 
     async def logs(self, vm_id: str) -> LogsResponse:

@@ -125,6 +125,13 @@ class CheckpointStore:
             raise Corrupt(f"{files.path} holds checkpoint {checkpoint.id[:12]}: it was exchanged", hint=_COLD)
         return checkpoint
 
+    def peek(self, checkpoint_id: str) -> Checkpoint:
+        """As `read`, but from memory where it was read before: a manifest does not change. Raises NotFound, Corrupt."""
+        known = self._known.get(checkpoint_id) if self.is_committed(checkpoint_id) else None
+        if known is None:
+            known = self._known[checkpoint_id] = self.read(checkpoint_id)
+        return known
+
     def open(self, checkpoint_id: str) -> tuple[Checkpoint, CheckpointDir]:
         """A checkpoint that is about to be used: identity of every part, digests of all that is small.
 
