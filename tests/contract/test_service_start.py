@@ -20,6 +20,7 @@ from capsem.api.types import (
     SandboxInfo,
 )
 from capsem.model.errors import Corrupt, Unavailable, Unsupported
+from capsem.service import fleet
 from capsem.service.link import Link
 from capsem.store.layout import SessionDir
 from capsem.store.locks import Lock, try_lock
@@ -284,5 +285,28 @@ def test_a_record_that_is_another_vm_s(tmp_path: Path) -> None:
         assert await status(it) == {"box": "Stopped", "copy": "Defunct"}
         await it.handlers.delete("copy")
         await it.handlers.resume("box")
+
+    play(tmp_path, scene)
+
+
+# -- the service ends
+
+
+def test_who_is_not_suspended_in_time_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet, "SUSPEND_LIMIT", 0.2)
+    asked = []
+
+    async def suspend(vm_id: str) -> None:
+        asked.append(vm_id)
+        if vm_id == "slow":
+            await asyncio.Event().wait()
+        raise Unavailable("not this one")
+
+    async def scene(it: World) -> None:
+        for name, persistent in (("slow", True), ("odd", True), ("gone", False)):
+            await it.handlers.provision(ProvisionRequest(name=name, persistent=persistent))
+        await it.fleet.stop_all(suspend)
+        assert sorted(asked) == ["odd", "slow"]
+        assert await status(it) == {"slow": "Stopped", "odd": "Stopped"}
 
     play(tmp_path, scene)

@@ -33,3 +33,32 @@ def test_a_guest_is_suspended_at_its_own_wish_and_with_the_service(own_service: 
     assert [(box["id"], box["status"]) for box in client.call("list")["sandboxes"]] == [("kept", "Suspended")]
     assert client.call("resume", vm_id="kept")["boot_kind"] == "warm"
     assert service.output("kept", "pgrep -fx 'sleep 77777'").strip() == pid
+
+
+def test_a_vm_is_saved_every_so_often_and_suspended_when_idle(service: Service) -> None:
+    client = service.client
+    made = service.cli("create", "-n", "timed", "--ram", "0.5", "--cpu", "1", "--every", "2s", "--keep", "2")
+    assert made.returncode == 0, made.stderr
+    try:
+        seen: list[str] = []
+
+        def automatic() -> list[str]:
+            found = [
+                it["id"] for it in client.call("checkpoints", vm_id="timed")["checkpoints"] if it["kind"] == "automatic"
+            ]
+            seen.extend(each for each in found if each not in seen)
+            return found
+
+        wait_for(lambda: automatic() and len(seen) >= 4, 60)
+        changed = service.cli("set", "timed", "--every", "off", "--idle", "2s")
+        assert changed.stdout.split() == "idle 2s ttl off every off keep 2 keep-for off".split(), changed.stderr
+        assert len(automatic()) == 2
+        assert client.call("info", vm_id="timed")["policy"] == {"idle_secs": 2.0, "checkpoint_keep": 2}
+        code, out, _ = service.exec("timed", "sleep 4; echo done")
+        assert (code, out) == (0, "done\n")
+        wait_for(lambda: service.status("timed") == "Suspended", 60)
+        client.call("policy", vm_id="timed", body={"idle_secs": 0})
+        client.call("resume", vm_id="timed")
+        assert service.output("timed", "echo here") == "here\n"
+    finally:
+        client.call("delete", vm_id="timed")

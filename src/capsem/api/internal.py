@@ -136,7 +136,8 @@ class Jobs(Message, tag="jobs"):
 class JobList(Message, tag="job-list"):
     """Closes a Jobs stream: the ids, oldest first, then those that still run.
 
-    By id: the (beginning of the) command, the exit codes of those that ended, and what else became of some.
+    By id: the (beginning of the) command, the exit codes of those that ended, and what else became of some. `idle`: for
+    how many seconds no command ran and nobody followed one or moved files; None: that was not watched.
     """
 
     jobs: list[str]
@@ -144,6 +145,17 @@ class JobList(Message, tag="job-list"):
     commands: dict[str, str] = {}
     exit_codes: dict[str, float] = {}
     errors: dict[str, str] = {}
+    idle: float | None = None
+
+
+class SetPolicy(Message, tag="set-policy"):
+    """The VM has another policy from here on: what is on, see model.policy."""
+
+    policy: dict[str, float]
+
+
+class PolicySet(Message, tag="policy-set"):
+    """Closes a SetPolicy stream: it is in the record, durably."""
 
 
 class Stop(Message, tag="stop"):
@@ -229,6 +241,7 @@ REQUESTS: dict[type[Message], type[Message]] = {
     Persist: Persisted,
     AddLayer: LayerAdded,
     ReplaceLayers: LayersReplaced,
+    SetPolicy: PolicySet,
     Save: CheckpointMade,
 }
 _ALL: tuple[type[Message], ...] = (

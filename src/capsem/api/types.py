@@ -37,6 +37,25 @@ def _no_nul(key: str, text: str) -> None:
 # -- requests
 
 
+_SPAN = Annotated[float, msgspec.Meta(ge=0, le=LONGEST_TIMEOUT)]
+
+
+class VmPolicy(_Body, frozen=True):
+    """What becomes of a VM as time goes by; what is not there is off. To change it: what is left out stays as it is, 0
+    turns it off.
+
+    `idle_secs`: not used for so long, it is suspended. `ttl_secs`: having run for so long, it is stopped, or deleted
+    when it is not persistent. `checkpoint_every_secs`: how often an automatic checkpoint is made; the newest
+    `checkpoint_keep` (10) stay, but for those older than `checkpoint_age_secs`.
+    """
+
+    idle_secs: _SPAN | None = None
+    ttl_secs: _SPAN | None = None
+    checkpoint_every_secs: _SPAN | None = None
+    checkpoint_keep: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    checkpoint_age_secs: _SPAN | None = None
+
+
 class ProvisionRequest(_Body, frozen=True):
     """Create and boot a VM. What is None comes from the settings; `image` is another word for `from`.
 
@@ -53,6 +72,7 @@ class ProvisionRequest(_Body, frozen=True):
     from_: str | None = msgspec.field(default=None, name="from")
     image: str | None = None
     profile: str | None = None
+    policy: VmPolicy | None = None
 
     def __post_init__(self) -> None:
         if self.name is not None:
@@ -279,6 +299,7 @@ class SandboxInfo(_Body, frozen=True):
     can_resume: bool | None = None
     resume_blocked_reason: str | None = None
     available_actions: list[str] | None = None
+    policy: VmPolicy | None = None
     total_input_tokens: int | None = None
     total_output_tokens: int | None = None
     total_estimated_cost: float | None = None

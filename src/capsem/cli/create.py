@@ -5,13 +5,14 @@ from __future__ import annotations
 import click
 
 from capsem.cli.context import GIGABYTES, IMAGE, SESSION, Context, parse_env
+from capsem.cli.policy import given, policy_options
 from capsem.cli.terminal import waiting
 
 
 @click.command(
     "create",
     epilog="\b\nExamples:\n  capsem create\n  capsem create -n box --ram 0.5 --cpu 1 -e TOKEN=abc\n"
-    "  capsem create --profile code",
+    "  capsem create --profile code\n  capsem create -n box --idle 15m",
 )
 @click.option("-n", "--name", metavar="N", help="Its name; a VM with a name is persistent.")
 @click.option("--ram", type=GIGABYTES, metavar="GB", help="Memory, 0.25 to 16; 4 unless the settings say otherwise.")
@@ -20,9 +21,11 @@ from capsem.cli.terminal import waiting
 @click.option("-e", "--env", multiple=True, metavar="K=V", help="An environment variable for every command in it.")
 @click.option("--profile", type=IMAGE, metavar="NAME", help="The image it is made from; `default`, or say `code`.")
 @click.option("--from", "--image", "source", type=SESSION, metavar="NAME", help="Begin with a copy of this VM's disk.")
+@policy_options
 @click.pass_obj
 def create_command(
     obj: Context,
+    /,
     name: str | None,
     ram: int | None,
     cpu: int | None,
@@ -30,6 +33,7 @@ def create_command(
     env: tuple[str, ...],
     profile: str | None,
     source: str | None,
+    **policy: float | None,
 ) -> None:
     """Create a VM, boot it, and print its id.
 
@@ -45,6 +49,7 @@ def create_command(
         "profile": profile,
         "from": source,
         "persistent": persistent,
+        "policy": given(policy),
     }
     with waiting(f"creating {name or 'a VM'}"):
         answer = obj.client().call("provision", body=body)

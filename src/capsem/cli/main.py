@@ -46,6 +46,7 @@ COMMANDS: Final = MappingProxyType(
         "checkpoint": "capsem.cli.checkpoint",
         "checkpoints": "capsem.cli.checkpoint",
         "rollback": "capsem.cli.checkpoint",
+        "set": "capsem.cli.policy",
         "purge": "capsem.cli.change",
         "cp": "capsem.cli.copy",
         "image": "capsem.cli.image",

@@ -10,6 +10,7 @@ from typing import Any, Final
 from capsem.model.errors import Corrupt
 from capsem.model.ids import check_name, check_object_id
 from capsem.model.lifecycle import Event, State, recover, step
+from capsem.model.policy import OFF, Policy
 from capsem.model.spec import VmSpec
 
 FORMAT: Final = 1
@@ -54,6 +55,7 @@ class VmRecord:
     attached: tuple[str, ...] = ()
     machine_id: str = ""  # of the guest, 32 hexadecimal digits; a fork's is its own
     last_exit: Exit | None = None
+    policy: Policy = OFF
     extra: MappingProxyType[str, Any] = field(default_factory=lambda: MappingProxyType({}))  # keys of a newer version
 
     def after(self, event: Event, **changes: Any) -> VmRecord:
@@ -92,7 +94,7 @@ class VmRecord:
         body = {
             name: value
             for name in self.__dataclass_fields__
-            if name not in ("spec", "extra", "last_exit") and (value := getattr(self, name)) is not None
+            if name not in ("spec", "extra", "last_exit", "policy") and (value := getattr(self, name)) is not None
         }
         spec = {
             "cpus": self.spec.cpus,
@@ -103,6 +105,8 @@ class VmRecord:
         body |= {"format": FORMAT, "spec": spec, **self.extra}
         if self.last_exit is not None:
             body["last_exit"] = asdict(self.last_exit)
+        if policy := self.policy.to_dict():
+            body["policy"] = policy
         return json.dumps(body, indent=1, sort_keys=True).encode()
 
 
@@ -113,7 +117,7 @@ def record_from_json(data: bytes, *, source: str) -> VmRecord:
         if body.pop("format") != FORMAT:
             raise Corrupt(f"{source} has a format that this version does not know", hint="upgrade Capsem")
         spec = body.pop("spec")
-        last_exit = body.pop("last_exit", None)
+        last_exit, policy = body.pop("last_exit", None), body.pop("policy", {})
         known = {name: body.pop(name) for name in VmRecord.__dataclass_fields__ if name in body}
         for key in ("checkpoint", "saving", "current"):
             if key in known:
@@ -128,6 +132,7 @@ def record_from_json(data: bytes, *, source: str) -> VmRecord:
                 "state": State(known["state"]),
                 "spec": VmSpec(spec["cpus"], spec["ram_mb"], spec["disk_mb"], MappingProxyType(dict(spec["env"]))),
                 "last_exit": Exit(**last_exit) if last_exit else None,
+                "policy": Policy.from_dict(policy),
                 "extra": MappingProxyType(body),
             }
         )

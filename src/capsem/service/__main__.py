@@ -30,6 +30,7 @@ from capsem.service.fleet import Fleet
 from capsem.service.handlers import Handlers
 from capsem.service.launch import Launcher, find_process_binary, passed_on
 from capsem.service.spares import Spares
+from capsem.service.timers import Timers
 from capsem.store import durable
 from capsem.store.layout import Layout
 from capsem.store.locks import Lock, try_lock
@@ -187,6 +188,7 @@ class Service:
         spares = Spares(fleet.system, [str(process_binary)], passed_on(os.environ), Path(os.devnull))
         handlers = self._handlers(fleet, process_binary, spares)
         server = make_server(handlers)
+        timers = Timers(fleet, handlers)
         log.info("capsem_service %s serves %s", __version__, path)
         await fleet.reconcile()
         handlers.flattening.begin()
@@ -196,6 +198,7 @@ class Service:
         await stop.wait()
         log.info("stopping")
         fleet.stopping = True
+        await timers.close()
         await spares.close()
         await handlers.flattening.close()
         for each in server.servers:

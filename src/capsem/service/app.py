@@ -81,6 +81,7 @@ HANDLERS: Final = MappingProxyType[str, Handler](
         "remove_checkpoint": _remove_checkpoint,
         "verify_checkpoint": _verify_checkpoint,
         "rollback": lambda manager, vm_id, request: manager.rollback(vm_id, request),
+        "policy": lambda manager, vm_id, request: manager.set_policy(vm_id, request),
         "delete": _delete,
         "run": lambda manager, _id, request: manager.run(request),
         "persist": lambda manager, vm_id, request: manager.persist(vm_id, request),

@@ -140,6 +140,12 @@ class Checkpoints(Lifecycle):
             warning=self._space_warning(vm),
         )
 
+    async def save_automatically(self, vm_id: str) -> None:
+        """Make a checkpoint because it is time for one."""
+        vm = self._vm("checkpoint", vm_id)
+        async with vm.turn:
+            await self._save("checkpoint", vm, Save(kind=Kind.AUTOMATIC, go_on=True))
+
     async def checkpoints(self, vm_id: str, *, hidden: bool = False) -> CheckpointsResponse:
         """The checkpoints of a VM, oldest first."""
         vm = self._vm("checkpoints", vm_id)

@@ -16,6 +16,7 @@ from capsem.image.volume import format_volume
 from capsem.model.checkpoint import Checkpoint
 from capsem.model.errors import CapsemError, HostNotReady, MachineFailed, NotFound
 from capsem.model.lifecycle import State
+from capsem.model.policy import OFF, Policy
 from capsem.model.spec import VmSpec
 from capsem.model.vm import VmRecord
 from capsem.service.fleet import Fleet
@@ -37,7 +38,7 @@ class Maker:
     catalog: Catalog
     launcher: Launcher
 
-    def make(self, name: str, spec: VmSpec, *, persistent: bool, profile: str) -> Vm:
+    def make(self, name: str, spec: VmSpec, *, persistent: bool, profile: str, policy: Policy = OFF) -> Vm:
         """Volume, session directory and record of a new VM; what was begun is removed when it fails.
 
         Raises NotFound (no image), OSError (disk full).
@@ -52,6 +53,7 @@ class Maker:
                 layers=(),
                 created_at=self.fleet.system.clock.time(),
                 version=__version__,
+                policy=policy,
             )
             return self._write(record)
 
@@ -65,8 +67,10 @@ class Maker:
         spec: VmSpec | None = None,
         persistent: bool = True,
         checkpoint: str | None = None,
+        policy: Policy = OFF,
     ) -> Vm:
-        """A new VM on top of another's frozen layers; it has the source's size, and not its environment.
+        """A new VM on top of another's frozen layers; it has the source's size, and neither its environment nor its
+        policy.
 
         With `checkpoint` it is suspended there.
 
@@ -87,6 +91,7 @@ class Maker:
             checkpoint=checkpoint,
             current=checkpoint,
             state=State.SUSPENDED if checkpoint else State.CREATED,
+            policy=policy,
         )
         return self._write(record)
 

@@ -62,13 +62,14 @@ class Flattening:
 
     def begin(self) -> None:
         """Look at every VM, now and whenever one changes."""
-        self._fleet.on_changed = self._look
+        self._fleet.watchers.append(self._look)
         for vm in self._fleet.known():
             self._look(vm)
 
     async def close(self) -> None:
         """Give up what is under way, and leave nothing."""
-        self._fleet.on_changed = lambda _vm: None
+        if self._look in self._fleet.watchers:
+            self._fleet.watchers.remove(self._look)
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()

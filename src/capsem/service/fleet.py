@@ -53,7 +53,7 @@ class Fleet:
         self._clearing: set[asyncio.Future[None]] = set()
         self._saving: set[str] = set()  # VMs of which a checkpoint is being made
         self.spare: set[str] = set()  # layers that are being made, for a record to name
-        self.on_changed: Callable[[Vm], None] = lambda _vm: None  # the layers of a VM, or whether it runs or is there
+        self.watchers: list[Callable[[Vm], None]] = []  # told of each change of a VM's record, and of whether it runs
 
     # -- finding
 
@@ -112,11 +112,12 @@ class Fleet:
         vm.on_asked = self._guest_asked
         self._vms[record.id] = vm
         self.write_index()
-        self.on_changed(vm)
+        self._changed(vm)
         return vm
 
     def _changed(self, vm: Vm) -> None:
-        self.on_changed(vm)
+        for watcher in self.watchers:
+            watcher(vm)
 
     def _guest_asked(self, vm: Vm, action: str) -> None:
         self.on_asked(vm, action)
@@ -157,7 +158,7 @@ class Fleet:
         self.remove_layers(vm.record.attached)
         self.collect()
         self.write_index()
-        self.on_changed(vm)
+        self._changed(vm)
 
     def remove(self, vm: Vm) -> None:
         """Remove a VM that does not run, with its files. Doing it again is no error."""
@@ -167,7 +168,7 @@ class Fleet:
         self.layout.instance_socket(vm.id).unlink(missing_ok=True)
         self.layout.ready_file(vm.id).unlink(missing_ok=True)
         self.write_index()
-        self.on_changed(vm)
+        self._changed(vm)
 
     def _remove_session(self, session: SessionDir, record: VmRecord | None) -> None:
         """The record goes first: without it a directory is no VM, whatever else is still there."""
@@ -287,7 +288,7 @@ class Fleet:
         vm.deleted = True
         self._vms.pop(vm.id, None)
         self.remove_layers((*vm.record.layers, *vm.record.attached))
-        self.on_changed(vm)
+        self._changed(vm)
         suffix = self.system.entropy.token_bytes(4).hex()
         kept = self.layout.sessions / f"{vm.id}-failed-{suffix}"
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from capsem.api.types import AssetHealth, ListResponse, LogsResponse, SandboxInfo, UsageResponse
+from capsem.api.types import AssetHealth, ListResponse, LogsResponse, SandboxInfo, UsageResponse, VmPolicy
 from capsem.config import Settings
 from capsem.model.errors import CapsemError, Corrupt, HostNotReady, NotFound
 from capsem.model.lifecycle import State, Status
@@ -113,6 +113,7 @@ class Handlers(Transfer, Files):
             can_resume=None if vm.running else blocked is None,
             resume_blocked_reason=str(blocked) if blocked is not None else None,
             available_actions=actions(status, record, blocked),
+            policy=VmPolicy(**policy) if (policy := record.policy.to_dict()) else None,  # type: ignore[arg-type]
         )
 
     async def logs(self, vm_id: str) -> LogsResponse:

@@ -8,7 +8,9 @@ import logging
 from dataclasses import replace
 from types import MappingProxyType
 
-from capsem.api.internal import AddLayer, LayerAdded, Persist, Stop
+import msgspec
+
+from capsem.api.internal import AddLayer, LayerAdded, Persist, SetPolicy, Stop
 from capsem.api.operations import unknown_vm
 from capsem.api.types import (
     ExecRequest,
@@ -24,6 +26,7 @@ from capsem.api.types import (
     ResumeRequest,
     RunRequest,
     StopResponse,
+    VmPolicy,
 )
 from capsem.config import Settings
 from capsem.image.recipe import DEFAULT_PROFILE
@@ -39,6 +42,7 @@ from capsem.model.errors import (
 )
 from capsem.model.ids import check_name
 from capsem.model.lifecycle import State
+from capsem.model.policy import OFF, Policy
 from capsem.model.spec import DEFAULT_DISK_MB, VmSpec
 from capsem.service.commands import Commands
 from capsem.service.create import COLD, Maker
@@ -87,12 +91,17 @@ class Lifecycle(Commands):
         persistent: bool = False,
     ) -> Vm:
         spec = self._spec(request)
+        policy = OFF
+        if isinstance(request, ProvisionRequest) and request.policy is not None:
+            policy = OFF.changed(msgspec.structs.asdict(request.policy))
+            policy.require(persistent=persistent)
         name = self._fleet.reserve(None if name is None else check_name(name))
         try:
             if source is None:
-                vm = self._maker.make(name, spec, persistent=persistent, profile=request.profile or DEFAULT_PROFILE)
+                profile = request.profile or DEFAULT_PROFILE
+                vm = self._maker.make(name, spec, persistent=persistent, profile=profile, policy=policy)
             else:
-                vm = await self._clone(name, spec, source, persistent=persistent)
+                vm = await self._clone(name, spec, source, persistent=persistent, policy=policy)
             async with vm.turn:
                 await self._start(vm)
         except OSError as error:
@@ -101,7 +110,7 @@ class Lifecycle(Commands):
             self._fleet.release(name)
         return vm
 
-    async def _clone(self, name: str, spec: VmSpec, source_id: str, *, persistent: bool) -> Vm:
+    async def _clone(self, name: str, spec: VmSpec, source_id: str, *, persistent: bool, policy: Policy) -> Vm:
         """A VM of its own size and environment on a copy of a persistent VM's disk."""
         source = self._fleet.get(source_id)
         if not source.record.persistent:
@@ -113,7 +122,9 @@ class Lifecycle(Commands):
         async with source.turn:
             frozen = await self._freeze_top(source)
             spec = replace(spec, disk_mb=source.record.spec.disk_mb)
-            return self._maker.make_child(name, source.record, frozen, None, spec=spec, persistent=persistent)
+            return self._maker.make_child(
+                name, source.record, frozen, None, spec=spec, persistent=persistent, policy=policy
+            )
 
     async def _start(self, vm: Vm, boot: Boot = COLD) -> None:
         """Start a VM; an ephemeral one that cannot be started is removed."""
@@ -226,6 +237,26 @@ class Lifecycle(Commands):
         finally:
             self._fleet.release(name)
         return PersistResponse(success=True, name=name)
+
+    async def set_policy(self, vm_id: str, request: VmPolicy) -> VmPolicy:
+        """Change what becomes of a VM as time goes by; returns all that is on now."""
+        vm = self._vm("policy", vm_id)
+        async with vm.turn:
+            if vm.deleted:
+                raise unknown_vm(vm_id)
+            policy = vm.record.policy.changed(msgspec.structs.asdict(request))
+            policy.require(persistent=vm.record.persistent)
+            try:
+                if vm.running:
+                    link = await vm.ready_link()
+                    await link.open(SetPolicy(policy=policy.to_dict())).result()
+                    vm.reload()
+                else:
+                    vm.rewrite(policy=policy)
+            except OSError as error:
+                raise host_failed(f"the policy of {vm_id} could not be written down", error) from error
+        vm.on_changed(vm)
+        return VmPolicy(**vm.record.policy.to_dict())  # type: ignore[arg-type]
 
     async def purge(self, request: PurgeRequest) -> PurgeResponse:
         """Delete all ephemeral VMs, and if so asked the persistent ones."""

@@ -44,6 +44,7 @@ from capsem.api.types import (
     StopResponse,
     SuspendResponse,
     UsageResponse,
+    VmPolicy,
     WriteFileRequest,
 )
 
@@ -127,6 +128,9 @@ class Manager(Protocol):
 
     async def rollback(self, vm_id: str, request: RollbackRequest) -> RollbackResponse:
         """Take a VM back to a checkpoint."""
+
+    async def set_policy(self, vm_id: str, request: VmPolicy) -> VmPolicy:
+        """Change what becomes of a VM as time goes by."""
 
     async def delete(self, vm_id: str) -> None:
         """Destroy a VM and its data; its name is free when this returns."""

@@ -46,7 +46,7 @@ class Vm:
         self.turn = asyncio.Lock()
         self.link: Link | None = None
         self.on_ended: Callable[[Vm], None] = lambda _vm: None
-        self.on_changed: Callable[[Vm], None] = lambda _vm: None  # its record, or whether it runs
+        self.on_changed: Callable[[Vm], None] = lambda _vm: None  # its record, or whether it runs or is ready
         self.on_asked: Callable[[Vm, str], None] = lambda _vm, _action: None  # its guest asks for "suspend"
         self.deleted = False
         self.obstacle: CapsemError | None = None  # why it can be neither spoken to nor started; `check` raises it
@@ -117,9 +117,13 @@ class Vm:
     def begin(self, child: Child | None, link: Link) -> None:
         """A supervisor was started (a child of ours) or adopted (not)."""
         self._child, self.link = child, link
-        link.on_state = lambda _state: self.reload()
+        link.on_state = lambda _state: self._said()
         link.on_shutdown_asked = lambda action: self.on_asked(self, action)
         self._supervised(link.pid if child is None else child.pid)
+
+    def _said(self) -> None:
+        self.reload()
+        self.on_changed(self)
 
     def begin_apart(self, pid: int, obstacle: CapsemError) -> None:
         """Somebody holds the claim who cannot be spoken to: process `pid`, which can be ended by signal; 0: not found."""
@@ -131,6 +135,7 @@ class Vm:
         self.reload()
         self._ended.clear()
         self._watcher = asyncio.create_task(self._watch(), name=f"watch {self.id}")
+        self.on_changed(self)
 
     def let_go(self) -> None:
         """Hang up on the supervisor and look after it no more: another service will."""
@@ -159,6 +164,7 @@ class Vm:
             log.exception("the record of %s cannot be settled", self.id)
         self._ended.set()
         self.on_ended(self)
+        self.on_changed(self)
 
     async def _gone(self) -> None:
         if self._child is not None:

@@ -88,6 +88,7 @@ class Job:
         self.outputs = outputs or {STDOUT: OutputLog(), STDERR: OutputLog()}
         self.ended = ended
         self.stream: Stream | None = None
+        self.on_ended: Callable[[], None] = lambda: None
         self._followers: list[Follower] = []
         self._changed = asyncio.Event()
         self.cut: asyncio.Future[Interrupted] = (
@@ -124,6 +125,7 @@ class Job:
         finally:
             self.stream = None
             self._notify()
+            self.on_ended()
         with contextlib.suppress(CapsemError):  # then it keeps it for a while longer
             await guest.channel.open(Forget(job=self.id)).result()
 

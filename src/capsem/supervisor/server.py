@@ -21,8 +21,10 @@ from capsem.api.internal import (
     LayersReplaced,
     Persist,
     Persisted,
+    PolicySet,
     ReplaceLayers,
     Save,
+    SetPolicy,
     State,
     Stop,
     Stopping,
@@ -31,6 +33,7 @@ from capsem.api.internal import (
 from capsem.control.channel import Channel, Stream
 from capsem.control.guest import Guest
 from capsem.model.errors import CapsemError, Interrupted, InvalidInput, Unsupported
+from capsem.supervisor.activity import Activity
 from capsem.supervisor.jobs import Follower, Job, JobTable
 from capsem.wire.frames import FrameDecoder, ProtocolError
 from capsem.wire.messages import STDERR, STDIN, STDOUT, Exec, Exited, Failed, ListDir, Message, ReadFile, WriteFile
@@ -47,6 +50,7 @@ class Supervised(Protocol):
 
     guest: Guest
     jobs: JobTable
+    activity: Activity
     pid: int
 
     def state(self) -> State:
@@ -69,6 +73,9 @@ class Supervised(Protocol):
 
     async def save(self, request: Save) -> CheckpointMade:
         """Make a checkpoint."""
+
+    def set_policy(self, request: SetPolicy) -> PolicySet:
+        """Write down another policy."""
 
 
 class Server:
@@ -166,24 +173,28 @@ class _Connection:
             stream.close(Failed(code="internal", message=f"{stream.request.tag}: {type(error).__name__}: {error}"))
 
     async def _answer(self, stream: Stream) -> Message:
-        request, jobs = stream.request, self._supervised.jobs
+        request, jobs, activity = stream.request, self._supervised.jobs, self._supervised.activity
         if isinstance(request, Exec):
             await self._supervised.admit()
             jobs.check_new(request.job)
             job = Job(request.job, request.command)
             job.start(self._supervised.guest, request)
+            activity.begin()
+            job.on_ended = activity.end
             jobs.add(job)
             stream.on_message = job.send
             return await self._follow(stream, job, Attach(job=job.id), feed=request.stdin)
         if isinstance(request, Attach):
             job = jobs.get(request.job)
             stream.on_message = job.send
-            return await self._follow(stream, job, request, feed=False)
+            with activity.going_on():
+                return await self._follow(stream, job, request, feed=False)
         if isinstance(request, Jobs):
-            return job_list(jobs)
+            return job_list(jobs, activity.idle)
         if isinstance(request, (ReadFile, WriteFile, ListDir)):
             await self._supervised.admit()
-            return await relay(stream, self._supervised.guest.channel.open(request))
+            with activity.going_on():
+                return await relay(stream, self._supervised.guest.channel.open(request))
         if isinstance(request, Stop):
             self._supervised.stop(request)
             return Stopping()
@@ -197,6 +208,8 @@ class _Connection:
         if isinstance(request, Save):
             await self._supervised.admit()
             return await self._supervised.save(request)
+        if isinstance(request, SetPolicy):
+            return self._supervised.set_policy(request)
         raise Unsupported(f"{request.tag} is not served here")
 
     async def _follow(self, stream: Stream, job: Job, place: Attach, *, feed: bool) -> Message:
@@ -224,12 +237,14 @@ class _Connection:
             await asyncio.gather(*(task for task in (following, watching, feeding) if task), return_exceptions=True)
 
 
-def job_list(jobs: JobTable) -> JobList:
-    """What there is to say of them."""
+def job_list(jobs: JobTable, idle: float) -> JobList:
+    """What there is to say of them; a command that runs, if only since before a resume, is not idleness."""
     everything = list(jobs)
+    running = [job.id for job in everything if job.ended is None]
     return JobList(
+        idle=0.0 if running else idle,
         jobs=[job.id for job in everything],
-        running=[job.id for job in everything if job.ended is None],
+        running=running,
         commands={job.id: job.command[:COMMAND_SHOWN] for job in everything},
         exit_codes={job.id: job.ended.exit_code for job in everything if isinstance(job.ended, Exited)},
         errors={job.id: job.ended.message[:COMMAND_SHOWN] for job in everything if isinstance(job.ended, CapsemError)},

@@ -25,8 +25,10 @@ from capsem.api.internal import (
     LayersReplaced,
     Persist,
     Persisted,
+    PolicySet,
     ReplaceLayers,
     Save,
+    SetPolicy,
     ShutdownAsked,
     State,
     Stop,
@@ -48,6 +50,7 @@ from capsem.model.errors import (
 )
 from capsem.model.lifecycle import Event
 from capsem.model.lifecycle import State as Lifecycle
+from capsem.model.policy import Policy
 from capsem.model.vm import Exit, VmRecord
 from capsem.store import durable, records
 from capsem.store.checkpoints import CheckpointStore
@@ -57,6 +60,7 @@ from capsem.store.layout import CheckpointDir, Layout, SessionDir
 from capsem.store.lines import CappedLog, last_lines
 from capsem.store.locks import Lock, holders, take_lock, try_lock
 from capsem.supervisor import room
+from capsem.supervisor.activity import Activity
 from capsem.supervisor.jobs import JobTable
 from capsem.supervisor.saving import Order, Saver
 from capsem.supervisor.server import Server
@@ -131,6 +135,7 @@ class Supervisor:
         self.guest: Guest
         self._heartbeat: Heartbeat | None = None
         self.jobs = JobTable()
+        self.activity = Activity(system.clock)
         self.pid = system.processes.own_pid()
         self._server = Server(self)
         self._listener: Listener | None = None
@@ -338,6 +343,11 @@ class Supervisor:
             await self._machine.run()
         self.guest.go_on()
         self._server.broadcast(self.state())
+
+    def set_policy(self, request: SetPolicy) -> PolicySet:
+        """Write down another policy, which the service carries out. Raises InvalidInput, OSError."""
+        self._rewrite(policy=Policy.from_dict(request.policy))
+        return PolicySet()
 
     def _rewrite(self, **changes: object) -> None:
         """Change the record, durably, but for the VM's state. Raises OSError; then nothing was changed."""
