@@ -87,7 +87,8 @@ def test_a_running_job_whose_client_is_gone_keeps_it_awake(tmp_path: Path) -> No
                 await it.handlers.set_policy("box", VmPolicy(idle_secs=1))
                 await it.restart()  # the client's connection went with the service; the command goes on
             async with timers(it) as noted:
-                it.fleet.on_changed(it.fleet.get("box"))
+                vm = it.fleet.get("box")
+                vm.on_changed(vm)
                 assert await noted.done.get() == ("suspend", "box")
                 await until(it, {"box": "Stopped"})
                 disk = it.layout.layer(it.fleet.get("box").record.layers[-1]).with_suffix(".disk")
