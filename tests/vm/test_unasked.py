@@ -51,8 +51,10 @@ def test_a_vm_is_saved_every_so_often_and_suspended_when_idle(service: Service) 
 
         wait_for(lambda: automatic() and len(seen) >= 4, 60)
         changed = service.cli("set", "timed", "--every", "off", "--idle", "2s")
-        assert changed.stdout.split() == "idle 2s ttl off every off keep 2 keep-for off".split(), changed.stderr
-        assert len(automatic()) == 2
+        assert changed.stdout.decode().split() == "idle 2s ttl off every off keep 2 keep-for off".split(), (
+            changed.stderr
+        )
+        wait_for(lambda: len(automatic()) == 2)
         assert client.call("info", vm_id="timed")["policy"] == {"idle_secs": 2.0, "checkpoint_keep": 2}
         code, out, _ = service.exec("timed", "sleep 4; echo done")
         assert (code, out) == (0, "done\n")
