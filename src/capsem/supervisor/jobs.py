@@ -94,7 +94,7 @@ class Job:
         self.cut: asyncio.Future[Interrupted] = (
             asyncio.get_running_loop().create_future()
         )  # why nobody can follow it now
-        self._cancelled = False
+        self._cancelled = self._given_up = False  # wanted, and done
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -120,6 +120,11 @@ class Job:
     async def _run(self, guest: Guest) -> None:
         try:
             self.ended = await self._follow_through(guest)
+        except NotFound:
+            self.ended = Interrupted(
+                f"what became of job {self.id} is not known: it never began, or the guest agent was started anew",
+                hint="look what it did before you repeat it",
+            )
         except CapsemError as error:
             self.ended = error
         finally:
@@ -137,7 +142,7 @@ class Job:
                 return await self._collect(stream)
             except Interrupted:
                 self.stream = None
-                if self._cancelled or guest.is_lost:
+                if self._given_up or guest.is_lost:
                     raise
 
     async def _attach(self, guest: Guest) -> Stream:
@@ -150,7 +155,7 @@ class Job:
         stream.on_message = self._attached
         self.stream = stream
         if self._cancelled:
-            stream.reset()
+            self._give_up(stream)
         return stream
 
     def _attached(self, message: Message) -> None:
@@ -165,13 +170,7 @@ class Job:
         finally:
             for pump in pumps:
                 pump.cancel()
-        try:
-            result = await stream.result()
-        except NotFound:
-            raise Interrupted(
-                f"what became of job {self.id} is not known: it never began, or the guest agent was started anew",
-                hint="look what it did before you repeat it",
-            ) from None
+        result = await stream.result()
         assert isinstance(result, Exited)
         return result
 
@@ -189,10 +188,14 @@ class Job:
             self.stream.send(message)
 
     def cancel(self) -> None:
-        """Kill the command."""
+        """Kill the command; one that has no stream now, when it has one."""
         self._cancelled = True
-        if self.stream is not None:
-            self.stream.reset()
+        if self.stream is not None and not self.stream.over:
+            self._give_up(self.stream)
+
+    def _give_up(self, stream: Stream) -> None:
+        self._given_up = True
+        stream.reset()
 
     # -- with those who follow it
 
