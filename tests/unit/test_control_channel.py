@@ -308,3 +308,23 @@ async def test_garbage_and_a_new_epoch_in_one_piece(two: Two) -> None:
     nonsense = encode(frames.CONTROL, payload=b"{}") + encode(frames.CONTROL, payload=encode_message(Ping(id=1)))
     two.client.data_received(nonsense + FIRST_NONCE)
     assert epochs == [False]
+
+
+@in_loop
+async def test_a_channel_that_is_held_says_nothing_and_takes_everything(two: Two) -> None:
+    ours, theirs = two.open()
+    two.client.hold()
+    await ours.write(STDIN, b"waits")
+    ours.send(Signal(number=15))
+    two.client.control(Ping(id=1))
+    await theirs.write(STDOUT, bytes(WINDOW))
+    two.carry()
+    size = 0
+    while size < WINDOW:  # which earns the peer credit
+        size += len(await ours.read(STDOUT))
+    assert not two.wires[0].written
+    assert two.server.mux.confirmed(theirs.id, STDOUT) == 0
+    two.client.release()
+    two.carry()
+    assert await theirs.read(STDIN) == b"waits"
+    assert WINDOW // 2 <= two.server.mux.confirmed(theirs.id, STDOUT) <= size

@@ -181,6 +181,9 @@ def test_both_sides_of_a_fork_finish_their_own_copy(service: Service, worker: st
     command = NAPS + f"echo x >> /root/forked; for i in {{1..150}}; do echo $i; {NAP}; done; hostname; exit 9"
     client = Client(service, worker, {"command": command, "job": "both"})
     wait_for(lambda: client.output[STDOUT].endswith(b"\n"))
+    last = 1_200_000
+    flood = Client(service, worker, {"command": f"seq {last}; exit 4", "job": "flooding"})
+    wait_for(lambda: len(flood.output[STDOUT]) > 300_000)
     service.client.call("fork", vm_id=worker, body={"name": "copy", "live": True})
     try:
         assert client.end().error is None
@@ -188,6 +191,11 @@ def test_both_sides_of_a_fork_finish_their_own_copy(service: Service, worker: st
         assert bytes(client.output[STDOUT]) == numbers(150) + b"worker\n"
         assert bytes(child.output[STDOUT]) == numbers(150) + b"copy\n"
         assert client.result["exit_code"] == child.result["exit_code"] == 9
+        assert flood.end().error is None
+        assert bytes(flood.output[STDOUT]) == numbers(last)
+        copied = Client(service, "copy", {"job": "flooding", "offsets": {"stdout": 0, "stderr": 0}}).end()
+        assert bytes(copied.output[STDOUT]) == numbers(last)
+        assert not copied.result.get("truncated")
         for name in (worker, "copy"):
             assert service.output(name, "cat /root/forked") == "x\n"
     finally:

@@ -27,8 +27,9 @@ Unknown fields of a request are ignored, optional ones may be null; fields of an
     curl --unix-socket ~/.capsem/run/service.sock http://capsem/list
 
 An error is a status and `{"error": text, "code": code, "message": text, "hint": text}`; `error` is the message with the
-hint. `code` is one of the table at the end. Every operation may also answer `internal` and, while the host refuses
-something, `machine_failed`. A client that hangs up ends what it waited for; operations marked *goes on* run to their end.
+hint. `code` is one of the table at the end. With `interrupted` comes `job`, the id of a command that may go on. Every
+operation may also answer `internal` and, while the host refuses something, `machine_failed`. A client that hangs up ends
+what it waited for; operations marked *goes on* run to their end.
 """
 
 
