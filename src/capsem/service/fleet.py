@@ -382,7 +382,7 @@ class Fleet:
         return True
 
     def _sweep(self) -> None:
-        """Remove what belongs to no VM: sockets, ready files, half-made session directories."""
+        """Remove what belongs to no VM: sockets, ready files, half-made session directories, half-written files."""
         known = set(self._vms)
         for path in self.layout.instances.iterdir():
             if path.stem not in known or not self._vms[path.stem].running:
@@ -392,6 +392,10 @@ class Fleet:
                 if "-failed-" not in path.name and not SessionDir(path).record.exists() and path.is_dir():
                     log.warning("removing half-made session directory %s", path)
                     durable.remove_tree(path)
+        at_rest = (vm.session.path for vm in self._vms.values() if not vm.running)
+        for parent in (self.layout.run_dir, self.layout.layers, self.layout.volumes, *at_rest):
+            for path in parent.glob(f"{durable.TEMPORARY}*"):
+                path.unlink(missing_ok=True)
 
     def _sweep_layers(self) -> None:
         for checkpoint_id in self.checkpoints.sweep():
