@@ -209,7 +209,8 @@ class _Connection:
             await self._supervised.admit()
             return await self._supervised.save(request)
         if isinstance(request, SetPolicy):
-            return self._supervised.set_policy(request)
+            with activity.going_on():  # its owner is there: one that has been idle for long is not suspended at once
+                return self._supervised.set_policy(request)
         raise Unsupported(f"{request.tag} is not served here")
 
     async def _follow(self, stream: Stream, job: Job, place: Attach, *, feed: bool) -> Message:
