@@ -122,7 +122,7 @@ class Job:
             self.ended = await self._follow_through(guest)
         except NotFound:
             self.ended = Interrupted(
-                f"what became of job {self.id} is not known: it never began, or the guest agent was started anew",
+                f"what became of job {self.id} is not known: it never began, or the guest agent began anew since",
                 hint="look what it did before you repeat it",
             )
         except CapsemError as error:
