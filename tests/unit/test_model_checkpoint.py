@@ -8,11 +8,11 @@ import pytest
 
 from capsem.model.checkpoint import (
     Checkpoint,
-    Devices,
     FrozenLayer,
     GuestState,
     Kind,
     Memory,
+    Part,
     checkpoint_from_json,
 )
 from capsem.model.errors import Corrupt, WrongState
@@ -39,7 +39,7 @@ WARM = dataclasses.replace(
     message="before\nthe ü",
     machine=MappingProxyType({"hypervisor": "qemu 7.2", "cpus": 2, "list": ["a", {"b": None}]}),
     memory=Memory(512 << 20, "a" * 64, ((0, 3), (9, 1)), 16384),
-    devices=Devices(81234, "b" * 64),
+    devices=Part(81234, "b" * 64),
     guest=GuestState("boot", 7, "ab" * 16, "token", synced=False),
     pause=0.054321,
     owner_epoch=3,
