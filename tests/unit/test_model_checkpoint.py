@@ -40,6 +40,7 @@ WARM = dataclasses.replace(
     machine=MappingProxyType({"hypervisor": "qemu 7.2", "cpus": 2, "list": ["a", {"b": None}]}),
     memory=Memory(512 << 20, "a" * 64, ((0, 3), (9, 1)), 16384),
     devices=Part(81234, "b" * 64),
+    jobs=Part(17, "c" * 64),
     guest=GuestState("boot", 7, "ab" * 16, "token", synced=False),
     pause=0.054321,
     owner_epoch=3,

@@ -12,6 +12,7 @@ import pytest
 
 from capsem.model.errors import Corrupt, WrongState
 from capsem.model.lifecycle import Event, State
+from capsem.model.policy import Policy
 from capsem.model.spec import VmSpec
 from capsem.model.vm import FORMAT, Exit, VmRecord, record_from_json
 
@@ -37,6 +38,7 @@ FULL = dataclasses.replace(
     current="3" * 32,
     kept=("4" * 32, "5" * 32),
     machine_id="6" * 32,
+    policy=Policy(idle_secs=900.0, checkpoint_keep=3),
     attached=("7" * 32,),
     last_exit=Exit("failed", "the VMM ended", "last line"),
 )
