@@ -91,9 +91,8 @@ class Job:
         self.on_ended: Callable[[], None] = lambda: None
         self._followers: list[Follower] = []
         self._changed = asyncio.Event()
-        self.cut: asyncio.Future[Interrupted] = (
-            asyncio.get_running_loop().create_future()
-        )  # why nobody can follow it now
+        # Done once nobody can follow it here any more; then why.
+        self.cut: asyncio.Future[Interrupted] = asyncio.get_running_loop().create_future()
         self._cancelled = self._given_up = False  # wanted, and done
         self._task: asyncio.Task[None] | None = None
 
