@@ -1,4 +1,4 @@
-"""Thirty suspends in a row: the chain stays short, every byte right; and services and supervisors killed in a merge."""
+"""Many suspends in a row: the chain stays short, every byte right; and services and supervisors killed in a merge."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from capsem.image.catalog import Catalog
 from capsem.model.vm import VmRecord, record_from_json
 from capsem.store.flatten import MAX_DEPTH
 from real_service import Service, wait_for
 
-CYCLES = 30
 TINY = {"ram_mb": 256, "cpus": 1}
 
 
@@ -69,11 +70,12 @@ def write(service: Service, number: int) -> None:
     )
 
 
-def test_thirty_suspends_leave_a_short_chain_and_every_byte(own_service: Service, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cycles", [12, pytest.param(30, marks=pytest.mark.soak)])
+def test_suspends_leave_a_short_chain_and_every_byte(own_service: Service, tmp_path: Path, cycles: int) -> None:
     service = own_service
     service.client.call("provision", body={"name": "box", "persistent": True, **TINY})
     deepest = 0
-    for number in range(CYCLES):
+    for number in range(cycles):
         write(service, number)
         service.client.call("suspend", vm_id="box")
         deepest = max(deepest, len(record(service).layers))
