@@ -24,7 +24,8 @@ from capsem.api.internal import BOUND, Bootstrap, Stop
 from capsem.hypervisor.driver import Accelerator, Ending, Features, Layer, MachineSpec, Merged, Saved, SaveFiles
 from capsem.model.errors import CapsemError, MachineFailed
 from capsem.store.layout import Layout, SessionDir
-from capsem.supervisor.supervisor import Names, Supervisor
+from capsem.supervisor.owned import Names
+from capsem.supervisor.supervisor import Supervisor
 from capsem.system import System
 from capsem.system.real import RealProcesses, real_system
 from capsem.wire.messages import decode_message

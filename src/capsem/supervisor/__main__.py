@@ -21,7 +21,8 @@ from capsem.hypervisor.registry import make_driver
 from capsem.model.errors import CapsemError, InvalidInput
 from capsem.model.ids import check_name
 from capsem.store.layout import Layout, SessionDir
-from capsem.supervisor.supervisor import Names, Supervisor
+from capsem.supervisor.owned import Names
+from capsem.supervisor.supervisor import Supervisor
 from capsem.system.process import command_line, set_command_line, set_process_name
 from capsem.system.real import real_system
 from capsem.wire.frames import ProtocolError

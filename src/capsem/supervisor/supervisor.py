@@ -14,157 +14,61 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from capsem.api.internal import (
-    AddLayer,
     Bootstrap,
-    CheckpointMade,
-    LayerAdded,
-    LayersReplaced,
-    Persist,
-    Persisted,
-    PolicySet,
-    ReplaceLayers,
-    Save,
-    SetPolicy,
     ShutdownAsked,
-    State,
     Stop,
 )
-from capsem.control.guest import Guest, Identity, Restored
-from capsem.control.heartbeat import SILENCE, Heartbeat
+from capsem.control.guest import Guest, Restored
+from capsem.control.heartbeat import Heartbeat
 from capsem.hypervisor.driver import Accelerator, Driver, Ending, Layer, Machine, MachineSpec
-from capsem.model.checkpoint import Checkpoint, Kind
 from capsem.model.errors import (
     CapsemError,
     Corrupt,
-    GuestFailed,
-    Interrupted,
     MachineFailed,
     NotRunning,
-    TimedOut,
     Unavailable,
-    WrongState,
 )
 from capsem.model.lifecycle import Event
 from capsem.model.lifecycle import State as Lifecycle
-from capsem.model.policy import Policy
 from capsem.model.vm import Exit, VmRecord
-from capsem.store import durable, records
-from capsem.store.checkpoints import CheckpointStore
-from capsem.store.flatten import replaced
+from capsem.store import records
 from capsem.store.jobs import decode
-from capsem.store.layout import CheckpointDir, Layout, SessionDir
-from capsem.store.lines import CappedLog, last_lines
+from capsem.store.layout import CheckpointDir
+from capsem.store.lines import last_lines
 from capsem.store.locks import Lock, holders, take_lock, try_lock
 from capsem.supervisor import room
-from capsem.supervisor.activity import Activity
-from capsem.supervisor.jobs import JobTable
-from capsem.supervisor.saving import Order, Saver
+from capsem.supervisor.changes import Changes
+from capsem.supervisor.console import Console
+from capsem.supervisor.owned import Names
+from capsem.supervisor.saving import Saver
 from capsem.supervisor.server import Server
-from capsem.system import Listener, System
+from capsem.system import System
 from capsem.wire.messages import Message, ShutdownRequest
 
 BOOT_LIMIT = 90.0  # seconds from the machine's first instruction to the guest's readiness; emulated and busy
 ADMIT_LIMIT = 30.0  # seconds that a command or file operation waits for a guest that is not ready
 POWER_OFF_MARGIN = 3.0  # seconds beyond the guest's grace until the machine is killed
-FREEZE_LIMIT = 2.0  # seconds that the guest holds its writes for a new layer
 ENDING_LIMIT = 2.0  # seconds between the loss of the control channel and the VMM's end
 ORPHAN_LIMIT = 5.0  # seconds for the VMM of an earlier, killed supervisor to die
 LOG_LINES = 20
-ENDS = frozenset({Event.STOP, Event.EXITED, Event.LOST})
-SAVE_HINT = "the VM goes on; `capsem df` shows what takes room"
 
 log = logging.getLogger("capsem_process")
 
 
-@dataclass(frozen=True, slots=True)
-class Names:
-    """The files of a run."""
-
-    session: SessionDir
-    layout: Layout
-    socket: Path
-    ready_file: Path
-
-
-class Console(asyncio.Protocol):
-    """Writes what comes from the guest's console to a capped log."""
-
-    def __init__(self, path: Path) -> None:
-        self._log = CappedLog(path)
-        self._failed = False
-
-    def data_received(self, data: bytes) -> None:
-        """See asyncio.Protocol. A full disk loses console output, not the VM."""
-        try:
-            self._log.write(data)
-        except OSError as error:
-            if not self._failed:
-                log.error("the console cannot be logged: %s", error)
-            self._failed = True
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """See asyncio.Protocol."""
-        self._log.close()
-
-    def move(self, path: Path) -> None:
-        """The log was renamed."""
-        self._log.path = path
-
-
-class Supervisor:
+class Supervisor(Changes):
     """Owns one machine and speaks with its guest."""
 
     def __init__(
         self, system: System, driver: Driver, names: Names, bootstrap: Bootstrap, bound: Callable[[], None]
     ) -> None:
-        self._system = system
-        self._driver = driver
-        self._names = names
-        self._bootstrap = bootstrap
-        self._bound = bound
-        self._record: VmRecord
-        self._machine: Machine | None = None
-        self._warning: str | None = None
-        self._token = ""
-        self._stop_asked: Stop | None = None
-        self._stop_changed = asyncio.Event()
-        self.guest: Guest
-        self._heartbeat: Heartbeat | None = None
-        self.jobs = JobTable()
-        self.activity = Activity(system.clock)
-        self.pid = system.processes.own_pid()
+        super().__init__(system, driver, names, bootstrap, bound)
         self._server = Server(self)
-        self._listener: Listener | None = None
-        self._console: Console
-        self._store = CheckpointStore(names.layout)
-        self._saver: Saver | None = None
-        self._saving = asyncio.Lock()  # a checkpoint, a new layer, a stop: one at a time
-        self._suspended = asyncio.Event()
 
     # -- for the server
-
-    def state(self) -> State:
-        """Where the VM is now."""
-        exit_ = self._record.last_exit
-        reason = exit_.reason if exit_ else None
-        if self._heartbeat is not None and self._heartbeat.silent:
-            reason = f"the guest agent has not answered for {SILENCE:.0f} s or longer: the guest may hang"
-        return State(
-            state=self._record.state,
-            ready=self._record.state == Lifecycle.RUNNING and self.guest.is_ready,
-            vmm_pid=self._machine.pid if self._machine else 0,
-            boot_kind=self._record.boot_kind,
-            reason=reason,
-            warning=self._warning,
-        )
-
-    def _warn(self, warning: str | None) -> None:
-        self._warning = warning
-        self._server.broadcast(self.state())
 
     async def admit(self) -> None:
         """Wait until the guest may be spoken to. Raises NotRunning, Unavailable, TimedOut, Interrupted."""
@@ -178,182 +82,6 @@ class Supervisor:
         """Begin to end the machine; a later, harsher request takes over."""
         self._stop_asked = request
         self._stop_changed.set()
-
-    async def persist(self, request: Persist) -> Persisted:
-        """Take another name. The record goes first: from then on a service that finds the old directory moves it."""
-        old, session = self._names, SessionDir(Path(request.session_dir))
-        self._rewrite(id=request.name, persistent=True)
-        durable.rename(old.session.path, session.path)
-        self._names = replace(old, session=session, socket=Path(request.socket), ready_file=Path(request.ready_file))
-        self._console.move(session.serial_log)
-        former = self._listener
-        self._listener = await self._listen()
-        if former is not None:
-            former.close()
-        if old.ready_file.exists():
-            self._names.ready_file.touch(mode=0o600)
-        old.ready_file.unlink(missing_ok=True)
-        old.socket.unlink(missing_ok=True)
-        self.guest.rename(self._identity())
-        log.info("%s is persistent as %s", old.session.path.name, request.name)
-        return Persisted()
-
-    async def add_layer(self, request: AddLayer) -> LayerAdded:
-        """Freeze the volume's top layer and go on in a new one, with the guest's file system held still if it can be.
-
-        The record names the new layer before the machine writes to it: a crash in between finds an empty layer on top,
-        which changes nothing, where the other order would lose what was written to a layer nobody names.
-        """
-        async with self._saving:
-            return await self._add_layer(request)
-
-    async def _add_layer(self, request: AddLayer) -> LayerAdded:
-        assert self._machine is not None
-        before = self._record
-        layer = Layer(self._names.layout.layer(request.layer), "qcow2")
-        self._rewrite(layers=(*before.layers, request.layer))
-        began, quiesced = self._system.clock.monotonic(), True
-        try:
-            try:
-                async with self.guest.frozen(FREEZE_LIMIT):
-                    await self._machine.add_layer(layer)
-            except (GuestFailed, TimedOut, Interrupted) as error:
-                log.warning("the volume's layer is taken without the guest's help: %s", error)
-                quiesced = False
-                if self._machine.top_layer != layer:
-                    await self._machine.add_layer(layer)
-        except CapsemError:
-            self._rewrite(layers=before.layers)
-            raise
-        return LayerAdded(quiesced=quiesced, pause=self._system.clock.monotonic() - began)
-
-    async def replace_layers(self, request: ReplaceLayers) -> LayersReplaced:
-        """Name a layer in place of frozen ones that say the same. The machine has those open, and reads them to its end.
-
-        Not while it is being resumed: a resume that fails goes back to the checkpoint's very layers.
-
-        Raises WrongState: nothing was changed; OSError: the record on disk says which.
-        """
-        async with self._saving:
-            *frozen, top = self._record.layers
-            layers = replaced(frozen, request.old, request.new)
-            if layers is None or self._record.state != Lifecycle.RUNNING:
-                raise WrongState(f"{self._record.id} is {self._record.state}, and its layers are others")
-            record = replace(self._record, layers=(*layers, top), attached=(*self._record.attached, *request.old))
-            records.write(self._names.session, record)
-            self._record = record
-        return LayersReplaced()
-
-    async def save(self, request: Save) -> CheckpointMade:
-        """Make a checkpoint, and go on or be suspended. A save that fails leaves the VM running."""
-        async with self._saving:
-            saver, machine, before = self._saver, self._machine, self._record
-            assert saver is not None
-            assert machine is not None
-            if before.state != Lifecycle.RUNNING or self._stop_asked is not None:
-                raise WrongState(f"{before.id} is {before.state}", hint="try again in a moment")
-            layer_id = self._system.entropy.token_bytes(16).hex()
-            layer = Layer(self._names.layout.layer(layer_id), "qcow2")
-            try:
-                checkpoint_id = await saver.reserve()
-                self._driver.create_layer(layer.path, size_mb=before.spec.disk_mb, vm_id=before.id, layer_id=layer_id)
-                # The record names the new layer before the machine writes to it, as in `add_layer`.
-                layers = (*before.layers, layer_id)
-                if request.go_on:
-                    self._rewrite(layers=layers)
-                else:
-                    self._advance(Event.SUSPEND, saving=checkpoint_id, layers=layers)
-                    self._server.broadcast(self.state())
-                order = Order(Kind(request.kind), before.layers, layer, request.go_on, request.message)
-                checkpoint = await saver.save(before, order)
-            except BaseException as error:
-                await self._go_on(before, layer_id, layer)
-                if isinstance(error, OSError):
-                    raise MachineFailed(
-                        f"{before.id} could not be saved: {error.strerror or error}", hint=SAVE_HINT
-                    ) from error
-                raise
-            if request.go_on:
-                self._note_current(checkpoint)
-            else:
-                self._suspend(checkpoint)
-                layer.path.unlink(missing_ok=True)
-        memory, guest, pause = checkpoint.memory, checkpoint.guest, checkpoint.pause or 0.0
-        assert memory is not None
-        assert guest is not None
-        log.info("saved as %s: %d bytes, paused %.3f s", checkpoint.id, memory.written, pause)
-        return CheckpointMade(
-            checkpoint=checkpoint.id, pause=pause, written=memory.written, synced=guest.synced, frozen=guest.frozen
-        )
-
-    def _note_current(self, checkpoint: Checkpoint) -> None:
-        self._record = replace(self._record, current=checkpoint.id)
-        try:
-            records.write(self._names.session, self._record)
-        except OSError as error:  # a full disk; the checkpoint is made, and the next word in the record says so too
-            log.error("the record cannot be written: %s", error)
-
-    def _suspend(self, checkpoint: Checkpoint) -> None:
-        """The word that makes it final. Raises Interrupted when the machine was killed on request meanwhile."""
-        if self._record.state != Lifecycle.SUSPENDING:
-            self._store.remove(checkpoint.id)
-            raise Interrupted(f"{self._record.id} was stopped while it was being suspended")
-        try:
-            self._advance(
-                Event.SUSPENDED,
-                checkpoint=checkpoint.id,
-                current=checkpoint.id,
-                saving=None,
-                layers=checkpoint.layer_ids,
-                last_exit=Exit("suspended", "suspended"),
-            )
-        except OSError as error:
-            # With the checkpoint committed, SUSPENDING says the same (model.lifecycle.recover): it is done, and a machine
-            # that went on now would make that a lie.
-            log.error("the record cannot be written: %s", error)
-        finally:
-            self._suspended.set()
-            self.jobs.cut(self._job_waits)
-
-    def _job_waits(self, job: str) -> Interrupted:
-        """What the clients of commands are told at a suspend."""
-        name = self._record.id
-        return Interrupted(
-            f"{name} was suspended; job {job} goes on when it is resumed",
-            hint=f"capsem resume {name}, then capsem output {name} {job} --follow",
-            job=job,
-        )
-
-    async def _go_on(self, before: VmRecord, layer_id: str, layer: Layer) -> None:
-        """After a save that failed: the machine runs, and the record says on which layers."""
-        assert self._machine is not None
-        added = self._machine.top_layer == layer
-        self._record = replace(self._record, saving=None, layers=(*before.layers, layer_id) if added else before.layers)
-        try:
-            if self._record.state == Lifecycle.SUSPENDING:
-                self._advance(Event.ABORTED)
-            else:
-                records.write(self._names.session, self._record)
-            if not added:
-                layer.path.unlink(missing_ok=True)
-        except OSError as error:  # a full disk; what the record says is true enough: one empty layer more
-            log.error("the record cannot be written: %s", error)
-        self.guest.channel.release()
-        with contextlib.suppress(MachineFailed):  # it has ended: the run says why
-            await self._machine.run()
-        self.guest.go_on()
-        self._server.broadcast(self.state())
-
-    def set_policy(self, request: SetPolicy) -> PolicySet:
-        """Write down another policy, which the service carries out. Raises InvalidInput, OSError."""
-        self._rewrite(policy=Policy.from_dict(request.policy))
-        return PolicySet()
-
-    def _rewrite(self, **changes: object) -> None:
-        """Change the record, durably, but for the VM's state. Raises OSError; then nothing was changed."""
-        record = replace(self._record, **changes)  # type: ignore[arg-type]
-        records.write(self._names.session, record)
-        self._record = record
 
     # -- the run
 
@@ -404,14 +132,6 @@ class Supervisor:
         )
         self._token = token
         self.guest = Guest(self._identity(), clock, entropy, restored)
-
-    def _identity(self) -> Identity:
-        record = self._record
-        return Identity(record.id, record.id, record.spec.env, record.machine_id, self._token)
-
-    async def _listen(self) -> Listener:
-        self._names.socket.unlink(missing_ok=True)
-        return await self._system.network.listen(self._names.socket, self._server.connection)
 
     async def _run_claimed(self) -> int:
         try:
@@ -613,16 +333,6 @@ class Supervisor:
         self._names.layout.layer(layer).unlink(missing_ok=True)
         self._server.broadcast(self.state())
         return 0 if asked else 1
-
-    def _advance(self, event: Event, **changes: object) -> None:
-        """Move the record on, durably. Raises OSError, but not on the way out: a full disk keeps no VM from ending."""
-        self._record = self._record.after(event, **changes)
-        try:
-            records.write(self._names.session, self._record)
-        except OSError as error:
-            if event not in ENDS:
-                raise
-            log.error("the record cannot be written: %s", error)
 
     def _conclude(self, ending: Ending) -> int:
         """The last word in the record; returns the exit status."""

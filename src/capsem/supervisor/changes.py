@@ -1,0 +1,222 @@
+"""What a service may have done to a VM while it runs: another name, policy, layers; a checkpoint, a suspend.
+
+Each is one write of the record, in the order that leaves the truth behind whenever it is cut off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from capsem.api.internal import (
+    AddLayer,
+    CheckpointMade,
+    LayerAdded,
+    LayersReplaced,
+    Persist,
+    Persisted,
+    PolicySet,
+    ReplaceLayers,
+    Save,
+    SetPolicy,
+)
+from capsem.hypervisor.driver import Layer
+from capsem.model.checkpoint import Checkpoint, Kind
+from capsem.model.errors import (
+    CapsemError,
+    GuestFailed,
+    Interrupted,
+    MachineFailed,
+    TimedOut,
+    WrongState,
+)
+from capsem.model.lifecycle import Event
+from capsem.model.lifecycle import State as Lifecycle
+from capsem.model.policy import Policy
+from capsem.model.vm import Exit, VmRecord
+from capsem.store import durable, records
+from capsem.store.flatten import replaced
+from capsem.store.layout import SessionDir
+from capsem.supervisor.owned import Owned
+from capsem.supervisor.saving import Order
+
+FREEZE_LIMIT = 2.0  # seconds that the guest holds its writes for a new layer
+SAVE_HINT = "the VM goes on; `capsem df` shows what takes room"
+
+log = logging.getLogger("capsem_process")
+
+
+class Changes(Owned):
+    """See Owned."""
+
+    async def persist(self, request: Persist) -> Persisted:
+        """Take another name. The record goes first: from then on a service that finds the old directory moves it."""
+        old, session = self._names, SessionDir(Path(request.session_dir))
+        self._rewrite(id=request.name, persistent=True)
+        durable.rename(old.session.path, session.path)
+        self._names = replace(old, session=session, socket=Path(request.socket), ready_file=Path(request.ready_file))
+        self._console.move(session.serial_log)
+        former = self._listener
+        self._listener = await self._listen()
+        if former is not None:
+            former.close()
+        if old.ready_file.exists():
+            self._names.ready_file.touch(mode=0o600)
+        old.ready_file.unlink(missing_ok=True)
+        old.socket.unlink(missing_ok=True)
+        self.guest.rename(self._identity())
+        log.info("%s is persistent as %s", old.session.path.name, request.name)
+        return Persisted()
+
+    async def add_layer(self, request: AddLayer) -> LayerAdded:
+        """Freeze the volume's top layer and go on in a new one, with the guest's file system held still if it can be.
+
+        The record names the new layer before the machine writes to it: a crash in between finds an empty layer on top,
+        which changes nothing, where the other order would lose what was written to a layer nobody names.
+        """
+        async with self._saving:
+            return await self._add_layer(request)
+
+    async def _add_layer(self, request: AddLayer) -> LayerAdded:
+        assert self._machine is not None
+        before = self._record
+        layer = Layer(self._names.layout.layer(request.layer), "qcow2")
+        self._rewrite(layers=(*before.layers, request.layer))
+        began, quiesced = self._system.clock.monotonic(), True
+        try:
+            try:
+                async with self.guest.frozen(FREEZE_LIMIT):
+                    await self._machine.add_layer(layer)
+            except (GuestFailed, TimedOut, Interrupted) as error:
+                log.warning("the volume's layer is taken without the guest's help: %s", error)
+                quiesced = False
+                if self._machine.top_layer != layer:
+                    await self._machine.add_layer(layer)
+        except CapsemError:
+            self._rewrite(layers=before.layers)
+            raise
+        return LayerAdded(quiesced=quiesced, pause=self._system.clock.monotonic() - began)
+
+    async def replace_layers(self, request: ReplaceLayers) -> LayersReplaced:
+        """Name a layer in place of frozen ones that say the same. The machine has those open, and reads them to its end.
+
+        Not while it is being resumed: a resume that fails goes back to the checkpoint's very layers.
+
+        Raises WrongState: nothing was changed; OSError: the record on disk says which.
+        """
+        async with self._saving:
+            *frozen, top = self._record.layers
+            layers = replaced(frozen, request.old, request.new)
+            if layers is None or self._record.state != Lifecycle.RUNNING:
+                raise WrongState(f"{self._record.id} is {self._record.state}, and its layers are others")
+            record = replace(self._record, layers=(*layers, top), attached=(*self._record.attached, *request.old))
+            records.write(self._names.session, record)
+            self._record = record
+        return LayersReplaced()
+
+    async def save(self, request: Save) -> CheckpointMade:
+        """Make a checkpoint, and go on or be suspended. A save that fails leaves the VM running."""
+        async with self._saving:
+            saver, machine, before = self._saver, self._machine, self._record
+            assert saver is not None
+            assert machine is not None
+            if before.state != Lifecycle.RUNNING or self._stop_asked is not None:
+                raise WrongState(f"{before.id} is {before.state}", hint="try again in a moment")
+            layer_id = self._system.entropy.token_bytes(16).hex()
+            layer = Layer(self._names.layout.layer(layer_id), "qcow2")
+            try:
+                checkpoint_id = await saver.reserve()
+                self._driver.create_layer(layer.path, size_mb=before.spec.disk_mb, vm_id=before.id, layer_id=layer_id)
+                # The record names the new layer before the machine writes to it, as in `add_layer`.
+                layers = (*before.layers, layer_id)
+                if request.go_on:
+                    self._rewrite(layers=layers)
+                else:
+                    self._advance(Event.SUSPEND, saving=checkpoint_id, layers=layers)
+                    self._server.broadcast(self.state())
+                order = Order(Kind(request.kind), before.layers, layer, request.go_on, request.message)
+                checkpoint = await saver.save(before, order)
+            except BaseException as error:
+                await self._go_on(before, layer_id, layer)
+                if isinstance(error, OSError):
+                    raise MachineFailed(
+                        f"{before.id} could not be saved: {error.strerror or error}", hint=SAVE_HINT
+                    ) from error
+                raise
+            if request.go_on:
+                self._note_current(checkpoint)
+            else:
+                self._suspend(checkpoint)
+                layer.path.unlink(missing_ok=True)
+        memory, guest, pause = checkpoint.memory, checkpoint.guest, checkpoint.pause or 0.0
+        assert memory is not None
+        assert guest is not None
+        log.info("saved as %s: %d bytes, paused %.3f s", checkpoint.id, memory.written, pause)
+        return CheckpointMade(
+            checkpoint=checkpoint.id, pause=pause, written=memory.written, synced=guest.synced, frozen=guest.frozen
+        )
+
+    def _note_current(self, checkpoint: Checkpoint) -> None:
+        self._record = replace(self._record, current=checkpoint.id)
+        try:
+            records.write(self._names.session, self._record)
+        except OSError as error:  # a full disk; the checkpoint is made, and the next word in the record says so too
+            log.error("the record cannot be written: %s", error)
+
+    def _suspend(self, checkpoint: Checkpoint) -> None:
+        """The word that makes it final. Raises Interrupted when the machine was killed on request meanwhile."""
+        if self._record.state != Lifecycle.SUSPENDING:
+            self._store.remove(checkpoint.id)
+            raise Interrupted(f"{self._record.id} was stopped while it was being suspended")
+        try:
+            self._advance(
+                Event.SUSPENDED,
+                checkpoint=checkpoint.id,
+                current=checkpoint.id,
+                saving=None,
+                layers=checkpoint.layer_ids,
+                last_exit=Exit("suspended", "suspended"),
+            )
+        except OSError as error:
+            # With the checkpoint committed, SUSPENDING says the same (model.lifecycle.recover): it is done, and a machine
+            # that went on now would make that a lie.
+            log.error("the record cannot be written: %s", error)
+        finally:
+            self._suspended.set()
+            self.jobs.cut(self._job_waits)
+
+    def _job_waits(self, job: str) -> Interrupted:
+        """What the clients of commands are told at a suspend."""
+        name = self._record.id
+        return Interrupted(
+            f"{name} was suspended; job {job} goes on when it is resumed",
+            hint=f"capsem resume {name}, then capsem output {name} {job} --follow",
+            job=job,
+        )
+
+    async def _go_on(self, before: VmRecord, layer_id: str, layer: Layer) -> None:
+        """After a save that failed: the machine runs, and the record says on which layers."""
+        assert self._machine is not None
+        added = self._machine.top_layer == layer
+        self._record = replace(self._record, saving=None, layers=(*before.layers, layer_id) if added else before.layers)
+        try:
+            if self._record.state == Lifecycle.SUSPENDING:
+                self._advance(Event.ABORTED)
+            else:
+                records.write(self._names.session, self._record)
+            if not added:
+                layer.path.unlink(missing_ok=True)
+        except OSError as error:  # a full disk; what the record says is true enough: one empty layer more
+            log.error("the record cannot be written: %s", error)
+        self.guest.channel.release()
+        with contextlib.suppress(MachineFailed):  # it has ended: the run says why
+            await self._machine.run()
+        self.guest.go_on()
+        self._server.broadcast(self.state())
+
+    def set_policy(self, request: SetPolicy) -> PolicySet:
+        """Write down another policy, which the service carries out. Raises InvalidInput, OSError."""
+        self._rewrite(policy=Policy.from_dict(request.policy))
+        return PolicySet()

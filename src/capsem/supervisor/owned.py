@@ -1,0 +1,118 @@
+"""What a supervisor owns, the record, the machine and the guest, and the two ways in which the record changes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from capsem.api.internal import (
+    Bootstrap,
+    State,
+    Stop,
+)
+from capsem.control.guest import Guest, Identity
+from capsem.control.heartbeat import SILENCE, Heartbeat
+from capsem.hypervisor.driver import Driver, Machine
+from capsem.model.lifecycle import Event
+from capsem.model.lifecycle import State as Lifecycle
+from capsem.model.vm import VmRecord
+from capsem.store import records
+from capsem.store.checkpoints import CheckpointStore
+from capsem.store.layout import Layout, SessionDir
+from capsem.supervisor.activity import Activity
+from capsem.supervisor.console import Console
+from capsem.supervisor.jobs import JobTable
+from capsem.supervisor.saving import Saver
+from capsem.supervisor.server import Server
+from capsem.system import Listener, System
+
+ENDS = frozenset({Event.STOP, Event.EXITED, Event.LOST})
+
+log = logging.getLogger("capsem_process")
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """The files of a run."""
+
+    session: SessionDir
+    layout: Layout
+    socket: Path
+    ready_file: Path
+
+
+class Owned:
+    """One VM, from the claim on."""
+
+    def __init__(
+        self, system: System, driver: Driver, names: Names, bootstrap: Bootstrap, bound: Callable[[], None]
+    ) -> None:
+        self._system = system
+        self._driver = driver
+        self._names = names
+        self._bootstrap = bootstrap
+        self._bound = bound
+        self._record: VmRecord
+        self._machine: Machine | None = None
+        self._warning: str | None = None
+        self._token = ""
+        self._stop_asked: Stop | None = None
+        self._stop_changed = asyncio.Event()
+        self.guest: Guest
+        self._heartbeat: Heartbeat | None = None
+        self.jobs = JobTable()
+        self.activity = Activity(system.clock)
+        self.pid = system.processes.own_pid()
+        self._server: Server
+        self._listener: Listener | None = None
+        self._console: Console
+        self._store = CheckpointStore(names.layout)
+        self._saver: Saver | None = None
+        self._saving = asyncio.Lock()  # a checkpoint, a new layer, a stop: one at a time
+        self._suspended = asyncio.Event()
+
+    def state(self) -> State:
+        """Where the VM is now."""
+        exit_ = self._record.last_exit
+        reason = exit_.reason if exit_ else None
+        if self._heartbeat is not None and self._heartbeat.silent:
+            reason = f"the guest agent has not answered for {SILENCE:.0f} s or longer: the guest may hang"
+        return State(
+            state=self._record.state,
+            ready=self._record.state == Lifecycle.RUNNING and self.guest.is_ready,
+            vmm_pid=self._machine.pid if self._machine else 0,
+            boot_kind=self._record.boot_kind,
+            reason=reason,
+            warning=self._warning,
+        )
+
+    def _warn(self, warning: str | None) -> None:
+        self._warning = warning
+        self._server.broadcast(self.state())
+
+    def _identity(self) -> Identity:
+        record = self._record
+        return Identity(record.id, record.id, record.spec.env, record.machine_id, self._token)
+
+    async def _listen(self) -> Listener:
+        self._names.socket.unlink(missing_ok=True)
+        return await self._system.network.listen(self._names.socket, self._server.connection)
+
+    def _rewrite(self, **changes: object) -> None:
+        """Change the record, durably, but for the VM's state. Raises OSError; then nothing was changed."""
+        record = replace(self._record, **changes)  # type: ignore[arg-type]
+        records.write(self._names.session, record)
+        self._record = record
+
+    def _advance(self, event: Event, **changes: object) -> None:
+        """Move the record on, durably. Raises OSError, but not on the way out: a full disk keeps no VM from ending."""
+        self._record = self._record.after(event, **changes)
+        try:
+            records.write(self._names.session, self._record)
+        except OSError as error:
+            if event not in ENDS:
+                raise
+            log.error("the record cannot be written: %s", error)
