@@ -193,6 +193,8 @@ class Saver:
         if order.go_on:
             try:
                 self._rebase(prepared.draft.files)
+                if record.persistent:  # no other VM is suspended, and a fork of it is seldom one of many
+                    self.prepare_soon()
             except OSError as error:  # the checkpoint is made; the next one begins with what this one began with
                 log.error("the next checkpoint will take longer: %s", error)
         return checkpoint
@@ -248,7 +250,6 @@ class Saver:
         if self._base is not None:
             self._base.close()
         self._base, self._own = base, True
-        self.prepare_soon()
 
     def _finish(self, prepared: _Prepared, record: VmRecord, order: Order, saved: Saved, synced: bool) -> Checkpoint:
         """Make RAM durable, and write down what was saved."""

@@ -12,8 +12,8 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable
-from typing import Final
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Final, NamedTuple
 
 from capsem.hypervisor.driver import Ending, Layer, MachineSpec, Saved, SaveFiles
 from capsem.hypervisor.qemu.command import TOP_NODE, layer_nodes
@@ -83,6 +83,14 @@ def _with(what: str, words: str) -> str:
     return f"{what}: {words}" if words else what
 
 
+class _Opened(NamedTuple):
+    """A layer that can be put on top: the layer, its node, its place in the chain."""
+
+    layer: Layer
+    node: str
+    place: int
+
+
 def _room(memory: GuestMemory) -> Snapshot:
     """Room for what is changed now, and for what will be by the time that the machine stands still."""
     return Snapshot(memory, sum(length for _, length in memory.changed()) + HEADROOM)
@@ -106,8 +114,8 @@ class QemuMachine:
         self._record = record
         self._spec = spec
         self._top = self._frozen = spec.volume[-1]
-        self._top_node = TOP_NODE
-        self._top_place = len(spec.volume) - 1
+        self._top_node = self._frozen_node = TOP_NODE
+        self._top_place = self._frozen_place = len(spec.volume) - 1
         self._next_place = len(spec.volume)
         self._layering = asyncio.Lock()
         self._control = control
@@ -171,6 +179,13 @@ class QemuMachine:
         await self._command(asyncio.shield(self._add_layer(layer)))
 
     async def _add_layer(self, layer: Layer) -> None:
+        async with self._opened(layer) as opened:
+            await self._switch(opened)
+        await self._seal()
+
+    @contextlib.asynccontextmanager
+    async def _opened(self, layer: Layer) -> AsyncIterator[_Opened]:
+        """A layer that QEMU has open, for `_switch` to put on top; it is closed again if that does not happen."""
         async with self._layering:
             place = self._next_place
             self._next_place += 1  # also when this fails: names are not used twice
@@ -179,24 +194,33 @@ class QemuMachine:
             try:
                 await self._monitor.blockdev_add(node)
                 try:
-                    await self._monitor.blockdev_snapshot(self._top_node, node["node-name"])
-                except MachineFailed:
-                    await self._monitor.blockdev_del(node["node-name"])
-                    raise
-            except MachineFailed:
-                await self._monitor.blockdev_del(file["node-name"])
-                raise
-            frozen, _ = layer_nodes(self._top, self._top_place, name=self._top_node, backing=None, top=False)
-            self._frozen = self._top
-            self._top, self._top_node, self._top_place = layer, node["node-name"], place
-            # The snapshot made the frozen layer's qcow2 node read-only, not its file, which says so explicitly. Its write
-            # lock must go too, or no fork could open the layer while this machine runs.
-            try:
-                await self._monitor.blockdev_reopen(frozen)
-            except MachineFailed as error:
-                log.error(
-                    "the frozen layer %s stays open for writing, though nothing writes: %s", self._top.path, error
-                )
+                    yield _Opened(layer, node["node-name"], place)
+                finally:
+                    if self._top != layer:
+                        await self._close_node(node["node-name"])
+            finally:
+                if self._top != layer:
+                    await self._close_node(file["node-name"])
+
+    async def _close_node(self, node: str) -> None:
+        with contextlib.suppress(MachineFailed):  # what led here says more
+            await self._monitor.blockdev_del(node)
+
+    async def _switch(self, opened: _Opened) -> None:
+        """Flush the top, which fails if that fails, and go on in another."""
+        await self._monitor.blockdev_snapshot(self._top_node, opened.node)
+        self._frozen, self._frozen_node, self._frozen_place = self._top, self._top_node, self._top_place
+        self._top, self._top_node, self._top_place = opened
+
+    async def _seal(self) -> None:
+        """Let go of the frozen layer's write lock, or no fork could open the layer while this machine runs: the snapshot
+        made its qcow2 node read-only, not its file, which says so explicitly.
+        """
+        frozen, _ = layer_nodes(self._frozen, self._frozen_place, name=self._frozen_node, backing=None, top=False)
+        try:
+            await self._monitor.blockdev_reopen(frozen)
+        except MachineFailed as error:
+            log.error("the frozen layer %s stays open for writing, though nothing writes: %s", self._frozen.path, error)
 
     async def save(
         self,
@@ -223,24 +247,26 @@ class QemuMachine:
         memory = GuestMemory(self.pid, self._spec.ram_file, self._spec.ram_mb << 20)
         snapshot = await asyncio.to_thread(_room, memory) if go_on else None
         try:
-            if hold is not None:
-                await hold()
-            began = time.monotonic()
-            await self.pause()
-            try:
-                # Flushes the top, and fails if that fails: `stop` alone would not say.
-                await self.add_layer(layer)
-                await self._command(self._monitor.save_devices(files.devices))
-                if snapshot is not None:
-                    snapshot.take()
-                if instant is not None:
-                    instant()
-            finally:
-                if go_on:
-                    await self.run()
-                    if release is not None:
-                        release()
-            pause = time.monotonic() - began
+            async with self._opened(layer) as opened:
+                if hold is not None:
+                    await hold()
+                began = time.monotonic()
+                await self.pause()
+                try:
+                    # Flushes the top, and fails if that fails: `stop` alone would not say.
+                    await self._command(self._switch(opened))
+                    await self._command(self._monitor.save_devices(files.devices))
+                    if snapshot is not None:
+                        snapshot.take()
+                    if instant is not None:
+                        instant()
+                finally:
+                    if go_on:
+                        await self.run()
+                        if release is not None:
+                            release()
+                pause = time.monotonic() - began
+            await self._seal()
             pieces = stream(memory) if snapshot is None else snapshot.pieces()
             return await asyncio.to_thread(self._write, files, pieces, pause)
         finally:
