@@ -24,6 +24,8 @@ docs:
 
 bench:
 	.venv/bin/python -m bench
+	.venv/bin/python -m bench.checkpoints
+	.venv/bin/python -m bench.transfer
 
 # Pins every dependency with hashes. The files name no registry; the options see to that.
 lock:
