@@ -225,6 +225,7 @@ class Checkpoints(Lifecycle):
                         self._store.remove(saved)
                     raise host_failed(f"{vm_id} could not be rolled back", error) from error
         self._fleet.collect()
+        await self._fleet.cleared()
         answer = RollbackResponse(success=True, checkpoint=target.id, saved=saved)
         if not was_running:
             return answer

@@ -215,6 +215,7 @@ class Lifecycle(Commands):
                 vm.deleted = False
                 raise
             self._fleet.remove(vm)
+        await self._fleet.cleared()
 
     async def persist(self, vm_id: str, request: PersistRequest) -> PersistResponse:
         """A running ephemeral VM becomes persistent under a name, without a pause; its old id is unknown afterwards."""
