@@ -61,6 +61,8 @@ _GONE: Final = frozenset({State.DELETING, State.DELETED})
 _KNOWN: Final = frozenset(State) - _GONE
 _AWAKE: Final = frozenset({State.STARTING, State.RUNNING, State.RESUMING})
 _BUSY: Final = frozenset({State.STOPPING, State.SUSPENDING})
+# A suspend that is under way is waited for, and then the VM is at rest; nobody says when one that stops will be.
+_RESTABLE: Final = _KNOWN - {State.STOPPING}
 _READABLE: Final = _KNOWN - _BUSY  # running, or with a volume that nobody writes to
 
 
@@ -260,7 +262,7 @@ _TABLE: Final = (
         "ProvisionResponse",
         request="ResumeRequest",
         errors=(InvalidInput, NotFound, WrongState, *_BOOT),
-        legal=_KNOWN - _BUSY,
+        legal=_RESTABLE,
         otherwise=Unavailable,
         retry_safe=True,
         on_disconnect=FINISH,
@@ -354,7 +356,7 @@ _TABLE: Final = (
         "RollbackResponse",
         request="RollbackRequest",
         errors=(InvalidInput, *_GUEST, Corrupt, HostNotReady, LimitReached, MachineFailed, Unavailable, WrongState),
-        legal=_KNOWN - _BUSY,
+        legal=_RESTABLE,
         otherwise=Unavailable,
         on_disconnect=FINISH,
         answer_within=TRANSITION,
@@ -367,7 +369,7 @@ _TABLE: Final = (
         "VmPolicy",
         request="VmPolicy",
         errors=(InvalidInput, NotFound, TimedOut, Unavailable),
-        legal=_KNOWN - _BUSY,
+        legal=_RESTABLE,
         otherwise=Unavailable,
         retry_safe=True,
         on_disconnect=FINISH,
@@ -427,7 +429,7 @@ _TABLE: Final = (
         "ForkResponse",
         request="ForkRequest",
         errors=(InvalidInput, *_GUEST, AlreadyExists, WrongState, *_BOOT),
-        legal=_KNOWN - _BUSY,
+        legal=_RESTABLE,
         otherwise=Unavailable,
         on_disconnect=FINISH,
         answer_within=TRANSITION,
