@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from capsem.client.sync import Client
-from real_service import Service, children
+from real_service import Service, children, wait_for
 
 TINY = {"ram_mb": 256, "cpus": 1}
 GROWTH = 4.0  # MB that the service may gain while it warms up; a leak of 100 KB a round shows in fifty
@@ -23,18 +24,25 @@ class Traces(NamedTuple):
     files: list[str]
     descriptors: list[str]
     locks: int
-    processes: list[int]
+    processes: int
+
+
+def is_spare(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return b"--spare" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 def traces(service: Service) -> Traces:
     pid = service.process.pid
+    wait_for(lambda: [is_spare(child) for child in children(pid)] == [True])  # the supervisor in reserve, and no other
     links = (str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir())
     return Traces(
         files=sorted(str(path.relative_to(service.run_dir)) for path in service.run_dir.rglob("*")),
         # Sockets and pipes have numbers of their own; that there are as many as before is what counts.
         descriptors=sorted(link.partition(":")[0] for link in links),
         locks=sum(line.split()[4] == str(pid) for line in Path("/proc/locks").read_text().splitlines()),
-        processes=children(pid),
+        processes=len(children(pid)),
     )
 
 
