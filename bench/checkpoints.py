@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from capsem.client.sync import Client
 from capsem.control.guest import Guest, Restored
 from capsem.hypervisor.driver import Accelerator, Layer, MachineSpec
 from capsem.hypervisor.qemu import qcow2
-from capsem.hypervisor.qemu.command import Channels, argv
+from capsem.hypervisor.qemu.command import TOP_NODE, Channels, argv
 from capsem.hypervisor.qemu.driver import QemuDriver
 from capsem.hypervisor.qemu.memory import GuestMemory, Snapshot, stream
 from capsem.image.catalog import Catalog, Image
@@ -71,6 +70,7 @@ class Floor:
     """QEMU with the product's command line and nothing above it."""
 
     count = 0
+    top = TOP_NODE
 
     def __init__(self, image: Image, directory: Path, accelerator: Accelerator, ram_mb: int, cpus: int) -> None:
         self._image, self._directory, self._accelerator = image, directory, accelerator
@@ -182,8 +182,6 @@ class Floor:
         self.top = f"n{Floor.count}"
         snapshot.close()
         return took
-
-    top = "volume"
 
     def close(self) -> None:
         """End what is left."""
@@ -359,7 +357,8 @@ def main() -> None:
     arguments = parser.parse_args()
     wanted = arguments.only or ["floor", "pause", "growth", "forks"]
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as text, limits(), service(Path(text) / "home") as (client, _pid):
+    os.environ["CAPSEM_MAX_CONCURRENT_VMS"] = "100"  # for the service below
+    with tempfile.TemporaryDirectory() as text, service(Path(text) / "home") as (client, _pid):
         directory = Path(text)
         accelerator = asyncio.run(QemuDriver(directory / "cache").accelerator())
         if "floor" in wanted:
@@ -372,13 +371,6 @@ def main() -> None:
         if "forks" in wanted:
             rows += forks(client, arguments.forks)
     print(show(rows))
-
-
-@contextlib.contextmanager
-def limits() -> Iterator[None]:
-    """As many VMs as the bench wants."""
-    os.environ["CAPSEM_MAX_CONCURRENT_VMS"] = "100"
-    yield
 
 
 if __name__ == "__main__":

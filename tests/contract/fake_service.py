@@ -20,31 +20,33 @@ from pathlib import Path
 import uvicorn
 
 from capsem.api import stream
+from capsem.api.checkpoint_types import (
+    CheckpointRequest,
+    CheckpointResponse,
+    CheckpointsResponse,
+    OneCheckpointRequest,
+    RollbackRequest,
+    RollbackResponse,
+    SuspendResponse,
+)
 from capsem.api.codec import encode
 from capsem.api.operations import OPERATIONS, unknown_vm
 from capsem.api.types import (
     AssetHealth,
-    CheckpointRequest,
-    CheckpointResponse,
-    CheckpointsResponse,
     ExecRequest,
     ExecResponse,
     ExecResult,
     ImageUsage,
     ListResponse,
     LogsResponse,
-    OneCheckpointRequest,
     ProvisionRequest,
     ProvisionResponse,
     ReadFileRequest,
     ReadFileResponse,
     ResumeRequest,
-    RollbackRequest,
-    RollbackResponse,
     RunRequest,
     SandboxInfo,
     StopResponse,
-    SuspendResponse,
     UsageResponse,
     VmUsage,
     WriteFileRequest,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,8 +50,22 @@ def add(fleet: Fleet, name: str = "box", **changes: object) -> Vm:
     return fleet.add(session, record)
 
 
+def carried_out(fleet: Fleet, work: Callable[[], None]) -> None:
+    """A service does this on its event loop, and what is removed goes in the background."""
+
+    async def run() -> None:
+        work()
+        await fleet.cleared()
+
+    asyncio.run(run())
+
+
+def remove(fleet: Fleet, vm: Vm) -> None:
+    carried_out(fleet, lambda: fleet.remove(vm))
+
+
 def kept(fleet: Fleet) -> set[str]:
-    fleet.collect()
+    carried_out(fleet, fleet.collect)
     return {each.id for each in fleet.checkpoints.all()}
 
 
@@ -94,11 +109,11 @@ def test_the_checkpoints_of_a_vm_go_with_it_but_not_from_under_its_forks(fleet: 
     make(fleet.checkpoints, ID, (LAYER,))
     make(fleet.checkpoints, OTHER, (LAYER,))
     child = add(fleet, "child", state=State.SUSPENDED, layers=(LAYER,), checkpoint=ID)
-    fleet.remove(vm)
+    remove(fleet, vm)
     assert kept(fleet) == {ID}
     assert {path.stem for path in fleet.layout.layers.glob("*.qcow2")} == {LAYER}
     fleet.checkpoints.verify(ID)
-    fleet.remove(child)
+    remove(fleet, child)
     assert kept(fleet) == set()
     assert list(fleet.layout.layers.iterdir()) == [], "its checksum too"
 
@@ -109,10 +124,10 @@ def test_nothing_goes_while_a_record_cannot_be_read(fleet: Fleet) -> None:
     make(fleet.checkpoints, ID, (LAYER,), kind=Kind.SUSPEND, vm_id="spoilt")
     make(fleet.checkpoints, OTHER, kind=Kind.SUSPEND)
     spoilt.spoilt(Corrupt("its record"))
-    fleet.remove(vm)
+    remove(fleet, vm)
     assert kept(fleet) == {ID, OTHER}
     assert fleet.layout.layer(LAYER).exists()
-    fleet.remove(spoilt)
+    remove(fleet, spoilt)
     assert kept(fleet) == set()
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from test_transfer import CHECKPOINT, host, with_checkpoint
 
-from capsem.api.types import CheckpointRequest, ProvisionRequest, SandboxInfo
+from capsem.api.checkpoint_types import CheckpointRequest
+from capsem.api.types import ProvisionRequest, SandboxInfo
 from capsem.model.errors import NotRunning
 from capsem.service import space
 

@@ -23,7 +23,7 @@ def volume(tmp_path: Path) -> Path:
 def health(volume: Path) -> Health:
     it = Health(str(volume))
     it.sync(MARK)
-    it._log = -1  # the host's kernel log is no business of ours
+    kernel_log(it, [])  # the host's is no business of ours
     return it
 
 
@@ -99,6 +99,11 @@ def test_the_kernel_s_complaints_about_the_volume_are_problems(health: Health, l
 def test_its_other_complaints_are_told_of_and_no_obstacle(health: Health) -> None:
     kernel_log(health, ["2,1,1,-;clocksource: timekeeping watchdog\n", "4,2,2,-;a warning\n", "junk"])
     assert health.examine(MARK) == ([], ["clocksource: timekeeping watchdog"])
+
+
+def test_a_log_that_could_not_be_followed_is_told_of(health: Health) -> None:
+    health._log = -1
+    assert health.examine(MARK) == ([], ["the kernel's log was not followed: what it complained of is not known"])
 
 
 def test_there_may_be_no_volume() -> None:

@@ -15,6 +15,7 @@ from capsem.client.sync import Client
 from real_service import Service, children, wait_for
 
 TINY = {"ram_mb": 256, "cpus": 1}
+QUIET = 10  # looks, 20 ms apart, that see the same
 GROWTH = 4.0  # MB that the service may gain while it warms up; a leak of 100 KB a round shows in fifty
 
 
@@ -33,10 +34,26 @@ def is_spare(pid: int) -> bool:
     return False
 
 
-def traces(service: Service) -> Traces:
+def settled(service: Service) -> Traces:
+    """What it has when nothing is under way: its ends of connections and of the reserve's pipe close a moment late."""
     pid = service.process.pid
     wait_for(lambda: [is_spare(child) for child in children(pid)] == [True])  # the supervisor in reserve, and no other
-    links = (str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir())
+    seen = [traces(service)]
+
+    def unchanged() -> bool:
+        seen.append(traces(service))
+        return seen[-QUIET:].count(seen[-1]) == QUIET
+
+    wait_for(unchanged)
+    return seen[-1]
+
+
+def traces(service: Service) -> Traces:
+    pid = service.process.pid
+    links = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            links.append(str(entry.readlink()))
     return Traces(
         files=sorted(str(path.relative_to(service.run_dir)) for path in service.run_dir.rglob("*")),
         # Sockets and pipes have numbers of their own; that there are as many as before is what counts.
@@ -70,9 +87,9 @@ def come_and_go(service: Service, number: int) -> float:
 def test_what_comes_and_goes_leaves_nothing(own_service: Service, rounds: int) -> None:
     service = own_service
     come_and_go(service, 0)  # makes what all VMs share
-    before, memory = traces(service), resident(service.process.pid)
+    before, memory = settled(service), resident(service.process.pid)
     took = sorted(come_and_go(service, number) for number in range(1, rounds + 1))
-    assert traces(service) == before
+    assert settled(service) == before
     grown = resident(service.process.pid) - memory
     sys.stderr.write(
         f"{rounds} rounds: deletes took {took[0]:.3f} to {took[-1]:.3f} s, {took[rounds // 2]:.3f} s in the middle; "

@@ -123,9 +123,9 @@ def unknown_vm(vm_id: str) -> NotFound:
 
 
 def _type(name: str) -> type[msgspec.Struct]:
-    from capsem.api import types
+    from capsem.api import checkpoint_types, types
 
-    found: type[msgspec.Struct] = getattr(types, name)
+    found: type[msgspec.Struct] = getattr(checkpoint_types if hasattr(checkpoint_types, name) else types, name)
     return found
 
 

@@ -39,11 +39,11 @@ def to_markdown() -> str:
     for operation in OPERATIONS.values():
         lines += _operation(operation)
     lines += ["## Types", ""]
-    for name in _named():
-        lines += _type(name)
+    for kind in _named():
+        lines += _type(kind)
     lines += ["## The frames of an exec stream", "", "```text", inspect.cleandoc(stream.__doc__ or ""), "```", ""]
     lines += ["## Error codes", "", "| code | status | meaning |", "|---|---|---|"]
-    lines += [f"| {code} | {kind.status} | {_sentence(kind)} |" for code, kind in BY_CODE.items()]
+    lines += [f"| {code} | {error.status} | {_sentence(error)} |" for code, error in BY_CODE.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -64,13 +64,13 @@ def _operation(operation: Operation) -> Iterator[str]:
     yield ""
 
 
-def _named() -> list[str]:
+def _named() -> list[type[msgspec.Struct]]:
     """The types that the table names, and those that they name, each once."""
-    found: dict[str, None] = {}
+    found: dict[type[msgspec.Struct], None] = {}
 
-    def add(kind: type[Any]) -> None:
-        if kind.__name__ not in found:
-            found[kind.__name__] = None
+    def add(kind: type[msgspec.Struct]) -> None:
+        if kind not in found:
+            found[kind] = None
             for hint in typing.get_type_hints(kind).values():
                 for part in (hint, *typing.get_args(hint)):
                     if isinstance(part, type) and issubclass(part, msgspec.Struct):
@@ -83,11 +83,8 @@ def _named() -> list[str]:
     return list(found)
 
 
-def _type(name: str) -> Iterator[str]:
-    from capsem.api import types as api
-
-    kind = getattr(api, name)
-    yield f"### {name}"
+def _type(kind: type[msgspec.Struct]) -> Iterator[str]:
+    yield f"### {kind.__name__}"
     yield ""
     yield inspect.cleandoc(kind.__doc__ or "")
     yield ""

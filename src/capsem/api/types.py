@@ -14,10 +14,10 @@ import msgspec
 from capsem.model.errors import InvalidInput, PayloadTooLarge
 from capsem.model.ids import check_name
 from capsem.model.lifecycle import Status
+from capsem.model.policy import Policy
 from capsem.model.spec import DEFAULT_DISK_MB, check_env
 
 FORKS = 64  # at once
-MESSAGE_LIMIT = 1000  # characters
 CONTENT_LIMIT = 512 * 1024  # bytes of text in one file call
 LONGEST_TIMEOUT = 10 * 365 * 86400  # beyond this a number of seconds is a mistake
 
@@ -25,7 +25,7 @@ _POSITIVE = msgspec.Meta(gt=0, le=LONGEST_TIMEOUT)
 Seconds = Annotated[int, _POSITIVE] | Annotated[float, _POSITIVE]
 
 
-class _Body(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Body(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A JSON object. A field without a default is always there."""
 
 
@@ -40,7 +40,7 @@ def _no_nul(key: str, text: str) -> None:
 _SPAN = Annotated[float, msgspec.Meta(ge=0, le=LONGEST_TIMEOUT)]
 
 
-class VmPolicy(_Body, frozen=True):
+class VmPolicy(Body, frozen=True):
     """What becomes of a VM as time goes by; what is not there is off. To change it: what is left out stays as it is, 0
     turns it off.
 
@@ -55,8 +55,13 @@ class VmPolicy(_Body, frozen=True):
     checkpoint_keep: Annotated[int, msgspec.Meta(ge=0)] | None = None
     checkpoint_age_secs: _SPAN | None = None
 
+    @classmethod
+    def of(cls, policy: Policy) -> VmPolicy:
+        """As people are shown it."""
+        return cls(**policy.to_dict())  # type: ignore[arg-type]
 
-class ProvisionRequest(_Body, frozen=True):
+
+class ProvisionRequest(Body, frozen=True):
     """Create and boot a VM. What is None comes from the settings; `image` is another word for `from`.
 
     `profile` names the image it is made from, `default` unless given; a copy has that of its source.
@@ -92,14 +97,14 @@ class ProvisionRequest(_Body, frozen=True):
         return self.from_ if self.from_ is not None else self.image
 
 
-class Offsets(_Body, frozen=True):
+class Offsets(Body, frozen=True):
     """How much of a command's output a client has already."""
 
     stdout: Annotated[int, msgspec.Meta(ge=0)] = 0
     stderr: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
-class ExecRequest(_Body, frozen=True):
+class ExecRequest(Body, frozen=True):
     """Run `command` with `bash -c`; no time limit unless one is given.
 
     `env` comes on top of the VM's own, `cwd` is /root unless given, `job` is the id under which the run can be found
@@ -132,7 +137,7 @@ class ExecRequest(_Body, frozen=True):
             raise InvalidInput("`wait` and `keep` are for following a job", hint="give its id and offsets")
 
 
-class RunRequest(_Body, frozen=True):
+class RunRequest(Body, frozen=True):
     """Run `command` in a VM made for it and destroyed after it; `profile` names the image, `default` unless given."""
 
     command: str
@@ -149,7 +154,7 @@ class RunRequest(_Body, frozen=True):
             check_name(self.profile)
 
 
-class PersistRequest(_Body, frozen=True):
+class PersistRequest(Body, frozen=True):
     """Keep a running ephemeral VM under `name`."""
 
     name: str
@@ -158,13 +163,13 @@ class PersistRequest(_Body, frozen=True):
         check_name(self.name)
 
 
-class PurgeRequest(_Body, frozen=True):
+class PurgeRequest(Body, frozen=True):
     """Delete every ephemeral VM, and with `all` every other one too."""
 
     all: bool = False
 
 
-class ForkRequest(_Body, frozen=True):
+class ForkRequest(Body, frozen=True):
     """Make a stopped VM `name` on a copy of this one's disk.
 
     `live`: with a copy of its memory too, and running; `count` of them are then called name-1, name-2 and so on.
@@ -189,36 +194,13 @@ class ForkRequest(_Body, frozen=True):
         return [self.name] if self.count == 1 else [f"{self.name}-{number}" for number in range(1, self.count + 1)]
 
 
-class ResumeRequest(_Body, frozen=True):
+class ResumeRequest(Body, frozen=True):
     """Start a VM; `cold`: from its disk, though it has memory to come back with."""
 
     cold: bool = False
 
 
-class CheckpointRequest(_Body, frozen=True):
-    """Make a checkpoint of a running VM."""
-
-    message: str | None = None
-
-    def __post_init__(self) -> None:
-        if len(self.message or "") > MESSAGE_LIMIT:
-            raise InvalidInput("message: too long", hint=f"at most {MESSAGE_LIMIT} characters")
-
-
-class OneCheckpointRequest(_Body, frozen=True):
-    """Which checkpoint of the VM: its id, or its first digits."""
-
-    checkpoint: str
-
-
-class RollbackRequest(_Body, frozen=True):
-    """Go back to a checkpoint; the present is kept as another one unless `save` is false."""
-
-    checkpoint: str
-    save: bool = True
-
-
-class WriteFileRequest(_Body, frozen=True):
+class WriteFileRequest(Body, frozen=True):
     """Replace the content of a text file in the guest."""
 
     path: str
@@ -232,7 +214,7 @@ class WriteFileRequest(_Body, frozen=True):
             )
 
 
-class ReadFileRequest(_Body, frozen=True):
+class ReadFileRequest(Body, frozen=True):
     """Read a text file in the guest."""
 
     path: str
@@ -241,19 +223,19 @@ class ReadFileRequest(_Body, frozen=True):
 # -- answers
 
 
-class SuccessResponse(_Body, frozen=True):
+class SuccessResponse(Body, frozen=True):
     """It is done."""
 
     success: bool
 
 
-class VersionResponse(_Body, frozen=True):
+class VersionResponse(Body, frozen=True):
     """The version of the service."""
 
     version: str
 
 
-class ProvisionResponse(_Body, frozen=True):
+class ProvisionResponse(Body, frozen=True):
     """A VM that runs; `uds_path` is its control socket, a path that no client may compute itself.
 
     `boot_kind` is cold, warm, forked or cold-after-failure, `boot_note` why it was not what could be expected.
@@ -265,7 +247,7 @@ class ProvisionResponse(_Body, frozen=True):
     boot_note: str | None = None
 
 
-class SandboxInfo(_Body, frozen=True):
+class SandboxInfo(Body, frozen=True):
     """One VM. `pid` is its supervisor's, 0 when it does not run; `name` only for a persistent VM.
 
     `last_error` says why it is Defunct; `reason`, in any other status, how its last run ended, or what is wrong with
@@ -312,7 +294,7 @@ class SandboxInfo(_Body, frozen=True):
     model_call_count: int | None = None
 
 
-class AssetHealth(_Body, frozen=True):
+class AssetHealth(Body, frozen=True):
     """Whether there is an image to boot, its version, and what is missing."""
 
     ready: bool
@@ -320,14 +302,14 @@ class AssetHealth(_Body, frozen=True):
     version: str | None = None
 
 
-class ListResponse(_Body, frozen=True):
+class ListResponse(Body, frozen=True):
     """Every VM: those that run, and the persistent ones that do not."""
 
     sandboxes: list[SandboxInfo]
     asset_health: AssetHealth
 
 
-class VmUsage(_Body, frozen=True):
+class VmUsage(Body, frozen=True):
     """What a VM takes: layers that it and its checkpoints alone name, layers that others name too, its session directory,
     the memory of its checkpoints, and what is being made of one for it."""
 
@@ -339,7 +321,7 @@ class VmUsage(_Body, frozen=True):
     draft_bytes: int = 0
 
 
-class CheckpointUsage(_Body, frozen=True):
+class CheckpointUsage(Body, frozen=True):
     """What a checkpoint takes: its memory, layers that nothing else names, and layers that something else names too."""
 
     id: str
@@ -351,7 +333,7 @@ class CheckpointUsage(_Body, frozen=True):
     hidden: bool = False
 
 
-class ImageUsage(_Body, frozen=True):
+class ImageUsage(Body, frozen=True):
     """What an image takes, and the VMs that were made from it."""
 
     name: str
@@ -360,7 +342,7 @@ class ImageUsage(_Body, frozen=True):
     vms: list[str]
 
 
-class UsageResponse(_Body, frozen=True):
+class UsageResponse(Body, frozen=True):
     """Disk space, holes not counted. A layer counts once in `layers_bytes`, however many VMs name it.
 
     `unreferenced_bytes` are layers that nothing names; `failed_bytes` the kept logs of ephemeral VMs that failed;
@@ -380,7 +362,7 @@ class UsageResponse(_Body, frozen=True):
     free_bytes: int = 0
 
 
-class ExecResponse(_Body, frozen=True):
+class ExecResponse(Body, frozen=True):
     """How a command ended. Bytes that are no UTF-8 are replaced. `truncated`: output beyond the cap was dropped.
 
     `running`: it has not ended, and the exit code means nothing.
@@ -394,7 +376,7 @@ class ExecResponse(_Body, frozen=True):
     running: bool = False
 
 
-class ExecResult(_Body, frozen=True):
+class ExecResult(Body, frozen=True):
     """The end of an exec stream: ExecResponse without the output, which came before it."""
 
     exit_code: int
@@ -403,13 +385,13 @@ class ExecResult(_Body, frozen=True):
     running: bool = False
 
 
-class ReadFileResponse(_Body, frozen=True):
+class ReadFileResponse(Body, frozen=True):
     """The text of a file."""
 
     content: str
 
 
-class FileEntry(_Body, frozen=True):
+class FileEntry(Body, frozen=True):
     """A file or directory of the workspace; `path` is relative to that. Only directories have `children`, as deep as
     was asked for.
     """
@@ -424,39 +406,39 @@ class FileEntry(_Body, frozen=True):
     children: list[FileEntry] | None = None
 
 
-class FilesResponse(_Body, frozen=True):
+class FilesResponse(Body, frozen=True):
     """What is in a directory. `truncated`: there was more than is listed."""
 
     entries: list[FileEntry]
     truncated: bool = False
 
 
-class FileContent(_Body, frozen=True):
+class FileContent(Body, frozen=True):
     """Not JSON: the answer is the file's bytes."""
 
 
-class FileWrittenResponse(_Body, frozen=True):
+class FileWrittenResponse(Body, frozen=True):
     """The file is durable in the guest's file system."""
 
     success: bool
     size: int
 
 
-class StopResponse(_Body, frozen=True):
+class StopResponse(Body, frozen=True):
     """The VM has stopped; one that is not persistent is gone."""
 
     success: bool
     persistent: bool
 
 
-class PersistResponse(_Body, frozen=True):
+class PersistResponse(Body, frozen=True):
     """The VM is persistent; `name` is its id from here on."""
 
     success: bool
     name: str
 
 
-class PurgeResponse(_Body, frozen=True):
+class PurgeResponse(Body, frozen=True):
     """How many VMs are gone."""
 
     purged: int
@@ -464,7 +446,7 @@ class PurgeResponse(_Body, frozen=True):
     ephemeral_purged: int
 
 
-class ForkResponse(_Body, frozen=True):
+class ForkResponse(Body, frozen=True):
     """A forked VM: `size_bytes` counts its whole chain of layers, those it shares too. `names`: all live ones.
 
     Of a live fork of a running VM, `pause_ms` is how long that stood still.
@@ -476,79 +458,7 @@ class ForkResponse(_Body, frozen=True):
     pause_ms: float | None = None
 
 
-class SuspendResponse(_Body, frozen=True):
-    """Suspended, durably: `checkpoint` is where. `bytes` of memory were written, `pause_ms` is from the guest's last
-    instruction to its state being in our hands; `synced`: the guest had flushed its file systems before, `frozen`: and held
-    its processes still; `warning`: there may be no room for the next one."""
-
-    success: bool
-    checkpoint: str
-    bytes: int
-    pause_ms: float
-    synced: bool
-    frozen: bool = False
-    warning: str | None = None
-
-
-class CheckpointInfo(_Body, frozen=True):
-    """One checkpoint. `kind` is manual, automatic, rollback, or, hidden, suspend or fork. `memory_bytes` are its RAM's
-    alone (0: of a VM that did not run), `disk_bytes` those of layers that no VM and no other checkpoint names."""
-
-    id: str
-    kind: str
-    created_at: float
-    memory_bytes: int
-    disk_bytes: int
-    shared_bytes: int
-    warm: bool
-    current: bool
-    parent: str | None = None
-    message: str | None = None
-    pause_ms: float | None = None
-    hidden: bool = False
-
-
-class CheckpointsResponse(_Body, frozen=True):
-    """The checkpoints of a VM, oldest first."""
-
-    checkpoints: list[CheckpointInfo]
-
-
-class CheckpointResponse(_Body, frozen=True):
-    """A new checkpoint; see SuspendResponse."""
-
-    id: str
-    bytes: int
-    pause_ms: float
-    synced: bool
-    frozen: bool = False
-    warning: str | None = None
-
-
-class CheckpointContent(_Body, frozen=True):
-    """Not JSON: the answer is the file that docs/checkpoint-export.md specifies."""
-
-
-class ImportResponse(_Body, frozen=True):
-    """A new VM: Suspended in `checkpoint`, with the memory that came, or Stopped on its disk."""
-
-    id: str
-    status: Status
-    checkpoint: str | None = None
-
-
-class RollbackResponse(_Body, frozen=True):
-    """The VM is at `checkpoint`; `saved` is where the present was kept. It runs if it ran before."""
-
-    success: bool
-    checkpoint: str
-    saved: str | None = None
-    running: bool = False
-    boot_kind: str | None = None
-    boot_note: str | None = None
-
-
-class JobInfo(_Body, frozen=True):
+class JobInfo(Body, frozen=True):
     """One command; `command` is how it begins. One that has ended has an exit code, or the error that ended it."""
 
     id: str
@@ -558,7 +468,7 @@ class JobInfo(_Body, frozen=True):
     error: str | None = None
 
 
-class JobsResponse(_Body, frozen=True):
+class JobsResponse(Body, frozen=True):
     """Commands of a running VM by id, oldest first, those of them that still run, and what is known of each."""
 
     jobs: list[str]
@@ -566,7 +476,7 @@ class JobsResponse(_Body, frozen=True):
     details: list[JobInfo] = []
 
 
-class LogsResponse(_Body, frozen=True):
+class LogsResponse(Body, frozen=True):
     """The guest's console; what else there is in the way of logs; what SandboxInfo has as `warning`."""
 
     logs: str

@@ -36,7 +36,6 @@ class _Group(click.Group):
 @click.group(
     "checkpoint",
     cls=_Group,
-    invoke_without_command=False,
     epilog="\b\nExamples:\n  capsem checkpoint box -m 'before the upgrade'\n  capsem checkpoint rm box 3f2a",
 )
 def checkpoint_command() -> None:

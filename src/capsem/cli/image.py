@@ -33,7 +33,7 @@ def image_command(ctx: click.Context, assets_dir: Path | None) -> None:
 @image_command.command(
     "build",
     epilog="\b\nExamples:\n  capsem image build\n  capsem image build --profile code\n"
-    "  capsem image build --mirror http://deb.debian.org/debian",
+    "  capsem image build --mirror http://mirror.example/debian",
 )
 @click.option("--profile", type=click.Choice([*PROFILES]), default="default", help="What is in it; else `default`.")
 @click.option("--mirror", metavar="URL", help="A Debian mirror; else it is found out.")

@@ -183,6 +183,8 @@ class Guest:
         self._stop_watchdog()
         self.boot_ready = self._handshake.boot_ready
         assert self.boot_ready is not None
+        for warning in self.boot_ready.warnings:
+            log.warning("the restored guest: %s", warning)
         if self._restored and self.boot_ready.problems:
             self._refused = GuestFailed(
                 f"the restored machine is not well: {'; '.join(self.boot_ready.problems)}",

@@ -60,7 +60,10 @@ class Health:
                 problems.append(f"the volume cannot be written: {error}")
         complaints = self._complaints()
         problems += [line for line in complaints if any(sign in line for sign in _FATAL)]
-        return problems[:_LINES], [line for line in complaints if line not in problems][:_LINES]
+        warnings = [line for line in complaints if line not in problems]
+        if self._path and self._log < 0:
+            warnings.insert(0, "the kernel's log was not followed: what it complained of is not known")
+        return problems[:_LINES], warnings[:_LINES]
 
     def _write(self, mark: str) -> None:
         fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from capsem.model.errors import Corrupt, WrongState
 from capsem.model.ids import check_name, check_object_id
-from capsem.model.vm import THIS_HOST
+from capsem.model.vm import THIS_HOST, VmRecord
 
 FORMAT: Final = 1
 
@@ -104,6 +104,22 @@ class Checkpoint:
     guest: GuestState | None = None
     pause: float | None = None  # seconds that the vCPUs stood still
     owner_epoch: int = THIS_HOST
+
+    @classmethod
+    def of(cls, record: VmRecord, **facts: Any) -> Checkpoint:
+        """A checkpoint of this VM as its record has it; `facts` are the other fields."""
+        return cls(
+            vm_id=record.id,
+            disk_mb=record.spec.disk_mb,
+            image=record.image,
+            image_digest=record.image_digest,
+            hardware=record.hardware,
+            cpus=record.spec.cpus,
+            ram_mb=record.spec.ram_mb,
+            parent=record.current,
+            owner_epoch=record.owner_epoch,
+            **facts,
+        )
 
     @property
     def warm(self) -> bool:

@@ -8,20 +8,19 @@ import logging
 from dataclasses import replace
 
 from capsem import __version__
-from capsem.api.internal import CheckpointMade, Save, Stop
-from capsem.api.operations import unknown_vm
-from capsem.api.types import (
+from capsem.api.checkpoint_types import (
     CheckpointInfo,
     CheckpointRequest,
     CheckpointResponse,
     CheckpointsResponse,
-    ForkRequest,
-    ForkResponse,
     OneCheckpointRequest,
     RollbackRequest,
     RollbackResponse,
     SuspendResponse,
 )
+from capsem.api.internal import CheckpointMade, Save, Stop
+from capsem.api.operations import unknown_vm
+from capsem.api.types import ForkRequest, ForkResponse
 from capsem.config import Settings
 from capsem.model.checkpoint import Checkpoint, Kind
 from capsem.model.errors import CapsemError, InvalidInput, MachineFailed, WrongState, host_failed
@@ -257,20 +256,13 @@ class Checkpoints(Lifecycle):
         try:
             draft = self._store.prepare(self._fleet.system.entropy.token_bytes(16).hex())
             try:
-                checkpoint = Checkpoint(
+                checkpoint = Checkpoint.of(
+                    record,
                     id=draft.id,
-                    vm_id=record.id,
                     kind=Kind.ROLLBACK,
                     created_at=self._fleet.system.clock.time(),
                     creator=__version__,
                     layers=self._store.freeze(record.layers),
-                    disk_mb=record.spec.disk_mb,
-                    image=record.image,
-                    image_digest=record.image_digest,
-                    hardware=record.hardware,
-                    cpus=record.spec.cpus,
-                    ram_mb=record.spec.ram_mb,
-                    parent=record.current,
                 )
                 self._store.commit(draft, checkpoint)
             except BaseException:

@@ -2,51 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.requests import Request
+from starlette.responses import Response
 
 from capsem.api.codec import encode
 from capsem.api.operations import Operation
 from capsem.model.errors import InvalidInput
 from capsem.model.ids import check_name
-from capsem.service.files import Content
 from capsem.service.manager import Manager
-from capsem.service.unread import leave_unread
+from capsem.service.streamed import Endpoint, ErrorResponse, Streamed, pieces_of, streamed_endpoint
 
-ErrorResponse = Callable[[Exception, Operation], Response]
-Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
-
-_CLIENT_GONE: Final = 499  # nobody will read it
 _NAME: Final = re.compile(r"[^A-Za-z0-9._-]")
-
-
-class ContentResponse(StreamingResponse):
-    """A file, to be saved under its own name. However it ends, the guest stops sending."""
-
-    def __init__(self, content: Content) -> None:
-        headers = {
-            "Content-Disposition": f'attachment; filename="{_NAME.sub("", content.name) or "file"}"',
-            "X-Content-Type-Options": "nosniff",
-        }
-        if content.size is not None:
-            headers["Content-Length"] = str(content.size)
-        if content.mode is not None:
-            headers["X-Capsem-Mode"] = f"{content.mode & 0o777:o}"
-        super().__init__(content.pieces, headers=headers)
-        self.headers["Content-Type"] = content.mime  # as it is: nobody here knows the charset of a guest's text
-        self._content = content
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
-        async with contextlib.aclosing(self._content.pieces):
-            await super().__call__(scope, receive, send)
 
 
 async def _list(manager: Manager, vm_id: str, request: Request) -> Response:
@@ -60,7 +30,16 @@ async def _list(manager: Manager, vm_id: str, request: Request) -> Response:
 async def _get(manager: Manager, vm_id: str, request: Request) -> Response:
     query = request.query_params
     whole = query.get("whole", "") in ("1", "true")  # ours: without the contract's limit, for `capsem cp`
-    return ContentResponse(await manager.get_file(vm_id, query.get("path", ""), whole=whole))
+    content = await manager.get_file(vm_id, query.get("path", ""), whole=whole)
+    headers = {
+        "Content-Disposition": f'attachment; filename="{_NAME.sub("", content.name) or "file"}"',
+        "X-Content-Type-Options": "nosniff",
+    }
+    if content.size is not None:
+        headers["Content-Length"] = str(content.size)
+    if content.mode is not None:
+        headers["X-Capsem-Mode"] = f"{content.mode & 0o777:o}"
+    return Streamed(content.pieces, content.mime, headers)
 
 
 async def _put(manager: Manager, vm_id: str, request: Request) -> Response:
@@ -68,14 +47,8 @@ async def _put(manager: Manager, vm_id: str, request: Request) -> Response:
     mode = query.get("mode", "644")  # ours: the contract knows no other
     if not re.fullmatch(r"[0-7]{3}", mode):
         raise InvalidInput(f"mode: {mode[:80]!r} is no file mode", hint="three octal digits, such as 755")
-    written = await manager.put_file(vm_id, query.get("path", ""), _body(request), mode=int(mode, 8))
+    written = await manager.put_file(vm_id, query.get("path", ""), pieces_of(request), mode=int(mode, 8))
     return Response(encode(written), media_type="application/json")
-
-
-async def _body(request: Request) -> AsyncIterator[bytes]:
-    async for piece in request.stream():
-        if piece:
-            yield piece
 
 
 _CALLS: Final = MappingProxyType({"list_files": _list, "get_file": _get, "put_file": _put})
@@ -87,14 +60,6 @@ def file_endpoint(operation: Operation, manager: Manager, error_response: ErrorR
     call = _CALLS[operation.name]
 
     async def answer(request: Request) -> Response:
-        try:
-            return await call(manager, check_name(request.path_params["id"]), request)
-        except ClientDisconnect:
-            return Response(status_code=_CLIENT_GONE)
-        except Exception as exc:  # noqa: BLE001  this is the edge: everything becomes an answer
-            response = error_response(exc, operation)
-            if operation.name == "put_file":
-                leave_unread(response, request.headers)
-            return response
+        return await call(manager, check_name(request.path_params["id"]), request)
 
-    return answer
+    return streamed_endpoint(operation, answer, error_response, uploads=operation.name == "put_file")

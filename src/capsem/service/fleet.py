@@ -232,12 +232,7 @@ class Fleet:
         self.checkpoints.withdraw(checkpoint.id)
         self.remove_layers(checkpoint.layer_ids)
         # Giving back hundreds of megabytes takes a file system longer than a suspend takes us: nobody waits for that.
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:  # nobody who could
-            self.checkpoints.clear(checkpoint.id)
-            return
-        clearing = loop.run_in_executor(None, self.checkpoints.clear, checkpoint.id)
+        clearing = asyncio.get_running_loop().run_in_executor(None, self.checkpoints.clear, checkpoint.id)
         self._clearing.add(clearing)
         clearing.add_done_callback(self._clearing.discard)
 

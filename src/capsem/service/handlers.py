@@ -8,6 +8,7 @@ from capsem.api.types import AssetHealth, ListResponse, LogsResponse, SandboxInf
 from capsem.config import Settings
 from capsem.model.errors import CapsemError, Corrupt, HostNotReady, NotFound
 from capsem.model.lifecycle import State, Status
+from capsem.model.policy import OFF
 from capsem.model.vm import VmRecord
 from capsem.service.create import Maker
 from capsem.service.files import Files
@@ -113,7 +114,7 @@ class Handlers(Transfer, Files):
             can_resume=None if vm.running else blocked is None,
             resume_blocked_reason=str(blocked) if blocked is not None else None,
             available_actions=actions(status, record, blocked),
-            policy=VmPolicy(**policy) if (policy := record.policy.to_dict()) else None,  # type: ignore[arg-type]
+            policy=VmPolicy.of(record.policy) if record.policy != OFF else None,
         )
 
     async def logs(self, vm_id: str) -> LogsResponse:

@@ -257,7 +257,7 @@ class Lifecycle(Commands):
             except OSError as error:
                 raise host_failed(f"the policy of {vm_id} could not be written down", error) from error
         vm.on_changed(vm)
-        return VmPolicy(**vm.record.policy.to_dict())  # type: ignore[arg-type]
+        return VmPolicy.of(vm.record.policy)
 
     async def purge(self, request: PurgeRequest) -> PurgeResponse:
         """Delete all ephemeral VMs, and if so asked the persistent ones."""

@@ -13,21 +13,26 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import TYPE_CHECKING, Protocol
 
-from capsem.api.types import (
+from capsem.api.checkpoint_types import (
     CheckpointRequest,
     CheckpointResponse,
     CheckpointsResponse,
+    ImportResponse,
+    OneCheckpointRequest,
+    RollbackRequest,
+    RollbackResponse,
+    SuspendResponse,
+)
+from capsem.api.types import (
     ExecRequest,
     ExecResponse,
     FilesResponse,
     FileWrittenResponse,
     ForkRequest,
     ForkResponse,
-    ImportResponse,
     JobsResponse,
     ListResponse,
     LogsResponse,
-    OneCheckpointRequest,
     PersistRequest,
     PersistResponse,
     ProvisionRequest,
@@ -37,12 +42,9 @@ from capsem.api.types import (
     ReadFileRequest,
     ReadFileResponse,
     ResumeRequest,
-    RollbackRequest,
-    RollbackResponse,
     RunRequest,
     SandboxInfo,
     StopResponse,
-    SuspendResponse,
     UsageResponse,
     VmPolicy,
     WriteFileRequest,

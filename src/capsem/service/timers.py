@@ -12,8 +12,8 @@ import logging
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from capsem.api.checkpoint_types import OneCheckpointRequest
 from capsem.api.internal import JobList, Jobs
-from capsem.api.types import OneCheckpointRequest
 from capsem.model.checkpoint import Kind
 from capsem.model.errors import CapsemError, NotFound
 from capsem.model.lifecycle import State

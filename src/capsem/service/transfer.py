@@ -19,7 +19,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from capsem.api.types import ImportResponse
+from capsem.api.checkpoint_types import ImportResponse
 from capsem.model.checkpoint import Checkpoint
 from capsem.model.errors import AlreadyExists, host_failed
 from capsem.model.lifecycle import Status

@@ -49,7 +49,7 @@ log = logging.getLogger("capsem_process")
 
 
 class Changes(Owned):
-    """See Owned."""
+    """One VM whose machine runs. Changes of layers, checkpoints and the end are made one at a time."""
 
     async def persist(self, request: Persist) -> Persisted:
         """Take another name. The record goes first: from then on a service that finds the old directory moves it."""
@@ -111,9 +111,7 @@ class Changes(Owned):
             layers = replaced(frozen, request.old, request.new)
             if layers is None or self._record.state != Lifecycle.RUNNING:
                 raise WrongState(f"{self._record.id} is {self._record.state}, and its layers are others")
-            record = replace(self._record, layers=(*layers, top), attached=(*self._record.attached, *request.old))
-            records.write(self._names.session, record)
-            self._record = record
+            self._rewrite(layers=(*layers, top), attached=(*self._record.attached, *request.old))
         return LayersReplaced()
 
     async def save(self, request: Save) -> CheckpointMade:

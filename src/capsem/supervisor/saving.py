@@ -264,20 +264,13 @@ class Saver:
             synced=synced,
             frozen=self._frozen,
         )
-        return Checkpoint(
+        return Checkpoint.of(
+            record,
             id=prepared.draft.id,
-            vm_id=record.id,
             kind=order.kind,
             created_at=self._system.clock.time(),
             creator=__version__,
             layers=self._store.freeze(order.frozen),
-            disk_mb=record.spec.disk_mb,
-            image=record.image,
-            image_digest=record.image_digest,
-            hardware=record.hardware,
-            cpus=record.spec.cpus,
-            ram_mb=record.spec.ram_mb,
-            parent=record.current,
             message=order.message,
             machine=MappingProxyType(self.fingerprint()),
             memory=Memory(size, digest, runs, saved.written),
@@ -285,7 +278,6 @@ class Saver:
             jobs=describe(prepared.draft.files.jobs) if prepared.draft.files.jobs.exists() else None,
             guest=guest,
             pause=round(saved.pause, 6),
-            owner_epoch=record.owner_epoch,
         )
 
     def fingerprint(self) -> dict[str, Any]:

@@ -1,0 +1,65 @@
+"""What the routes share whose bodies travel piece by piece, either way."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from typing import Any, Final
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from capsem.api.operations import Operation
+from capsem.service.unread import leave_unread
+
+ErrorResponse = Callable[[Exception, Operation], Response]
+Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
+
+_CLIENT_GONE: Final = 499  # nobody will read it
+
+
+class Streamed(StreamingResponse):
+    """However it ends, the pieces are closed: whoever makes them stops."""
+
+    def __init__(
+        self, pieces: AsyncGenerator[bytes, None], media_type: str, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(pieces, headers=headers)
+        self.headers["Content-Type"] = media_type  # as it is: nobody here knows the charset of a guest's text
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        async with contextlib.aclosing(self._pieces):
+            await super().__call__(scope, receive, send)
+
+
+async def pieces_of(request: Request) -> AsyncIterator[bytes]:
+    """The body, as it comes. Raises ClientDisconnect."""
+    async for piece in request.stream():
+        if piece:
+            yield piece
+
+
+def streamed_endpoint(
+    operation: Operation,
+    call: Callable[[Request], Awaitable[Response]],
+    error_response: ErrorResponse,
+    *,
+    uploads: bool,
+) -> Endpoint:
+    """An endpoint that answers errors and raises none. `uploads`: an error may come before the whole body has."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            return await call(request)
+        except ClientDisconnect:
+            return Response(status_code=_CLIENT_GONE)
+        except Exception as exc:  # noqa: BLE001  this is the edge: everything becomes an answer
+            response = error_response(exc, operation)
+            if uploads:
+                leave_unread(response, request.headers)
+            return response
+
+    return answer
