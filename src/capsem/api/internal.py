@@ -51,7 +51,8 @@ class Bootstrap(Message, tag="bootstrap"):
 
     `vm_id` and `session_dir` are for a spare supervisor, which was started without knowing them. `restore`: from the
     record's checkpoint, whose memory is `ram_file`; `layer` is a new one to put on the volume's top before anything
-    runs. `assets` are digests of what the machine boots from. `boot_kind` and `boot_note` are recorded.
+    runs. `assets` are digests of what the machine boots from. `boot_kind` and `boot_note` are recorded. `faults` is for
+    tests, see capsem.faults.
     """
 
     protocol: int
@@ -75,6 +76,7 @@ class Bootstrap(Message, tag="bootstrap"):
     boot_note: str | None = None
     parent_pid: int | None = None
     log_level: str = "info"
+    faults: str | None = None
 
 
 class Hello(Message, tag="hello"):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import uvicorn
 
-from capsem import __version__, config
+from capsem import __version__, config, faults
 from capsem import log as logs
 from capsem.config import Paths, Settings
 from capsem.hypervisor.registry import make_driver
@@ -293,6 +293,9 @@ def main() -> int:
         _open_run_directory(paths.run_dir)
         for warning in settings.warnings:
             log.warning("%s", warning)
+        if orders := os.environ.get(faults.VARIABLE):
+            log.warning("faults are made to happen, as %s orders", orders)
+            faults.load(orders)
         return asyncio.run(Service(arguments, paths, settings).run())
     except CapsemError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -7,7 +7,7 @@ import contextlib
 import logging
 from dataclasses import replace
 
-from capsem import __version__
+from capsem import __version__, faults
 from capsem.api.checkpoint_types import (
     CheckpointInfo,
     CheckpointRequest,
@@ -103,8 +103,10 @@ class Checkpoints(Lifecycle):
     async def _suspend(self, vm: Vm, kind: Kind) -> CheckpointMade:
         with self._fleet.saving(vm.id):
             made = await self._save("suspend", vm, Save(kind=kind, go_on=False))
+            faults.at("suspend.acknowledged")
             if not await vm.ended(EXIT_LIMIT):
                 await vm.stop(Stop(kill=True))
+        faults.at("suspend.done")
         self._fleet.collect()
         if vm.record.state != State.SUSPENDED:
             raise MachineFailed(
@@ -218,11 +220,13 @@ class Checkpoints(Lifecycle):
                 elif was_running:
                     await vm.stop(Stop(kill=True))
                 try:
+                    faults.at("rollback.kept")
                     self._go_back(vm, target)
                 except OSError as error:
                     if saved is not None and vm.record.checkpoint != saved:  # of its disk alone, which it goes on with
                         self._store.remove(saved)
                     raise host_failed(f"{vm_id} could not be rolled back", error) from error
+                faults.at("rollback.recorded")
         self._fleet.collect()
         await self._fleet.cleared()
         answer = RollbackResponse(success=True, checkpoint=target.id, saved=saved)
@@ -307,6 +311,7 @@ class Checkpoints(Lifecycle):
                 held.callback(self._fleet.release, name)
             self._fleet.check_limit(len(request.names))
             checkpoint, pause = await self._instant(source, request, held)
+            faults.at("fork.instant")
             children = []
             try:
                 for name in request.names:
@@ -321,6 +326,7 @@ class Checkpoints(Lifecycle):
                             checkpoint=checkpoint.id,
                         )
                     )
+                faults.at("fork.recorded")
                 await self._start_forks(children)
             except BaseException:
                 for child in children:

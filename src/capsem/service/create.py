@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from capsem import __version__
+from capsem import __version__, faults
 from capsem.hypervisor.driver import Driver, Layer, Volume
 from capsem.image.catalog import Catalog, Image
 from capsem.image.volume import format_volume
@@ -180,6 +180,7 @@ class Maker:
             raise HostNotReady("the service is stopping", hint="try again when it is back")
         if vm.record.state == State.SUSPENDED or self.fleet.is_frozen(vm.record.layers[-1]):
             boot = replace(boot, layer=self.new_layer(vm.record))
+        faults.at("start.layered")
         try:
             child, link = await self.launcher.start(vm.record, vm.session, image, volume, accelerator, boot)
         except (CapsemError, OSError) as error:

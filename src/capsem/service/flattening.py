@@ -19,6 +19,7 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
+from capsem import faults
 from capsem.api.internal import ReplaceLayers
 from capsem.hypervisor.driver import Driver
 from capsem.model.errors import CapsemError, Interrupted
@@ -160,6 +161,7 @@ class Flattening:
             raise
         log.info("merged %d of %d layers of %s: %d bytes", len(old), len(layers), vm.id, done.copied_bytes)
         self._merged[vm] = merged = Merged(old, new)
+        faults.at("flatten.merged")
         return merged
 
     async def _name(self, vm: Vm, merged: Merged) -> None:
@@ -194,4 +196,5 @@ class Flattening:
         del self._merged[vm]
         self._asked.discard(vm)
         self._fleet.spare.discard(merged.new)
+        faults.at("flatten.replaced")
         self._fleet.remove_layers(merged.old)

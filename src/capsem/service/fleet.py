@@ -9,6 +9,7 @@ import signal
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 
+from capsem import faults
 from capsem.api.operations import unknown_vm
 from capsem.model.checkpoint import Checkpoint
 from capsem.model.errors import AlreadyExists, CapsemError, Corrupt, LimitReached, Unavailable, Unsupported
@@ -176,7 +177,9 @@ class Fleet:
         if session.path.is_symlink() or not confined:
             raise Corrupt(f"{session.path} does not lie where VMs lie; it is left alone")
         session.record.unlink(missing_ok=True)
+        faults.at("delete.unrecorded")
         durable.remove_tree(session.path)
+        faults.at("delete.removed")
         if record is not None:
             self.remove_layers((*record.layers, *record.attached))
             self.collect()

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from capsem import faults
 from capsem.api.internal import BOUND, PROTOCOL, Bootstrap
 from capsem.hypervisor.driver import Accelerator
 from capsem.image.catalog import Image
@@ -103,6 +104,7 @@ class Launcher:
             boot_note=boot.note,
             parent_pid=self.parent_pid,
             log_level=self.log_level,
+            faults=self.environ.get(faults.VARIABLE) or None,
         )
         argv = [str(self.process_binary), "--id", record.id, "--session-dir", str(session.path)]
         data = encode_message(bootstrap)

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 import msgspec
 
+from capsem import faults
 from capsem.api.internal import AddLayer, LayerAdded, Persist, SetPolicy, Stop
 from capsem.api.operations import unknown_vm
 from capsem.api.types import (
@@ -214,6 +215,7 @@ class Lifecycle(Commands):
             except BaseException:
                 vm.deleted = False
                 raise
+            faults.at("delete.stopped")
             self._fleet.remove(vm)
         await self._fleet.cleared()
 
@@ -282,6 +284,7 @@ class Lifecycle(Commands):
         try:
             async with source.turn:
                 frozen = await self._freeze_top(source)
+                faults.at("fork.frozen")
                 child = self._maker.make_child(name, source.record, frozen, request.description)
         finally:
             self._fleet.release(name)

@@ -15,6 +15,7 @@ import signal
 import sys
 from pathlib import Path
 
+from capsem import faults
 from capsem import log as logs
 from capsem.api.internal import BOUND, PROTOCOL, Bootstrap, Stop, speaks
 from capsem.hypervisor.registry import make_driver
@@ -109,6 +110,7 @@ def main() -> int:
         if arguments.spare is not None:
             stand_in(vm_id, session_dir)
         logs.setup(os.environ)
+        faults.load(bootstrap.faults)
         status = asyncio.run(serve(vm_id, session_dir, bootstrap))
         # The VM has ended and its record says so; taking the interpreter apart would add a third to the time of a delete.
         logging.shutdown()

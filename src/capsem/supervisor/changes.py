@@ -10,6 +10,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+from capsem import faults
 from capsem.api.internal import (
     AddLayer,
     CheckpointMade,
@@ -84,6 +85,7 @@ class Changes(Owned):
         before = self._record
         layer = Layer(self._names.layout.layer(request.layer), "qcow2")
         self._rewrite(layers=(*before.layers, request.layer))
+        faults.at("layer.named", self._machine.pid)
         began, quiesced = self._system.clock.monotonic(), True
         try:
             try:
@@ -97,6 +99,7 @@ class Changes(Owned):
         except CapsemError:
             self._rewrite(layers=before.layers)
             raise
+        faults.at("layer.added", self._machine.pid)
         return LayerAdded(quiesced=quiesced, pause=self._system.clock.monotonic() - began)
 
     async def replace_layers(self, request: ReplaceLayers) -> LayersReplaced:
@@ -111,7 +114,9 @@ class Changes(Owned):
             layers = replaced(frozen, request.old, request.new)
             if layers is None or self._record.state != Lifecycle.RUNNING:
                 raise WrongState(f"{self._record.id} is {self._record.state}, and its layers are others")
+            faults.at("flatten.naming", self._machine.pid if self._machine else 0)
             self._rewrite(layers=(*layers, top), attached=(*self._record.attached, *request.old))
+            faults.at("flatten.named", self._machine.pid if self._machine else 0)
         return LayersReplaced()
 
     async def save(self, request: Save) -> CheckpointMade:
@@ -124,9 +129,12 @@ class Changes(Owned):
                 raise WrongState(f"{before.id} is {before.state}", hint="try again in a moment")
             layer_id = self._system.entropy.token_bytes(16).hex()
             layer = Layer(self._names.layout.layer(layer_id), "qcow2")
+            what = "checkpoint" if request.go_on else "suspend"  # see capsem.faults
             try:
                 checkpoint_id = await saver.reserve()
+                faults.at(f"{what}.reserved", machine.pid)
                 self._driver.create_layer(layer.path, size_mb=before.spec.disk_mb, vm_id=before.id, layer_id=layer_id)
+                faults.at(f"{what}.layered", machine.pid)
                 # The record names the new layer before the machine writes to it, as in `add_layer`.
                 layers = (*before.layers, layer_id)
                 if request.go_on:
@@ -134,6 +142,7 @@ class Changes(Owned):
                 else:
                     self._advance(Event.SUSPEND, saving=checkpoint_id, layers=layers)
                     self._server.broadcast(self.state())
+                faults.at(f"{what}.named", machine.pid)
                 order = Order(Kind(request.kind), before.layers, layer, request.go_on, request.message)
                 checkpoint = await saver.save(before, order)
             except BaseException as error:
@@ -145,8 +154,10 @@ class Changes(Owned):
                 raise
             if request.go_on:
                 self._note_current(checkpoint)
+                faults.at("checkpoint.recorded", machine.pid)
             else:
                 self._suspend(checkpoint)
+                faults.at("suspend.recorded", machine.pid)
                 layer.path.unlink(missing_ok=True)
         memory, guest, pause = checkpoint.memory, checkpoint.guest, checkpoint.pause or 0.0
         assert memory is not None

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from capsem import __version__
+from capsem import __version__, faults
 from capsem.control.guest import Guest
 from capsem.hypervisor.driver import Driver, Layer, Machine, MachineSpec, Saved, SaveFiles
 from capsem.log import trace
@@ -57,6 +57,11 @@ class Order:
     layer: Layer
     go_on: bool
     message: str | None = None
+
+
+def _what(order: Order) -> str:
+    """What its steps are called (capsem.faults)."""
+    return "checkpoint" if order.go_on else "suspend"
 
 
 @dataclass(slots=True)
@@ -176,6 +181,7 @@ class Saver:
             files = SaveFiles(prepared.draft.files.devices, prepared.writer, compare=self._own)
             with _step("machine"):
                 saved, jobs = await self._save(files, order)
+            faults.at(f"{_what(order)}.saved", self._machine.pid)
             with _step("finish"):
                 if jobs:
                     await asyncio.to_thread(durable.write, prepared.draft.files.jobs, encode(jobs))
@@ -190,6 +196,7 @@ class Saver:
             raise
         self._prepared = None
         prepared.writer.close()
+        faults.at(f"{_what(order)}.committed", self._machine.pid)
         if order.go_on:
             try:
                 self._rebase(prepared.draft.files)
@@ -207,10 +214,12 @@ class Saver:
         """
         channel = self._guest.channel
         marks: list[Mark] = []
+        what = _what(order)
 
         async def hold() -> None:
             await self._hold()
             channel.hold()
+            faults.at(f"{what}.held", self._machine.pid)
 
         def release() -> None:
             channel.release()

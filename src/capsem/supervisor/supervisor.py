@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from capsem import faults
 from capsem.api.internal import (
     Bootstrap,
     ShutdownAsked,
@@ -94,7 +95,9 @@ class Supervisor(Changes):
         claim = take_lock(session.claim, "this VM")
         try:
             self._record = self._recovered(records.read(session))
+            self._at("claimed")
             self._begin()
+            self._at("begun")
             return await self._run_claimed()
         finally:
             claim.release()
@@ -103,6 +106,11 @@ class Supervisor(Changes):
         """A record that still speaks of a run: with the claim ours, that run is over, whatever kept it from saying so."""
         saved = record.saving is not None and self._store.is_committed(record.saving)
         return record.recovered(self._system.clock.boot_id(), saved=saved)
+
+    def _at(self, step: str) -> None:
+        """A step of the start; see capsem.faults."""
+        what = "resume" if self._bootstrap.restore else "boot"
+        faults.at(f"{what}.{step}", self._machine.pid if self._machine else 0)
 
     def _begin(self) -> None:
         """The record of a run that begins. Raises CapsemError, OSError: nothing was changed."""
@@ -206,12 +214,14 @@ class Supervisor(Changes):
         if restore:
             saver.restored_from(files)
             self._restore_jobs(files)
+        self._at("started")
         self._console = Console(self._names.session.serial_log)
         await network.attach(machine.console, lambda: self._console)
         self.guest.on_request = self._guest_asked
         self.guest.on_ready = lambda _ready: self._server.broadcast(self.state())
         await network.attach(machine.control, lambda: self.guest.channel)
         await machine.run()
+        self._at("running")
         log.info("machine %d runs after %.3f s", machine.pid, self._system.clock.monotonic() - began)
 
         self._heartbeat = heartbeat = Heartbeat(
@@ -256,7 +266,9 @@ class Supervisor(Changes):
     async def _become_ready(self, began: float) -> None:
         await self.guest.wait_ready(BOOT_LIMIT)
         if self._stop_asked is None:
+            self._at("ready")
             self._advance(Event.READY)
+            self._at("recorded")
             self._names.ready_file.touch(mode=0o600)
             log.info("guest ready after %.3f s", self._system.clock.monotonic() - began)
             if self._saver is not None and self._record.persistent:
