@@ -23,6 +23,8 @@ def test_names_and_routes_are_unique() -> None:
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=list(OPERATIONS))
 def test_rows_are_whole(operation) -> None:  # type: ignore[no-untyped-def]
     assert issubclass(operation.response_type(), msgspec.Struct)
+    assert (operation.query_type() is None) == (operation.query is None)
+    assert operation.request is None or operation.query is None  # a handler is handed one of them
     assert (operation.request_type() is None) == (operation.request is None)
     assert operation.takes_id == (operation.legal is not None)
     assert operation.summary
@@ -30,7 +32,7 @@ def test_rows_are_whole(operation) -> None:  # type: ignore[no-untyped-def]
     if operation.method == "GET":
         assert operation.retry_safe
         assert operation.on_disconnect is OnDisconnect.ABANDON
-    if operation.name not in ("version", "exec_stream", *FILE_ROUTES, *CHECKPOINT_ROUTES):
+    if operation.name not in ("version", "openapi", "exec_stream", *FILE_ROUTES, *CHECKPOINT_ROUTES):
         assert operation.name in HANDLERS
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Mapping
 from typing import TypeVar
 
 import msgspec
@@ -26,6 +27,16 @@ def decode(kind: type[T], body: bytes) -> T:
     return request
 
 
+def decode_query(kind: type[T], query: Mapping[str, str]) -> T:
+    """The query as a `kind`: numbers in decimal, true as "true" or "1". Raises InvalidInput naming the key."""
+    try:
+        return msgspec.convert(dict(query), kind, strict=False)
+    except msgspec.ValidationError as exc:
+        raise InvalidInput(
+            _explain(str(exc), "the query"), hint="see the reference for what the query may hold"
+        ) from exc
+
+
 def encode(answer: msgspec.Struct) -> bytes:
     """An answer as JSON; optional keys that were not set are left out."""
     return msgspec.json.encode(answer)
@@ -36,9 +47,9 @@ def _decoder(kind: type[T]) -> msgspec.json.Decoder[T]:
     return msgspec.json.Decoder(kind)
 
 
-def _explain(text: str) -> str:
+def _explain(text: str, whole: str = "the body") -> str:
     """msgspec's sentence with the field first: "ram_mb: expected `int | null`, got `str`"."""
     match = _AT.match(text)
     what = match["what"] if match else text
     where = match["where"].removeprefix("$").removeprefix(".") if match else ""
-    return f"{where or 'the body'}: {what[:1].lower()}{what[1:]}"
+    return f"{where or whole}: {what[:1].lower()}{what[1:]}"

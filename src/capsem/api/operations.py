@@ -1,9 +1,9 @@
 """Every operation of the service, once: routes, clients, state checks and docs are derived from OPERATIONS.
 
-An operation names its HTTP method and path, the types of its request and answer (by name, in `api.types`: the command
-line reads this table and has no time to import msgspec), the errors that a caller should expect, and the states of a
-VM in which it is legal. In any other state it is refused with `otherwise`; a VM that is being deleted is gone for
-everyone, so there it is NotFound.
+An operation names its HTTP method and path, the types of its request, of its query and of its answer (by name, in
+`api.types`: the command line reads this table and has no time to import msgspec), the errors that a caller should
+expect, and the states of a VM in which it is legal. In any other state it is refused with `otherwise`; a VM that is
+being deleted is gone for everyone, so there it is NotFound.
 
 `retry_safe`: doing it twice is as good as once. `on_disconnect`: what becomes of it when the client hangs up; a
 lifecycle transition is FINISHed, what somebody only waits for is ABANDONed. `answer_within` is how many seconds a
@@ -16,6 +16,7 @@ from enum import Enum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from capsem.api.stream import CONTENT_TYPE
 from capsem.model.errors import (
     AlreadyExists,
     CapsemError,
@@ -42,6 +43,10 @@ if TYPE_CHECKING:
 JSON_LIMIT: Final = 1024 * 1024
 FILE_LIMIT: Final = 4 * 1024 * 1024  # 512 KiB of text, were every character escaped as \u00xx
 ENV_LIMIT: Final = 12 * 1024 * 1024  # an environment, of which JSON may make six bytes for one
+
+JSON: Final = "application/json"
+BYTES: Final = "application/octet-stream"
+TEXT: Final = "text/plain"
 
 QUICK: Final = 30.0
 FILE_CALL: Final = 120.0  # waiting for the guest to be ready, then the operation
@@ -75,6 +80,7 @@ class Operation(NamedTuple):
     summary: str
     response: str
     request: str | None = None
+    query: str | None = None
     errors: tuple[type[CapsemError], ...] = ()
     legal: frozenset[State] | None = None  # None: not about one VM
     otherwise: type[CapsemError] = NotRunning
@@ -82,6 +88,8 @@ class Operation(NamedTuple):
     on_disconnect: OnDisconnect = ABANDON
     answer_within: float | None = QUICK
     body_limit: int = JSON_LIMIT
+    takes: str = JSON  # the media type of the request's body
+    gives: str = JSON  # and of the answer's
 
     @property
     def takes_id(self) -> bool:
@@ -91,6 +99,10 @@ class Operation(NamedTuple):
     def request_type(self) -> type[msgspec.Struct] | None:
         """The type of the request's body, None if it has none."""
         return None if self.request is None else _type(self.request)
+
+    def query_type(self) -> type[msgspec.Struct] | None:
+        """The type of what the query may hold, None if that is nothing."""
+        return None if self.query is None else _type(self.query)
 
     def response_type(self) -> type[msgspec.Struct]:
         """The type of the answer."""
@@ -135,6 +147,14 @@ _GUEST: Final = (NotFound, NotRunning, GuestFailed, Interrupted, TimedOut)
 _TABLE: Final = (
     Operation("version", "GET", "/version", "the version of the service", "VersionResponse", retry_safe=True),
     Operation(
+        "openapi",
+        "GET",
+        "/openapi.json",
+        "this table as an OpenAPI document",
+        "OpenApiDocument",
+        retry_safe=True,
+    ),
+    Operation(
         "provision",
         "POST",
         "/provision",
@@ -166,6 +186,8 @@ _TABLE: Final = (
         "run a command in a VM; its input and output are streamed both ways",
         "ExecResult",
         request="ExecRequest",
+        takes=CONTENT_TYPE,
+        gives=CONTENT_TYPE,
         errors=(InvalidInput, *_GUEST),
         legal=_AWAKE,
         answer_within=None,
@@ -212,6 +234,7 @@ _TABLE: Final = (
         "/files/{id}",
         "what is in the directory `?path=` of a VM's workspace, `?depth=` levels of it, 1 to 6",
         "FilesResponse",
+        query="ListFilesQuery",
         errors=(InvalidInput, PermissionDenied, WrongState, *_GUEST),
         legal=_READABLE,
         otherwise=WrongState,
@@ -224,6 +247,8 @@ _TABLE: Final = (
         "/files/{id}/content",
         "the bytes of the file `?path=` in a VM's workspace",
         "FileContent",
+        query="GetFileQuery",
+        gives=BYTES,
         errors=(InvalidInput, PermissionDenied, PayloadTooLarge, WrongState, *_GUEST),
         legal=_READABLE,
         otherwise=WrongState,
@@ -236,6 +261,8 @@ _TABLE: Final = (
         "/files/{id}/content",
         "write the file `?path=` in a VM's workspace from the bytes of the body, however many",
         "FileWrittenResponse",
+        query="PutFileQuery",
+        takes=BYTES,
         errors=(InvalidInput, PermissionDenied, WrongState, *_GUEST),
         legal=_AWAKE,
         otherwise=WrongState,
@@ -333,6 +360,8 @@ _TABLE: Final = (
         "/checkpoints/{id}/export",
         "the checkpoint `?checkpoint=` of a VM as one file, to be imported elsewhere",
         "CheckpointContent",
+        query="ExportQuery",
+        gives=BYTES,
         errors=(InvalidInput, NotFound, Corrupt),
         legal=_KNOWN,
         otherwise=NotFound,
@@ -345,6 +374,8 @@ _TABLE: Final = (
         "/import",
         "make the VM `?name=` of an exported checkpoint, the body; with `?trust=1` of its memory too",
         "ImportResponse",
+        query="ImportQuery",
+        takes=BYTES,
         errors=(InvalidInput, AlreadyExists, NotFound, Corrupt, WrongState, MachineFailed, HostNotReady),
         answer_within=None,
     ),

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from capsem.api import stream
-from capsem.api.operations import FINISH, OPERATIONS, Operation
+from capsem.api.operations import FINISH, JSON, OPERATIONS, Operation
 from capsem.model.errors import BY_CODE, CapsemError
 from capsem.model.lifecycle import State
 
@@ -25,6 +25,8 @@ socket (mode 0600) may do everything; there is no other authentication. Bodies a
 Unknown fields of a request are ignored, optional ones may be null; fields of an answer that say nothing are left out.
 
     curl --unix-socket ~/.capsem/run/service.sock http://capsem/list
+
+`GET /openapi.json` is the same as an OpenAPI document, for programs.
 
 An error is a status and `{"error": text, "code": code, "message": text, "hint": text}`; `error` is the message with the
 hint. `code` is one of the table at the end. With `interrupted` comes `job`, the id of a command that may go on. Every
@@ -55,10 +57,13 @@ def _operation(operation: Operation) -> Iterator[str]:
     yield ""
     if operation.request:
         yield f"- request: `{operation.request}`, at most {operation.body_limit >> 10} KiB"
-    yield f"- answer: `{operation.response}`"
+    if operation.query:
+        yield f"- query: `{operation.query}`"
+    yield f"- answer: `{operation.response}`" + (f", as {operation.gives}" if operation.gives != JSON else "")
     if operation.legal is not None:
         states = "any" if operation.legal >= set(State) - {State.DELETING, State.DELETED} else ""
         yield f"- states: {states or ', '.join(sorted(operation.legal))}"
+    yield f"- trying again: {'is safe' if operation.retry_safe else 'may do it twice'}"
     if operation.errors:
         yield f"- errors: {', '.join(f'{kind.code} ({kind.status})' for kind in operation.errors)}"
     yield ""
@@ -77,7 +82,7 @@ def _named() -> list[type[msgspec.Struct]]:
                         add(part)
 
     for operation in OPERATIONS.values():
-        for kind in (operation.request_type(), operation.response_type()):
+        for kind in (operation.request_type(), operation.query_type(), operation.response_type()):
             if kind is not None:
                 add(kind)
     return list(found)

@@ -7,15 +7,16 @@ that has nothing to say is left out, never null. Sizes are in MiB (`*_mb`) or by
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
 from capsem.model.errors import InvalidInput, PayloadTooLarge
-from capsem.model.ids import check_name
+from capsem.model.ids import NAME_PATTERN, check_name
 from capsem.model.lifecycle import Status
 from capsem.model.policy import Policy
-from capsem.model.spec import DEFAULT_DISK_MB, check_env
+from capsem.model.spec import CPUS, DEFAULT_DISK_MB, DISK_MB, ENV_KEY_BYTES, ENV_VARS, RAM_MB, check_env
+from capsem.wire.environment import BLOCKED_ENV
 
 FORKS = 64  # at once
 CONTENT_LIMIT = 512 * 1024  # bytes of text in one file call
@@ -23,6 +24,25 @@ LONGEST_TIMEOUT = 10 * 365 * 86400  # beyond this a number of seconds is a mista
 
 _POSITIVE = msgspec.Meta(gt=0, le=LONGEST_TIMEOUT)
 Seconds = Annotated[int, _POSITIVE] | Annotated[float, _POSITIVE]
+
+
+def _said(**schema: object) -> msgspec.Meta:
+    """What the OpenAPI document tells of a field, and code that finds better words for a mistake checks."""
+    return msgspec.Meta(extra_json_schema=schema)
+
+
+Name = Annotated[str, _said(pattern=f"^{NAME_PATTERN}$")]
+Text = Annotated[str, _said(pattern=r"^[^\u0000]*$")]
+Cpus = Annotated[int, _said(minimum=CPUS.start, maximum=CPUS.stop - 1)]
+RamMb = Annotated[int, _said(minimum=RAM_MB.start, maximum=RAM_MB.stop - 1)]
+DiskMb = Annotated[int, _said(minimum=DISK_MB.start, maximum=DISK_MB.stop - 1)]
+Env = Annotated[
+    dict[str, Text],
+    _said(
+        maxProperties=ENV_VARS,
+        propertyNames={"pattern": r"^[^=\u0000]+$", "maxLength": ENV_KEY_BYTES, "not": {"enum": sorted(BLOCKED_ENV)}},
+    ),
+]
 
 
 class Body(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -68,15 +88,15 @@ class ProvisionRequest(Body, frozen=True):
     A name alone does not make a VM persistent. Limits of the numbers and of `env` are `model.spec`'s.
     """
 
-    name: str | None = None
-    ram_mb: int | None = None
-    cpus: int | None = None
-    disk_mb: int = DEFAULT_DISK_MB
+    name: Name | None = None
+    ram_mb: RamMb | None = None
+    cpus: Cpus | None = None
+    disk_mb: DiskMb = DEFAULT_DISK_MB
     persistent: bool = False
-    env: dict[str, str] | None = None
-    from_: str | None = msgspec.field(default=None, name="from")
-    image: str | None = None
-    profile: str | None = None
+    env: Env | None = None
+    from_: Name | None = msgspec.field(default=None, name="from")
+    image: Name | None = None
+    profile: Name | None = None
     policy: VmPolicy | None = None
 
     def __post_init__(self) -> None:
@@ -113,11 +133,11 @@ class ExecRequest(Body, frozen=True):
     `keep` the command when its client hangs up.
     """
 
-    command: str | None = None
+    command: Text | None = None
     timeout_secs: Seconds | None = None
-    env: dict[str, str] | None = None
-    cwd: str | None = None
-    job: str | None = None
+    env: Env | None = None
+    cwd: Text | None = None
+    job: Name | None = None
     offsets: Offsets | None = None
     wait: bool = True
     keep: bool = False
@@ -140,13 +160,13 @@ class ExecRequest(Body, frozen=True):
 class RunRequest(Body, frozen=True):
     """Run `command` in a VM made for it and destroyed after it; `profile` names the image, `default` unless given."""
 
-    command: str
+    command: Text
     timeout_secs: Seconds | None = None
-    ram_mb: int | None = None
-    cpus: int | None = None
-    disk_mb: int = DEFAULT_DISK_MB
-    env: dict[str, str] | None = None
-    profile: str | None = None
+    ram_mb: RamMb | None = None
+    cpus: Cpus | None = None
+    disk_mb: DiskMb = DEFAULT_DISK_MB
+    env: Env | None = None
+    profile: Name | None = None
 
     def __post_init__(self) -> None:
         _no_nul("command", self.command)
@@ -157,7 +177,7 @@ class RunRequest(Body, frozen=True):
 class PersistRequest(Body, frozen=True):
     """Keep a running ephemeral VM under `name`."""
 
-    name: str
+    name: Name
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -176,7 +196,7 @@ class ForkRequest(Body, frozen=True):
     `checkpoint` (an id, or its first digits): of that instant instead of the present.
     """
 
-    name: str
+    name: Name
     description: str | None = None
     live: bool = False
     count: Annotated[int, msgspec.Meta(ge=1, le=FORKS)] = 1
@@ -220,6 +240,46 @@ class ReadFileRequest(Body, frozen=True):
     path: str
 
 
+# -- queries
+
+
+class ListFilesQuery(Body, frozen=True):
+    """Which directory of the workspace, and how many levels of it; more than 6 count as 6."""
+
+    path: str = ""
+    depth: Annotated[int, msgspec.Meta(ge=1)] = 1
+
+
+class GetFileQuery(Body, frozen=True):
+    """Which file of the workspace; `whole`: without the limit of 10 MiB."""
+
+    path: str
+    whole: bool = False
+
+
+class PutFileQuery(Body, frozen=True):
+    """Which file of the workspace, and its mode, three octal digits."""
+
+    path: str
+    mode: Annotated[str, msgspec.Meta(pattern=r"^[0-7]{3}\Z")] = "644"
+
+
+class ExportQuery(Body, frozen=True):
+    """Which checkpoint: its id, or its first digits."""
+
+    checkpoint: str
+
+
+class ImportQuery(Body, frozen=True):
+    """What the new VM is called; `trust`: its memory is taken too, as something that its maker could break out with."""
+
+    name: Name
+    trust: bool = False
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+
+
 # -- answers
 
 
@@ -233,6 +293,27 @@ class VersionResponse(Body, frozen=True):
     """The version of the service."""
 
     version: str
+
+
+class OpenApiDocument(Body, frozen=True):
+    """An OpenAPI document of this revision; every operation of the service is in it."""
+
+    openapi: str
+    info: dict[str, str]
+    paths: dict[str, dict[str, Any]]
+    components: dict[str, dict[str, Any]]
+
+
+class ErrorBody(Body, frozen=True):
+    """What an answer with an error's status holds: `error` is `message` with the `hint`; `code` is stable. `retry_after` is
+    in seconds, `job` a command that may go on."""
+
+    error: str
+    code: str
+    message: str
+    hint: str | None = None
+    retry_after: float | None = None
+    job: str | None = None
 
 
 class ProvisionResponse(Body, frozen=True):

@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection, Sequence
 from capsem.model.errors import InvalidInput
 
 NAME_LIMIT = 64
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
+_NAME = re.compile(NAME_PATTERN + r"\Z")
 _OBJECT_ID = re.compile(r"[0-9a-f]{32}\Z")
 
 ADJECTIVES = (

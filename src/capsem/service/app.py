@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Awaitable, Callable, Coroutine
@@ -23,7 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from capsem.api.codec import decode, encode
+from capsem.api.codec import decode, decode_query, encode
 from capsem.api.operations import FINISH, OPERATIONS, Operation
 from capsem.api.types import SuccessResponse, VersionResponse
 from capsem.model.errors import CapsemError, InvalidInput, NotFound, PayloadTooLarge, TimedOut, Unavailable, host_failed
@@ -34,7 +35,7 @@ from capsem.service.file_routes import FILE_ROUTES, file_endpoint
 from capsem.service.manager import Manager
 
 T = TypeVar("T")
-Handler = Callable[[Manager, str, Any], Awaitable[Any]]  # manager, id ("" if there is none), request
+Handler = Callable[[Manager, str, Any], Awaitable[Any]]  # manager, id or "", request or query
 
 log = logging.getLogger("capsem_service.http")
 
@@ -62,8 +63,8 @@ async def _verify_checkpoint(manager: Manager, vm_id: str, request: Any) -> Succ
     return SuccessResponse(success=True)
 
 
-# All but `version`, which needs no manager, `exec_stream`, which is no request with one answer, and those whose bodies
-# are no JSON: FILE_ROUTES and CHECKPOINT_ROUTES.
+# All but `version` and `openapi`, which need no manager, `exec_stream`, which is no request with one answer, and those
+# whose bodies are no JSON: FILE_ROUTES and CHECKPOINT_ROUTES.
 HANDLERS: Final = MappingProxyType[str, Handler](
     {
         "provision": lambda manager, _id, request: manager.provision(request),
@@ -109,8 +110,12 @@ def build_app(manager: Manager, version: str) -> Starlette:
             try:
                 if operation.name == "version":
                     return _json(200, encode(VersionResponse(version=version)))
+                if operation.name == "openapi":
+                    return _json(200, _openapi(version))
                 vm_id = check_name(request.path_params["id"]) if operation.takes_id else ""
                 body = await _request_body(request, operation)
+                if (query := operation.query_type()) is not None:
+                    body = decode_query(query, request.query_params)
                 work = HANDLERS[operation.name](manager, vm_id, body)
                 result: msgspec.Struct = await _attend(request, operation, work, transitions)
                 return _json(200, encode(result))
@@ -134,6 +139,13 @@ def build_app(manager: Manager, version: str) -> Starlette:
     app.router.redirect_slashes = False
     app.state.transitions = transitions
     return app
+
+
+@functools.cache
+def _openapi(version: str) -> bytes:
+    from capsem.api.openapi import document  # a daemon that nobody asks for it need not know how
+
+    return encode(document(version))
 
 
 def error_response(exc: Exception, operation: Operation) -> Response:

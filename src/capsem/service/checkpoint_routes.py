@@ -7,8 +7,9 @@ from typing import Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from capsem.api.codec import encode
+from capsem.api.codec import decode_query, encode
 from capsem.api.operations import Operation
+from capsem.api.types import ExportQuery, ImportQuery
 from capsem.model.ids import check_name
 from capsem.service.manager import Manager
 from capsem.service.streamed import Endpoint, ErrorResponse, Streamed, pieces_of, streamed_endpoint
@@ -24,13 +25,13 @@ def checkpoint_endpoint(operation: Operation, manager: Manager, error_response: 
 
     async def export(request: Request) -> Response:
         vm_id = check_name(request.path_params["id"])
-        pieces = await manager.export_checkpoint(vm_id, request.query_params.get("checkpoint", ""))
+        query = decode_query(ExportQuery, request.query_params)
+        pieces = await manager.export_checkpoint(vm_id, query.checkpoint)
         return Streamed(pieces, "application/octet-stream")
 
     async def take_in(request: Request) -> Response:
-        query = request.query_params
-        name, trust = check_name(query.get("name", "")), query.get("trust", "") in ("1", "true")
-        made = await manager.import_checkpoint(name, pieces_of(request), trust=trust)
+        query = decode_query(ImportQuery, request.query_params)
+        made = await manager.import_checkpoint(query.name, pieces_of(request), trust=query.trust)
         return Response(encode(made), media_type="application/json")
 
     uploads = operation.name == "import_checkpoint"

@@ -9,9 +9,9 @@ from typing import Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from capsem.api.codec import encode
+from capsem.api.codec import decode_query, encode
 from capsem.api.operations import Operation
-from capsem.model.errors import InvalidInput
+from capsem.api.types import GetFileQuery, ListFilesQuery, PutFileQuery
 from capsem.model.ids import check_name
 from capsem.service.manager import Manager
 from capsem.service.streamed import Endpoint, ErrorResponse, Streamed, pieces_of, streamed_endpoint
@@ -20,17 +20,14 @@ _NAME: Final = re.compile(r"[^A-Za-z0-9._-]")
 
 
 async def _list(manager: Manager, vm_id: str, request: Request) -> Response:
-    text = request.query_params.get("depth", "1")
-    if not re.fullmatch(r"[0-9]{1,6}", text):
-        raise InvalidInput(f"depth: {text[:80]!r} is not a number", hint="1 to 6")
-    listed = await manager.list_files(vm_id, request.query_params.get("path", ""), int(text))
+    query = decode_query(ListFilesQuery, request.query_params)
+    listed = await manager.list_files(vm_id, query.path, query.depth)
     return Response(encode(listed), media_type="application/json")
 
 
 async def _get(manager: Manager, vm_id: str, request: Request) -> Response:
-    query = request.query_params
-    whole = query.get("whole", "") in ("1", "true")  # ours: without the contract's limit, for `capsem cp`
-    content = await manager.get_file(vm_id, query.get("path", ""), whole=whole)
+    query = decode_query(GetFileQuery, request.query_params)
+    content = await manager.get_file(vm_id, query.path, whole=query.whole)
     headers = {
         "Content-Disposition": f'attachment; filename="{_NAME.sub("", content.name) or "file"}"',
         "X-Content-Type-Options": "nosniff",
@@ -43,11 +40,8 @@ async def _get(manager: Manager, vm_id: str, request: Request) -> Response:
 
 
 async def _put(manager: Manager, vm_id: str, request: Request) -> Response:
-    query = request.query_params
-    mode = query.get("mode", "644")  # ours: the contract knows no other
-    if not re.fullmatch(r"[0-7]{3}", mode):
-        raise InvalidInput(f"mode: {mode[:80]!r} is no file mode", hint="three octal digits, such as 755")
-    written = await manager.put_file(vm_id, query.get("path", ""), pieces_of(request), mode=int(mode, 8))
+    query = decode_query(PutFileQuery, request.query_params)
+    written = await manager.put_file(vm_id, query.path, pieces_of(request), mode=int(query.mode, 8))
     return Response(encode(written), media_type="application/json")
 
 
