@@ -233,6 +233,16 @@ def test_a_sweep_takes_what_a_crash_left_and_nothing_that_somebody_works_on(
     assert store.sweep() == []
 
 
+def test_a_sweep_of_one_owners_drafts_leaves_all_others(store: CheckpointStore, where: Layout) -> None:
+    for number, (owner, alive) in enumerate((("box", False), ("box", True), ("other", False), ("", False)), 70):
+        draft = store.prepare(new_id(number), owner=owner)
+        if not alive:
+            draft.lock.release()
+    (where.checkpoints / new_id(74)).mkdir()  # which somebody is about to lock
+    assert store.sweep("box") == [new_id(70)]
+    assert sorted(path.name for path in where.checkpoints.iterdir()) == [new_id(number) for number in range(71, 75)]
+
+
 def test_a_commit_between_the_looks_of_a_sweep_is_not_swept(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,7 +51,7 @@ class Fleet:
         self.checkpoints = CheckpointStore(layout)
         self._summing: asyncio.Task[None] | None = None
         self._pinned: Counter[str] = Counter()  # checkpoints that VMs are being made of
-        self._clearing: set[asyncio.Future[None]] = set()
+        self._clearing: set[asyncio.Future[object]] = set()
         self._saving: set[str] = set()  # VMs of which a checkpoint is being made
         self.spare: set[str] = set()  # layers that are being made, for a record to name
         self.watchers: list[Callable[[Vm], None]] = []  # told of each change of a VM's record, and of whether it runs
@@ -108,7 +108,7 @@ class Fleet:
     def add(self, session: SessionDir, record: VmRecord) -> Vm:
         """A VM whose record is on disk."""
         vm = Vm(self.system, session, record, self.checkpoints.is_committed)
-        vm.on_ended = self._ended
+        vm.on_ended = self._unsupervised
         vm.on_changed = self._changed
         vm.on_asked = self._guest_asked
         self._vms[record.id] = vm
@@ -146,6 +146,12 @@ class Fleet:
             log.error("the registry file cannot be written: %s", error)
 
     # -- ending
+
+    def _unsupervised(self, vm: Vm) -> None:
+        self._in_background(
+            self.checkpoints.sweep, vm.id
+        )  # after one that was killed; others have seen to their drafts
+        self._ended(vm)
 
     def _ended(self, vm: Vm) -> None:
         if vm.deleted:
@@ -235,9 +241,12 @@ class Fleet:
         self.checkpoints.withdraw(checkpoint.id)
         self.remove_layers(checkpoint.layer_ids)
         # Giving back hundreds of megabytes takes a file system longer than a suspend takes us: nobody waits for that.
-        clearing = asyncio.get_running_loop().run_in_executor(None, self.checkpoints.clear, checkpoint.id)
-        self._clearing.add(clearing)
-        clearing.add_done_callback(self._clearing.discard)
+        self._in_background(self.checkpoints.clear, checkpoint.id)
+
+    def _in_background(self, remove: Callable[[str], object], which: str) -> None:
+        removing = asyncio.get_running_loop().run_in_executor(None, remove, which)
+        self._clearing.add(removing)
+        removing.add_done_callback(self._clearing.discard)
 
     async def cleared(self) -> None:
         """Wait until the files of all removed checkpoints are gone. Raises OSError."""

@@ -53,8 +53,10 @@ class CheckpointStore:
 
     # -- making
 
-    def prepare(self, checkpoint_id: str) -> Draft:
-        """A new, empty draft. Raises OSError, among others when a sweep took it for a remnant before it was locked."""
+    def prepare(self, checkpoint_id: str, owner: str = "") -> Draft:
+        """A new, empty draft; `owner` is what `sweep` may be told, such as a VM. Raises OSError, among others when a sweep
+        took it for a remnant before it was locked.
+        """
         files = self._layout.checkpoint(checkpoint_id)
         files.path.mkdir(mode=0o700)
         lock = None
@@ -62,6 +64,7 @@ class CheckpointStore:
             lock = try_lock(files.draft)
             if lock is None or not os.path.samestat(files.draft.stat(), os.fstat(lock.fd)):
                 raise OSError(errno.EAGAIN, "the draft was swept away; try again", str(files.path))
+            os.write(lock.fd, owner.encode())
         except BaseException:
             if lock is not None:
                 lock.release()
@@ -234,8 +237,9 @@ class CheckpointStore:
         self.withdraw(checkpoint_id)
         self.clear(checkpoint_id)
 
-    def sweep(self) -> list[str]:
-        """Remove drafts that nobody works on; returns their ids.
+    def sweep(self, owner: str | None = None) -> list[str]:
+        """Remove drafts that nobody works on; returns their ids. With `owner` only theirs: then drafts of others may be
+        begun meanwhile.
 
         First the lock, then the look: a draft that is committed in between has a manifest by the time that its lock
         can be had.
@@ -246,6 +250,8 @@ class CheckpointStore:
             if files.manifest.exists():
                 continue
             try:
+                if owner is not None and files.draft.read_text(errors="replace") != owner:
+                    continue
                 lock = try_lock(files.draft)
             except OSError:  # no directory, or none any more
                 lock = None

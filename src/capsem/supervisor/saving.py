@@ -122,7 +122,7 @@ class Saver:
     async def _prepare(self) -> _Prepared:
         prepared = self._prepared
         if prepared is None:
-            draft = self._store.prepare(self._system.entropy.token_bytes(16).hex())
+            draft = self._store.prepare(self._system.entropy.token_bytes(16).hex(), owner=self._guest.identity.vm_id)
             try:
                 writer = RamWriter(draft.files.memory, draft.files.sums, self._spec.ram_mb << 20)
             except BaseException:
