@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from capsem.hypervisor.qemu import qmp
 from capsem.hypervisor.qemu.qmp import Event, Monitor
 from capsem.model.errors import MachineFailed
 
@@ -102,10 +103,15 @@ def test_a_refusal_is_a_failed_machine() -> None:
     talk({"cont": {"error": {"class": "GenericError", "desc": "no such thing"}}}, script)
 
 
-def test_a_missed_deadline_is_a_failed_machine() -> None:
+def test_a_missed_deadline_is_a_failed_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    hung: list[str] = []
+
     async def script(monitor: Monitor, _: Peer) -> None:
+        monitor.on_hung = hung.append
+        monkeypatch.setattr(qmp, "COMMAND_LIMIT", 0.01)
         with pytest.raises(MachineFailed, match="within"):
-            await monitor.execute("cont", limit=0.01)
+            await monitor.cont()
+        assert hung == ["QEMU did not answer 'cont' within 0.01 s"]
 
     talk({"cont": None}, script)
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import signal
 from pathlib import Path
 
 import pytest
 from qemu_bench import ID, RAM_MB, Bench, ask, bench_fixture, hear, machine, tell, vm_test  # noqa: F401
 
 from capsem.hypervisor.driver import Saved, SaveFiles
+from capsem.hypervisor.qemu import qmp
 from capsem.hypervisor.qemu.machine import QemuMachine
 from capsem.hypervisor.qemu.memory import GuestMemory
+from capsem.model.errors import MachineFailed
 from capsem.store.ram import PAGE, RamFile, RamIdentity, RamWriter, verify
 
 pytestmark = pytest.mark.vm
@@ -126,5 +129,27 @@ def test_a_state_that_is_none_is_refused(bench: Bench) -> None:
         with open(os.devnull) as null, pytest.raises(MachineFailed, match="device state"):
             await bench.driver.restore(bench.spec(), bench.root / "devices", vmm_lock=null.fileno())
         assert not asyncio.all_tasks() - {asyncio.current_task()}
+
+    run(bench)
+
+
+@pytest.mark.parametrize("go_on", [True, False])
+def test_a_qemu_that_hangs_during_a_save_is_killed(bench: Bench, monkeypatch: pytest.MonkeyPatch, go_on: bool) -> None:
+    """It would keep whoever saves it for as long as it hangs, and everybody else from the VM."""
+
+    @vm_test
+    async def run(bench: Bench) -> None:
+        save = Save(bench.root / "save")
+        async with machine(bench) as running:
+            await running.run()
+            assert await hear(running) == b"R"
+            os.kill(running.pid, signal.SIGSTOP)
+            monkeypatch.setattr(qmp, "COMMAND_LIMIT", 0.5)
+            with pytest.raises(MachineFailed, match="did not answer"):
+                await save.make(running, bench, "second.qcow2", go_on=go_on)
+            ending = await running.wait()
+            assert not ending.clean
+            assert ending.reason == "QEMU did not answer 'blockdev-add' within 0.5 s, and was killed"
+        save.writer.close()
 
     run(bench)

@@ -121,6 +121,8 @@ class QemuMachine:
         self._control = control
         self._console = console
         self._killed = False
+        self._hung: str | None = None
+        monitor.on_hung = self._give_up
         self._paused = True
         self._ended = asyncio.create_task(self._conclude(), name=f"qemu {process.pid}")
 
@@ -307,6 +309,12 @@ class QemuMachine:
                     raise MachineFailed(f"the machine has ended: {how.reason}", hint="start it again") from error
             raise
 
+    def _give_up(self, reason: str) -> None:
+        """A QEMU that hangs cannot be saved, stopped or told to go on, and would keep who tries from anything else."""
+        log.error("%s: killing process %d", reason, self.pid)
+        self._hung = f"{reason}, and was killed"
+        self._process.kill()
+
     async def _conclude(self) -> Ending:
         """Wait for the process to end, then for its last events."""
         status = await self._process.wait()
@@ -314,6 +322,8 @@ class QemuMachine:
             async with asyncio.timeout(DRAIN_LIMIT):
                 await self._monitor.closed()
         await self._monitor.close()
+        if self._hung is not None:
+            return Ending(clean=False, reason=self._hung)
         return ending(
             status,
             killed=self._killed and status == -signal.SIGKILL,

@@ -2,8 +2,9 @@
 
 Reference: QEMU's docs/interop/qemu-qmp-ref (https://www.qemu.org/docs/master/interop/qemu-qmp-ref.html).
 
-Every command has a deadline. A refusal, a broken connection and a missed deadline all become MachineFailed. Events go
-to one callback, at once and in order; nothing is queued, since a guest can provoke events without end.
+Every command has a deadline. A refusal, a broken connection and a missed deadline all become MachineFailed; what QEMU
+has done of a command whose deadline it missed nobody knows, so `on_hung` is told as well. Events go to one callback, at
+once and in order; nothing is queued, since a guest can provoke events without end.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Monitor:
         self._client.events.event_filter = lambda _event: False  # the library's own, boundless queue
         self._client.register_listener(_Hook(self._event))
         self._on_event = on_event
+        self.on_hung: Callable[[str], None] = lambda _reason: None
         self._migration: asyncio.Future[str] | None = None
 
     def _event(self, event: Event) -> None:
@@ -148,14 +150,16 @@ class Monitor:
         """Flush `node`, put `overlay` on top of it for all its users, and open `node` read-only from then on."""
         await self.execute("blockdev-snapshot", node=node, overlay=overlay)
 
-    async def execute(self, command: str, *, limit: float = COMMAND_LIMIT, **arguments: object) -> object:
+    async def execute(self, command: str, **arguments: object) -> object:
         """Any command; a "_" in the name of an argument stands for "-"."""
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         try:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout(COMMAND_LIMIT):
                 return await self._client.execute(command, named or None)
         except TimeoutError:
-            raise MachineFailed(f"QEMU did not answer {command!r} within {limit:g} s", hint=HINT) from None
+            reason = f"QEMU did not answer {command!r} within {COMMAND_LIMIT:g} s"
+            self.on_hung(reason)
+            raise MachineFailed(reason, hint=HINT) from None
         except (QMPError, EOFError, OSError) as error:
             raise MachineFailed(f"QEMU did not carry out {command!r}: {error}", hint=HINT) from error
 
