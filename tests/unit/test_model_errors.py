@@ -44,6 +44,7 @@ def test_codes_are_stable() -> None:
         "guest_failed": 500,
         "machine_failed": 500,
         "host_not_ready": 500,
+        "query_failed": 500,
         "corrupt": 500,
         "unsupported": 409,
     }

@@ -16,6 +16,7 @@
      +-- GuestFailed          500  the guest said no, or broke
      +-- MachineFailed        500  the VMM or the host said no, or broke
      +-- HostNotReady         500  something is missing on this host: install it
+     +-- QueryFailed          500  the SQL of an inspection is wrong, or asks for more than may be asked: change it
      +-- Corrupt              500  a file does not hold what its record says: nothing was done with it
 
 `code` is stable and machine-readable; `message` says what happened; `hint` says what the reader can do about it.
@@ -158,6 +159,12 @@ class HostNotReady(CapsemError):
     """Something this host needs is missing or broken."""
 
     code = "host_not_ready"
+
+
+class QueryFailed(CapsemError):
+    """The SQL of an inspection is wrong, or more than may be asked; the contract's status for it is 500."""
+
+    code, exit_code = "query_failed", 2
 
 
 class Corrupt(CapsemError):
