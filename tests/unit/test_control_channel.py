@@ -10,6 +10,7 @@ import pytest
 
 from capsem.control.channel import Channel, Stream
 from capsem.model.errors import GuestFailed, Interrupted, InvalidInput, NotFound
+from capsem.supervisor.server import relay
 from capsem.wire import frames
 from capsem.wire.frames import FIRST_NONCE, FrameDecoder, ProtocolError, encode
 from capsem.wire.messages import (
@@ -19,10 +20,12 @@ from capsem.wire.messages import (
     Exec,
     Exited,
     Failed,
+    FileWritten,
     Message,
     Ping,
     ReadFile,
     Signal,
+    WriteFile,
     encode_message,
 )
 from capsem.wire.streams import WINDOW, Mux
@@ -328,3 +331,50 @@ async def test_a_channel_that_is_held_says_nothing_and_takes_everything(two: Two
     two.carry()
     assert await theirs.read(STDIN) == b"waits"
     assert WINDOW // 2 <= two.server.mux.confirmed(theirs.id, STDOUT) <= size
+
+
+@in_loop
+async def test_what_broke_off_is_not_handed_on_as_whole(two: Two) -> None:
+    """Half an upload must not become a file: neither of one who gives up, nor of one who is gone."""
+    beyond = Two()
+    for lose in (lambda stream: stream.reset(), lambda _stream: two.server.connection_lost(None)):
+        ours, middle = two.open(WriteFile(path="a"))
+        target = beyond.client.open(WriteFile(path="a"))
+        beyond.carry()
+        [theirs] = beyond.served
+        beyond.served.clear()
+        relaying = await waits(relay(middle, target))
+        await ours.write(STDIN, b"half")
+        two.carry()
+        await waits(relaying)
+        beyond.carry()
+        assert await theirs.read(STDIN) == b"half"
+        lose(ours)
+        two.carry()
+        with pytest.raises(InvalidInput, match="given up"):
+            await relaying
+        beyond.carry()
+        with pytest.raises(Interrupted):
+            await theirs.result()
+        assert not theirs.ended(STDIN)
+
+
+@in_loop
+async def test_what_is_whole_is_handed_on_with_its_end(two: Two) -> None:
+    beyond = Two()
+    ours, middle = two.open(WriteFile(path="a"))
+    target = beyond.client.open(WriteFile(path="a"))
+    beyond.carry()
+    [theirs] = beyond.served
+    relaying = await waits(relay(middle, target))
+    await ours.write(STDIN, b"all")
+    ours.end(STDIN)
+    two.carry()
+    await waits(relaying)
+    beyond.carry()
+    assert await theirs.read(STDIN) == b"all"
+    assert await theirs.read(STDIN) == b""
+    assert theirs.ended(STDIN)
+    theirs.close(FileWritten(size=3))
+    beyond.carry()
+    assert await relaying == FileWritten(size=3)

@@ -43,8 +43,12 @@ class Stream:
         """Whether the peer closed the stream, gave it up, or is gone."""
         return self._result is not None
 
+    def ended(self, channel: int) -> bool:
+        """Whether the peer has said that this was all; a stream that was given up, or lost, ends without that."""
+        return channel in self._ended
+
     async def read(self, channel: int) -> bytes:
-        """The next bytes on a channel; b"" when no more will come (see `result` for how it ended)."""
+        """The next bytes on a channel; b"" when no more will come (see `ended` and `result` for why)."""
         while True:
             chunks = self._chunks.get(channel)
             if chunks:

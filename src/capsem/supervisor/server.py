@@ -220,7 +220,7 @@ class _Connection:
         """
         follower = Follower({STDOUT: place.stdout, STDERR: place.stderr})
         following = asyncio.create_task(job.follow(follower, stream.write, wait=place.wait))
-        feeding = asyncio.create_task(copy(stream, job.stream, STDIN)) if feed and job.stream is not None else None
+        feeding = asyncio.create_task(_feed(stream, job.stream)) if feed and job.stream is not None else None
         watching = asyncio.create_task(stream.result())
         try:
             await asyncio.wait((following, watching, job.cut), return_when=asyncio.FIRST_COMPLETED)
@@ -253,10 +253,17 @@ def job_list(jobs: JobTable, idle: float) -> JobList:
 
 
 async def copy(source: Stream, target: Stream, channel: int) -> None:
-    """Copy a channel until it ends, at the pace of the slower side."""
+    """Copy a channel until it ends, at the pace of the slower side. What breaks off is not ended: half a file is none."""
     while data := await source.read(channel):
         await target.write(channel, data)
-    target.end(channel)
+    if source.ended(channel):
+        target.end(channel)
+
+
+async def _feed(source: Stream, command: Stream) -> None:
+    """A command's input. It may live on without its client, and would wait for ever for what nobody will send."""
+    await copy(source, command, STDIN)
+    command.end(STDIN)
 
 
 async def relay(stream: Stream, target: Stream) -> Message:
