@@ -5,7 +5,7 @@ test:
 
 # Many boots, and nothing that they leave behind; figures on standard error.
 soak:
-	./scripts/test -m soak -s tests/vm
+	./scripts/test -n 0 -m soak -s tests/vm
 
 demo:
 	./scripts/demo
