@@ -57,12 +57,21 @@ def test_without_a_mark_only_the_volume_is_tried(health: Health, volume: Path) -
 
 
 def test_a_volume_that_cannot_be_read_or_written_is_a_problem(health: Health, volume: Path) -> None:
-    mark = volume / ".capsem-mark"
-    mark.unlink()
-    assert "cannot be written" in health.examine(MARK)[0][0]
-    mark.mkdir()
+    os.close(health._fd)
     assert "cannot be written" in health.examine(MARK)[0][0]
     assert "cannot be written" in health.examine(None)[0][0]
+    (volume / ".capsem-mark").unlink()
+    (volume / ".capsem-mark").mkdir()
+    assert "cannot be written" in Health(str(volume)).examine(None)[0][0]
+    with pytest.raises(IsADirectoryError):
+        Health(str(volume)).sync(MARK)
+
+
+def test_a_mark_that_somebody_removed_is_still_the_one(health: Health, volume: Path) -> None:
+    (volume / ".capsem-mark").unlink()
+    assert health.examine(MARK) == ([], [])
+    health.sync(OTHER)
+    assert (volume / ".capsem-mark").read_bytes().startswith(OTHER.encode())
 
 
 def test_the_mark_is_on_the_disk_when_sync_returns(health: Health, volume: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -35,8 +36,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> StoppedClock:
 def loop() -> Iterator[Loop]:
     made = Loop()
     yield made
-    os.close(made._wake)
-    made._epoll.close()
+    made._epoll.close()  # not what its threads write to: an agent's loop lives as long as they do
 
 
 @contextlib.contextmanager
@@ -162,6 +162,36 @@ def test_work_on_a_thread_comes_back_to_the_loop(loop: Loop) -> None:
     assert loop.run(lambda: None) == 7
     assert 42 in results
     assert any(isinstance(result, OSError) for result in results)
+
+
+def test_one_call_after_the_other_is_made_on_the_same_thread(loop: Loop) -> None:
+    threads: list[int] = []
+
+    def then(thread: int) -> None:
+        threads.append(thread)
+        if len(threads) == 3:
+            loop.exit(0)
+        else:
+            loop.offload(threading.get_ident, then)
+
+    loop.offload(threading.get_ident, then)
+    loop.run(lambda: None)
+    assert len(set(threads)) == 1
+    assert threads[0] != threading.get_ident()
+
+
+def test_calls_at_once_do_not_wait_for_each_other(loop: Loop) -> None:
+    meeting, met = threading.Barrier(5), []
+
+    def then(result: int) -> None:
+        met.append(result)
+        if len(met) == 5:
+            loop.exit(0)
+
+    for _ in range(5):
+        loop.offload(lambda: meeting.wait(20), then)
+    loop.run(lambda: None)
+    assert sorted(met) == [0, 1, 2, 3, 4]
 
 
 def test_output_is_flushed_before_the_loop_ends(loop: Loop) -> None:

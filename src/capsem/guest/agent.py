@@ -137,7 +137,7 @@ class Agent:
 
     def _configured(self) -> None:
         """The handshake's data is complete: become what it says."""
-        config = self._handshake.config
+        config, began = self._handshake.config, time.monotonic()
         assert config is not None
         step = self._system.set_clock(config.time)
         reseeded = bool(config.entropy) and self._system.reseed(bytes.fromhex(config.entropy or ""))
@@ -159,29 +159,23 @@ class Agent:
             self._let_go()
             self._mux.control(BootReady(epoch=config.epoch, clock_step=step, timings={"ready": time.monotonic()}))
             return
-        handshake, mark = self._handshake, config.mark
-
-        def examined(found: tuple[list[str], list[str]] | Exception) -> None:
-            if self._handshake is handshake:  # else the host did not wait for it, and began anew
-                problems, warnings = (
-                    ([f"the examination failed: {found}"], []) if isinstance(found, Exception) else found
-                )
-                timings = {"ready": time.monotonic()}
-                held = self._let_go()
-                self._mux.control(
-                    BootReady(
-                        epoch=config.epoch,
-                        clock_step=step,
-                        timings=timings,
-                        problems=problems,
-                        warnings=warnings,
-                        reseeded=reseeded,
-                        held=held,
-                    )
-                )
-
-        # Off the loop's thread: a volume that is not well may never answer.
-        self._loop.offload(lambda: self._health.examine(mark), examined)
+        # On the loop's thread, though a volume that is not well may never answer: then this machine is of no use, the
+        # host has a limit, and nothing but this handshake is to be answered.
+        taken = time.monotonic()
+        problems, warnings = self._health.examine(config.mark)
+        ready = time.monotonic()
+        held = self._let_go()
+        self._mux.control(
+            BootReady(
+                epoch=config.epoch,
+                clock_step=step,
+                timings={"configured": began, "taken": taken, "ready": ready, "released": time.monotonic()},
+                problems=problems,
+                warnings=warnings,
+                reseeded=reseeded,
+                held=held,
+            )
+        )
 
     # -- events
 

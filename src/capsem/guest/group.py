@@ -27,11 +27,13 @@ class Group:
         self.held = False
         self._lock = _thread.allocate_lock()
         self._path = f"{root}/capsem"
-        self._inside = self._outside = -1
+        self._inside = self._outside = self._events = self._state = -1
         if root:
             try:
                 os.makedirs(self._path, exist_ok=True)
                 self._inside = os.open(f"{self._path}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+                self._events = os.open(f"{self._path}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+                self._state = os.open(f"{self._path}/cgroup.freeze", os.O_WRONLY | os.O_CLOEXEC)
                 self._outside = os.open(f"{root}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
             except OSError as error:  # somebody has unmounted it: a guest that works matters more
                 os.write(2, f"capsem-agent: commands cannot be held still: {error}\n".encode())
@@ -61,18 +63,14 @@ class Group:
         with self._lock:
             if not self.held:  # it took so long that the host has gone on
                 return False
-            self._write("1")
-        events = os.open(f"{self._path}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            poll, deadline = select.poll(), time.monotonic() + _SETTLE
-            poll.register(events, select.POLLPRI)
-            while b"frozen 1" not in os.pread(events, 256, 0):
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return False
-                poll.poll(left * 1000)
-        finally:
-            os.close(events)
+            os.pwrite(self._state, b"1", 0)
+        poll, deadline = select.poll(), time.monotonic() + _SETTLE
+        poll.register(self._events, select.POLLPRI)
+        while not self._frozen():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            poll.poll(left * 1000)
         return True
 
     def let_go(self) -> bool:
@@ -81,11 +79,9 @@ class Group:
             self.held = False
             if self._outside < 0:
                 return False
-            with open(f"{self._path}/cgroup.events", "rb") as file:
-                still = b"frozen 1" in file.read()
-            self._write("0")
+            still = self._frozen()
+            os.pwrite(self._state, b"0", 0)
         return still
 
-    def _write(self, value: str) -> None:
-        with open(f"{self._path}/cgroup.freeze", "w") as file:
-            file.write(value)
+    def _frozen(self) -> bool:
+        return b"frozen 1" in os.pread(self._events, 256, 0)

@@ -32,22 +32,31 @@ class Health:
 
     def __init__(self, volume: str) -> None:
         self._path = f"{volume}/{_NAME}" if volume else ""
+        self._fd = -1
+        self._block = mmap.mmap(-1, _BLOCK)  # direct I/O wants aligned memory
         self._mark = ""
         self._log = -1
 
     def sync(self, mark: str | None) -> None:
         """Leave the mark, if there is one, and flush every file system. Raises OSError."""
         if mark and self._path:
+            self._open()
             self._write(mark)
             self._mark = mark
         self._follow_log()
         os.sync()
 
     def examine(self, mark: str | None) -> tuple[list[str], list[str]]:
-        """What is wrong, and what else the kernel complained of since the last `sync`. Takes a while."""
+        """What is wrong, and what else the kernel complained of since the last `sync`.
+
+        A volume that is not well may keep this from ever returning; who asks has a limit. It uses what `sync` has opened:
+        in a machine that was just restored every system call of another kind is felt.
+        """
         problems: list[str] = []
         if self._path:
             try:
+                if self._fd < 0:
+                    self._open()
                 if mark is not None:
                     found = self._read()
                     if not mark == self._mark == found:
@@ -65,23 +74,22 @@ class Health:
             warnings.insert(0, "the kernel's log was not followed: what it complained of is not known")
         return problems[:_LINES], warnings[:_LINES]
 
+    def _open(self) -> None:
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = fd
+
     def _write(self, mark: str) -> None:
-        fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            os.pwrite(fd, mark.encode("ascii").ljust(_BLOCK, b"\0"), 0)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        self._block[:] = mark.encode("ascii").ljust(_BLOCK, b"\0")
+        os.pwrite(self._fd, self._block, 0)
+        os.fsync(self._fd)
 
     def _read(self) -> str:
         """The mark as the disk has it."""
-        fd = os.open(self._path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-        try:
-            with mmap.mmap(-1, _BLOCK) as block:  # direct I/O wants aligned memory
-                os.preadv(fd, [block], 0)
-                return block[:].rstrip(b"\0").decode("ascii", "replace")
-        finally:
-            os.close(fd)
+        self._block[:] = bytes(_BLOCK)  # what a shorter read leaves is not the last mark
+        os.preadv(self._fd, [self._block], 0)
+        return self._block[:].rstrip(b"\0").decode("ascii", "replace")
 
     def _follow_log(self) -> None:
         """From here on, `_complaints` tells what comes."""

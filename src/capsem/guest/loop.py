@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 READ, WRITE = select.EPOLLIN, select.EPOLLOUT
 _LONGEST_WAIT = 86400.0  # epoll takes at most 24 days
+_KEPT = 2  # idle threads: to start one is dear in a machine that was just restored, where every step is a first one
 
 
 class Timer:
@@ -44,6 +45,8 @@ class Loop:
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._timers: list[Timer] = []
+        self._work: list[tuple[Callable[[], Any], Callable[[Any], None]]] = []
+        self._idle: list[_thread.LockType] = []  # each what a thread waits for
         self._done: list[tuple[Callable[[Any], None], Any]] = []
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.watch(self._wake, READ, self._collect)
@@ -70,16 +73,32 @@ class Loop:
 
     def offload(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
         """Run `work` on a thread; `then` gets its result, or the exception it raised, in the loop."""
+        self._work.append((work, then))  # one more than there are threads awake for it
+        if self._idle:
+            self._idle.pop().release()
+        else:
+            _thread.start_new_thread(self._labour, ())
 
-        def run() -> None:
+    def _labour(self) -> None:
+        """A thread's life."""
+        wanted = _thread.allocate_lock()
+        wanted.acquire()
+        while True:
+            work, then = self._work.pop(0)
             try:
                 result = work()
             except Exception as error:  # noqa: BLE001 - handed over, not swallowed
                 result = error
+            del work
+            kept = len(self._idle) < _KEPT
+            if kept:
+                self._idle.append(wanted)
             self._done.append((then, result))
             os.eventfd_write(self._wake, 1)
-
-        _thread.start_new_thread(run, ())
+            del then, result
+            if not kept:
+                return
+            wanted.acquire()
 
     def exit(self, status: int) -> None:
         """Leave `run` after this callback."""

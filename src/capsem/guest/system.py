@@ -83,6 +83,7 @@ class Machine(Bystander):
     def __init__(self) -> None:
         self._hostname = ""
         self._identity: tuple[str | None, str | None] = (None, None)
+        self._random = os.open("/dev/random", os.O_WRONLY | os.O_CLOEXEC)
 
     def set_hostname(self, name: str) -> None:
         """Set it in the kernel, and in /etc/hosts so that it resolves. What it is already is left alone: each file costs
@@ -115,9 +116,8 @@ class Machine(Bystander):
 
     def reseed(self, entropy: bytes) -> bool:
         """Mix in entropy, count it, and have every generator start anew from it; random(4)."""
-        with open("/dev/random", "wb", buffering=0) as device:
-            fcntl.ioctl(device, _RNDADDENTROPY, struct.pack("ii", len(entropy) * 8, len(entropy)) + entropy)
-            fcntl.ioctl(device, _RNDRESEEDCRNG)
+        fcntl.ioctl(self._random, _RNDADDENTROPY, struct.pack("ii", len(entropy) * 8, len(entropy)) + entropy)
+        fcntl.ioctl(self._random, _RNDRESEEDCRNG)
         return True
 
     def install(self, loop: Loop, request: Callable[[str], None]) -> None:
