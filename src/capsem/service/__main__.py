@@ -236,7 +236,7 @@ class Service:
             log_level=os.environ.get("RUST_LOG") or "info",
             spares=spares,
         )
-        driver = make_driver(hypervisor, fleet.layout.run_dir)
+        driver = make_driver(hypervisor, fleet.layout.run_dir, fleet.system, os.environ)
         catalog = Catalog.from_environment(os.environ, self.arguments.assets_dir)
         catalog.declare(fleet.layout.run_dir)  # it may have been moved here since its VMs were made
         return Handlers(fleet, Maker(fleet, driver, catalog, launcher), self.settings)

@@ -76,9 +76,9 @@ async def serve(vm_id: str, session_dir: Path, bootstrap: Bootstrap) -> int:
     """Supervise until the VM has ended; returns the exit status."""
     layout = Layout(Path(bootstrap.run_dir))
     names = Names(SessionDir(session_dir), layout, Path(bootstrap.socket), Path(bootstrap.ready_file))
-    supervisor = Supervisor(
-        real_system(), make_driver(bootstrap.hypervisor, layout.run_dir), names, bootstrap, announce_bound
-    )
+    system = real_system()
+    driver = make_driver(bootstrap.hypervisor, layout.run_dir, system, os.environ)
+    supervisor = Supervisor(system, driver, names, bootstrap, announce_bound)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: supervisor.stop(Stop(grace=SIGTERM_GRACE)))
