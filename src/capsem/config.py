@@ -121,7 +121,7 @@ def load(environ: Mapping[str, str]) -> Settings:
             else:
                 warnings.append(f"{path}: there is no setting {name}; it is ignored")
 
-    take(environ.get("CAPSEM_USER_CONFIG") or os.path.join(_home(environ), "config.toml"))
+    take(user_file(environ))
     for row in SETTINGS:
         if text := environ.get(row.env):
             value = text if row.choices else _number(text)
@@ -129,6 +129,11 @@ def load(environ: Mapping[str, str]) -> Settings:
     if corporate := environ.get("CAPSEM_CORP_CONFIG"):
         take(corporate)
     return Settings(values, tuple(warnings))
+
+
+def user_file(environ: Mapping[str, str]) -> str:
+    """Where the user's settings are, whether there are any or not."""
+    return environ.get("CAPSEM_USER_CONFIG") or os.path.join(_home(environ), "config.toml")
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -54,12 +54,14 @@ from capsem.api.types import (
 from capsem.model.errors import AlreadyExists, LimitReached, TimedOut, Unavailable
 from capsem.model.lifecycle import State, Status
 from capsem.service.app import build_app
+from capsem.service.host import Host
 
 
 class FakeManager:
     """Understands a few commands; remembers what it was asked, and what was cancelled."""
 
     def __init__(self) -> None:
+        self.host = Host({"CAPSEM_HOME": tempfile.gettempdir()}, Path(tempfile.gettempdir()), self)
         self.states: dict[str, State] = {"box": State.RUNNING, "off": State.STOPPED, "broken": State.FAILED}
         self.requests: list[object] = []
         self.files: dict[str, str] = {}

@@ -71,7 +71,7 @@ class World:
         self.fleet = Fleet(self.processes.system, self.layout, limit)
         launcher = Launcher(self.processes.system, self.layout, {}, Path("capsem-process"), "process")
         maker = Maker(self.fleet, self.driver, self.catalog, launcher)  # type: ignore[arg-type]
-        self.handlers = Handlers(self.fleet, maker, Settings())
+        self.handlers = Handlers(self.fleet, maker, Settings(), {"CAPSEM_HOME": str(self.layout.run_dir)})
 
 
 @contextlib.asynccontextmanager

@@ -34,6 +34,7 @@ def test_codes_are_stable() -> None:
         "payload_too_large": 413,
         "permission_denied": 403,
         "not_found": 404,
+        "tool_failed": 502,
         "not_running": 404,
         "already_exists": 409,
         "wrong_state": 409,

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
-from capsem.api.operations import JSON, OPERATIONS, Operation
+from capsem.api.operations import BYTES, JSON, OPERATIONS, TEXT, Operation
 from capsem.api.types import ErrorBody, OpenApiDocument
 from capsem.model.errors import CapsemError, InvalidInput, MachineFailed, PayloadTooLarge
 from capsem.model.ids import NAME_PATTERN
@@ -73,10 +73,14 @@ def _known(kind: type[msgspec.Struct] | None) -> type[msgspec.Struct]:
 
 def _answer(operation: Operation) -> Json:
     kind = operation.response_type()
-    about = inspect.cleandoc(kind.__doc__ or "")
-    schema = _ref(operation.response) if operation.gives == JSON else _BINARY
+    about = inspect.cleandoc(kind.__doc__ or "") if isinstance(kind, type) else operation.summary
+    schema = _BINARY
+    if operation.gives == JSON:
+        [schema], _ = msgspec.json.schema_components([kind], ref_template=_AT)
+    elif operation.gives == TEXT:
+        schema = {"type": "string"}
     # Whatever a guest's file looks like, its bytes are sent as that.
-    media = "*/*" if operation.gives != JSON and not operation.request else operation.gives
+    media = "*/*" if operation.gives == BYTES else operation.gives
     return {"description": about, "content": {media: {"schema": schema}}}
 
 
@@ -109,6 +113,9 @@ def _path_parameters(operation: Operation) -> Iterator[Json]:
             "description": "The id of a VM.",
             "schema": {"type": "string", "pattern": f"^{NAME_PATTERN}$"},
         }
+    if operation.takes_name:
+        schema = {"type": "string", "pattern": "^[^/]+$"}
+        yield {"name": "name", "in": "path", "required": True, "schema": schema}
 
 
 def _query_parameters(operation: Operation) -> Iterator[Json]:

@@ -32,6 +32,7 @@ from capsem.model.errors import (
     PayloadTooLarge,
     PermissionDenied,
     TimedOut,
+    ToolFailed,
     Unavailable,
     WrongState,
 )
@@ -92,6 +93,11 @@ class Operation(NamedTuple):
     gives: str = JSON  # and of the answer's
 
     @property
+    def takes_name(self) -> bool:
+        """Whether the path holds a name of something other than a VM."""
+        return "{name}" in self.path
+
+    @property
     def takes_id(self) -> bool:
         """Whether the path holds a VM's id."""
         return "{id}" in self.path
@@ -105,7 +111,7 @@ class Operation(NamedTuple):
         return None if self.query is None else _type(self.query)
 
     def response_type(self) -> type[msgspec.Struct]:
-        """The type of the answer."""
+        """The type of the answer; of some it is a list."""
         return _type(self.response)
 
     def refusal(self, state: State) -> type[CapsemError] | None:
@@ -135,10 +141,13 @@ def unknown_vm(vm_id: str) -> NotFound:
 
 
 def _type(name: str) -> type[msgspec.Struct]:
-    from capsem.api import checkpoint_types, types
+    from capsem.api import checkpoint_types, host_types, types
 
-    found: type[msgspec.Struct] = getattr(checkpoint_types if hasattr(checkpoint_types, name) else types, name)
-    return found
+    for module in (types, checkpoint_types, host_types):
+        if name in vars(module):
+            found: type[msgspec.Struct] = vars(module)[name]
+            return found
+    raise LookupError(name)
 
 
 _BOOT: Final = (LimitReached, HostNotReady, MachineFailed, Corrupt, Unavailable)
@@ -486,6 +495,140 @@ _TABLE: Final = (
         legal=_KNOWN,
         otherwise=NotFound,
         retry_safe=True,
+    ),
+    Operation(
+        "service_logs",
+        "GET",
+        "/service-logs",
+        "the end of the service's log, up to 100 KB, whole lines",
+        "LogText",
+        gives=TEXT,
+        retry_safe=True,
+    ),
+    Operation(
+        "reload_config",
+        "POST",
+        "/reload-config",
+        "read the settings again",
+        "ReloadResponse",
+        errors=(InvalidInput,),
+        retry_safe=True,
+    ),
+    Operation(
+        "settings",
+        "GET",
+        "/settings",
+        "the settings and what they may be",
+        "SettingsResponse",
+        errors=(InvalidInput,),
+        retry_safe=True,
+    ),
+    Operation(
+        "change_settings",
+        "POST",
+        "/settings",
+        "store settings in the user's file; they hold for VMs to come",
+        "SettingsResponse",
+        request="SettingsRequest",
+        errors=(InvalidInput,),
+        retry_safe=True,
+        on_disconnect=FINISH,
+    ),
+    Operation("presets", "GET", "/settings/presets", "named sets of settings", "PresetsResponse", retry_safe=True),
+    Operation(
+        "use_preset",
+        "POST",
+        "/settings/presets/{name}",
+        "store the settings of a preset",
+        "SettingsResponse",
+        errors=(InvalidInput, NotFound),
+        retry_safe=True,
+    ),
+    Operation(
+        "lint_settings",
+        "POST",
+        "/settings/lint",
+        "whether settings could be stored",
+        "LintResponse",
+        request="SettingsRequest",
+        errors=(InvalidInput,),
+        retry_safe=True,
+    ),
+    Operation(
+        "validate_key",
+        "POST",
+        "/settings/validate-key",
+        "whether a provider takes a key",
+        "KeyResponse",
+        request="KeyRequest",
+        errors=(InvalidInput,),
+        retry_safe=True,
+    ),
+    Operation(
+        "setup_state", "GET", "/setup/state", "whether everything is there to run a VM", "SetupState", retry_safe=True
+    ),
+    Operation("setup_detect", "GET", "/setup/detect", "what was found on this host", "DetectResponse", retry_safe=True),
+    Operation(
+        "setup_complete",
+        "POST",
+        "/setup/complete",
+        "end the set-up: says whether it is complete",
+        "SetupState",
+        retry_safe=True,
+    ),
+    Operation(
+        "setup_retry", "POST", "/setup/retry", "look again whether everything is there", "SetupState", retry_safe=True
+    ),
+    Operation(
+        "setup_assets", "GET", "/setup/assets", "the image that VMs are made from", "AssetHealth", retry_safe=True
+    ),
+    Operation(
+        "set_corp_config",
+        "POST",
+        "/setup/corp-config",
+        "change the corporate settings: refused",
+        "SuccessResponse",
+        errors=(PermissionDenied,),
+        retry_safe=True,
+    ),
+    Operation(
+        "policy_hooks",
+        "GET",
+        "/policy-hook/spec",
+        "places where a program of the user's is asked",
+        "PolicyHookSpec",
+        retry_safe=True,
+    ),
+    Operation(
+        "mcp_servers", "GET", "/mcp/servers", "MCP servers whose tools guests may call", "McpServers", retry_safe=True
+    ),
+    Operation("mcp_tools", "GET", "/mcp/tools", "the tools of those servers", "McpTools", retry_safe=True),
+    Operation("mcp_policy", "GET", "/mcp/policy", "which of those tools may be called", "McpPolicy", retry_safe=True),
+    Operation(
+        "refresh_tools",
+        "POST",
+        "/mcp/tools/refresh",
+        "ask those servers for their tools again",
+        "RefreshResponse",
+        retry_safe=True,
+    ),
+    Operation(
+        "approve_tool",
+        "POST",
+        "/mcp/tools/{name}/approve",
+        "allow a tool",
+        "SuccessResponse",
+        errors=(InvalidInput, NotFound),
+        retry_safe=True,
+    ),
+    Operation(
+        "call_tool",
+        "POST",
+        "/mcp/tools/{name}/call",
+        "call a tool through a running VM",
+        "ToolResult",
+        request="ToolArguments",
+        errors=(InvalidInput, ToolFailed, Unavailable),
     ),
 )
 

@@ -59,7 +59,9 @@ def _operation(operation: Operation) -> Iterator[str]:
         yield f"- request: `{operation.request}`, at most {operation.body_limit >> 10} KiB"
     if operation.query:
         yield f"- query: `{operation.query}`"
-    yield f"- answer: `{operation.response}`" + (f", as {operation.gives}" if operation.gives != JSON else "")
+    kind = operation.response_type()
+    answer = f"`{operation.response}`" if isinstance(kind, type) else f"list of `{typing.get_args(kind)[0].__name__}`"
+    yield f"- answer: {answer}" + (f", as {operation.gives}" if operation.gives != JSON else "")
     if operation.legal is not None:
         states = "any" if operation.legal >= set(State) - {State.DELETING, State.DELETED} else ""
         yield f"- states: {states or ', '.join(sorted(operation.legal))}"
@@ -83,8 +85,9 @@ def _named() -> list[type[msgspec.Struct]]:
 
     for operation in OPERATIONS.values():
         for kind in (operation.request_type(), operation.query_type(), operation.response_type()):
-            if kind is not None:
-                add(kind)
+            for part in (kind, *typing.get_args(kind)):  # of a list, what is in it
+                if isinstance(part, type) and issubclass(part, msgspec.Struct):
+                    add(part)
     return list(found)
 
 

@@ -49,6 +49,7 @@ COMMANDS: Final = MappingProxyType(
         "set": "capsem.cli.policy",
         "purge": "capsem.cli.change",
         "cp": "capsem.cli.copy",
+        "mcp": "capsem.cli.mcp",
         "image": "capsem.cli.image",
         "df": "capsem.cli.show",
         "doctor": "capsem.cli.doctor",

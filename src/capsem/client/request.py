@@ -21,11 +21,16 @@ def operation(name: str) -> Operation:
     return OPERATIONS[name]
 
 
-def path_of(row: Operation, vm_id: str | None) -> str:
-    """The path of the request, the id percent-encoded. ValueError if the id is missing, or is one too many."""
-    if row.takes_id != (vm_id is not None):
-        raise ValueError(f"{row.name} {'needs an id' if row.takes_id else 'takes no id'}")
-    return row.path if vm_id is None else row.path.replace("{id}", quote(vm_id))
+def path_of(row: Operation, vm_id: str | None, query: Mapping[str, str] | None = None) -> str:
+    """The path of the request with its query, percent-encoded. `vm_id` is the id, or the name, that stands in the path;
+    ValueError if it is missing, or is one too many.
+    """
+    wanted = row.takes_id or row.takes_name
+    if wanted != (vm_id is not None):
+        raise ValueError(f"{row.name} {'needs an id' if wanted else 'takes no id'}")
+    path = row.path if vm_id is None else row.path.replace("{id}", quote(vm_id)).replace("{name}", quote(vm_id))
+    words = "&".join(f"{key}={quote(value)}" for key, value in (query or {}).items())
+    return f"{path}?{words}" if words else path
 
 
 def quote(text: str) -> str:
@@ -34,11 +39,13 @@ def quote(text: str) -> str:
     return "".join(chr(byte) if byte in kept else f"%{byte:02X}" for byte in text.encode(errors="surrogateescape"))
 
 
-def encode_request(row: Operation, vm_id: str | None, body: Mapping[str, Any] | None) -> bytes:
+def encode_request(
+    row: Operation, vm_id: str | None, body: Mapping[str, Any] | None, query: Mapping[str, str] | None = None
+) -> bytes:
     """The whole request. Keys whose value is None are left out of the body."""
     data = encode_body(body)
     headers = {"Content-Type": "application/json", "Content-Length": str(len(data))}
-    return encode_head(row.method, path_of(row, vm_id), headers) + data
+    return encode_head(row.method, path_of(row, vm_id, query), headers) + data
 
 
 def encode_body(body: Mapping[str, Any] | None) -> bytes:

@@ -47,15 +47,31 @@ class Client:
         self._start = start
 
     def call(
-        self, operation_name: str, *, vm_id: str | None = None, body: Mapping[str, Any] | None = None
+        self,
+        operation_name: str,
+        *,
+        vm_id: str | None = None,
+        body: Mapping[str, Any] | None = None,
+        query: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
-        """Do an operation and return its answer. Blocks.
+        """Do an operation and return its answer, an object. `vm_id` is what the path wants: an id, or a name. Blocks.
 
         Raises the CapsemError that the service answers with; Unavailable when there is no service, TimedOut when it
         does not answer in time, Interrupted when it goes away in the middle.
         """
+        return request.decode_object(self.fetch(operation_name, vm_id=vm_id, body=body, query=query))
+
+    def fetch(
+        self,
+        operation_name: str,
+        *,
+        vm_id: str | None = None,
+        body: Mapping[str, Any] | None = None,
+        query: Mapping[str, str] | None = None,
+    ) -> bytes:
+        """As `call`, for an answer that is text or a JSON array: its bytes."""
         row = request.operation(operation_name)
-        data = request.encode_request(row, vm_id, body)
+        data = request.encode_request(row, vm_id, body, query)
         timeout = self._timeout if self._timeout is not None else row.answer_within
         with self.connect() as connection:
             connection.settimeout(timeout)
@@ -66,7 +82,10 @@ class Client:
             while not answer.done:
                 with _said(timeout):
                     parts.append(receive(connection, answer, timeout))
-        return request.decode_answer(answer.status, answer.headers, b"".join(parts))
+        content = b"".join(parts)
+        if not 200 <= answer.status < 300:
+            raise request.decode_error(answer.status, answer.headers, content)
+        return content
 
     def stream(self, vm_id: str, body: Mapping[str, Any], stdin: Input | None = None) -> ExecStream:
         """Run a command; iterate over the result for its output. `body` is an ExecRequest. Raises as `call` does, but

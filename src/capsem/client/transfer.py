@@ -106,5 +106,4 @@ def _send(connection: socket.socket, fd: int, size: int, sent: Callable[[int], N
 
 
 def _head(row: Operation, vm_id: str | None, query: Mapping[str, str], headers: Mapping[str, str]) -> bytes:
-    words = "&".join(f"{key}={request.quote(value)}" for key, value in query.items())
-    return encode_head(row.method, f"{request.path_of(row, vm_id)}?{words}", headers)
+    return encode_head(row.method, request.path_of(row, vm_id, query), headers)

@@ -14,6 +14,7 @@
      +-- TimedOut             500  a limit the caller set, or one of ours, ran out
      +-- Interrupted          500  the VM was suspended or its agent died meanwhile; the outcome is not known to this call
      +-- GuestFailed          500  the guest said no, or broke
+     +-- ToolFailed           502  a tool of another server failed
      +-- MachineFailed        500  the VMM or the host said no, or broke
      +-- HostNotReady         500  something is missing on this host: install it
      +-- QueryFailed          500  the SQL of an inspection is wrong, or asks for more than may be asked: change it
@@ -147,6 +148,12 @@ class GuestFailed(CapsemError):
     """The guest refused, or the guest agent broke."""
 
     code = "guest_failed"
+
+
+class ToolFailed(CapsemError):
+    """A tool of another MCP server failed, or there is none of that name."""
+
+    code, status = "tool_failed", 502
 
 
 class MachineFailed(CapsemError):

@@ -203,13 +203,13 @@ class Service:
         await handlers.flattening.close()
         for each in server.servers:
             each.close()  # no new connection from here on
-        if self.settings.on_service_stop == config.KEEP:
+        if handlers.settings.on_service_stop == config.KEEP:
             # As if we were killed: commands go on, and who follows them connects again and finds them.
             fleet.leave_all()
             for connection in list(server.server_state.connections):
                 connection.transport.abort()
         else:
-            suspends = self.settings.on_service_stop == config.SUSPEND
+            suspends = handlers.settings.on_service_stop == config.SUSPEND
             await fleet.stop_all(handlers.suspend if suspends else None)
         await server.shutdown(sockets=[listener])
         watching.cancel()
@@ -239,7 +239,7 @@ class Service:
         driver = make_driver(hypervisor, fleet.layout.run_dir, fleet.system, os.environ)
         catalog = Catalog.from_environment(os.environ, self.arguments.assets_dir)
         catalog.declare(fleet.layout.run_dir)  # it may have been moved here since its VMs were made
-        return Handlers(fleet, Maker(fleet, driver, catalog, launcher), self.settings)
+        return Handlers(fleet, Maker(fleet, driver, catalog, launcher), self.settings, os.environ)
 
 
 def make_server(handlers: Handlers) -> uvicorn.Server:

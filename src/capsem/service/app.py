@@ -25,7 +25,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from capsem.api.codec import decode, decode_query, encode
-from capsem.api.operations import FINISH, OPERATIONS, Operation
+from capsem.api.operations import FINISH, OPERATIONS, TEXT, Operation
 from capsem.api.types import SuccessResponse, VersionResponse
 from capsem.model.errors import CapsemError, InvalidInput, NotFound, PayloadTooLarge, TimedOut, Unavailable, host_failed
 from capsem.model.ids import check_name
@@ -35,7 +35,7 @@ from capsem.service.file_routes import FILE_ROUTES, file_endpoint
 from capsem.service.manager import Manager
 
 T = TypeVar("T")
-Handler = Callable[[Manager, str, Any], Awaitable[Any]]  # manager, id or "", request or query
+Handler = Callable[[Manager, str, Any], Awaitable[Any]]  # manager, id or name, request or query
 
 log = logging.getLogger("capsem_service.http")
 
@@ -90,6 +90,27 @@ HANDLERS: Final = MappingProxyType[str, Handler](
         "fork": lambda manager, vm_id, request: manager.fork(vm_id, request),
         "jobs": lambda manager, vm_id, _request: manager.jobs(vm_id),
         "logs": lambda manager, vm_id, _request: manager.logs(vm_id),
+        "service_logs": lambda manager, _id, _request: manager.host.service_log(),
+        "reload_config": lambda manager, _id, _request: manager.host.reload(),
+        "settings": lambda manager, _id, _request: manager.host.settings(),
+        "change_settings": lambda manager, _id, request: manager.host.change_settings(request),
+        "lint_settings": lambda manager, _id, request: manager.host.lint_settings(request),
+        "presets": lambda manager, _id, _request: manager.host.presets(),
+        "use_preset": lambda manager, name, _request: manager.host.use_preset(name),
+        "validate_key": lambda manager, _id, _request: manager.host.validate_key(),
+        "setup_state": lambda manager, _id, _request: manager.host.setup_state(),
+        "setup_detect": lambda manager, _id, _request: manager.host.detect(),
+        "setup_complete": lambda manager, _id, _request: manager.host.setup_state(),
+        "setup_retry": lambda manager, _id, _request: manager.host.setup_state(),
+        "setup_assets": lambda manager, _id, _request: manager.host.assets(),
+        "set_corp_config": lambda manager, _id, _request: manager.host.set_corp_config(),
+        "policy_hooks": lambda manager, _id, _request: manager.host.policy_hooks(),
+        "mcp_servers": lambda manager, _id, _request: manager.host.mcp_servers(),
+        "mcp_tools": lambda manager, _id, _request: manager.host.mcp_tools(),
+        "mcp_policy": lambda manager, _id, _request: manager.host.mcp_policy(),
+        "refresh_tools": lambda manager, _id, _request: manager.host.refresh_tools(),
+        "approve_tool": lambda manager, name, _request: manager.host.approve_tool(name),
+        "call_tool": lambda manager, name, _request: manager.host.call_tool(name),
     }
 )
 
@@ -113,11 +134,15 @@ def build_app(manager: Manager, version: str) -> Starlette:
                 if operation.name == "openapi":
                     return _json(200, _openapi(version))
                 vm_id = check_name(request.path_params["id"]) if operation.takes_id else ""
+                if operation.takes_name:
+                    vm_id = request.path_params["name"]
                 body = await _request_body(request, operation)
                 if (query := operation.query_type()) is not None:
                     body = decode_query(query, request.query_params)
                 work = HANDLERS[operation.name](manager, vm_id, body)
-                result: msgspec.Struct = await _attend(request, operation, work, transitions)
+                result: Any = await _attend(request, operation, work, transitions)
+                if operation.gives == TEXT:
+                    return Response(result, media_type=TEXT)
                 return _json(200, encode(result))
             except ClientDisconnect:
                 return Response(status_code=_CLIENT_GONE)

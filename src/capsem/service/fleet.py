@@ -40,7 +40,7 @@ class Fleet:
     def __init__(self, system: System, layout: Layout, limit: int) -> None:
         self.system = system
         self.layout = layout
-        self._limit = limit
+        self.limit = limit
         self._vms: dict[str, Vm] = {}
         self._reserved: set[str] = set()  # names that are being given
         self._starting: set[str] = set()  # those of them whose VMs are about to run
@@ -99,9 +99,9 @@ class Fleet:
     def check_limit(self, more: int = 1) -> None:
         """Raises LimitReached when so many `more` VMs would be more than may run."""
         running = sum(vm.running for vm in self._vms.values() if vm.id not in self._starting) + len(self._starting)
-        if running + more > self._limit:
+        if running + more > self.limit:
             raise LimitReached(
-                f"{running} VMs are running, the maximum is {self._limit}",
+                f"{running} VMs are running, the maximum is {self.limit}",
                 hint="stop one, or raise vm.resources.max_concurrent_vms in the settings",
             )
 

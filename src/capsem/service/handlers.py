@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
 from capsem.api.types import AssetHealth, ListResponse, LogsResponse, SandboxInfo, UsageResponse, VmPolicy
 from capsem.config import Settings
@@ -14,6 +15,7 @@ from capsem.service.create import Maker
 from capsem.service.files import Files
 from capsem.service.flattening import Flattening
 from capsem.service.fleet import Fleet
+from capsem.service.host import Host
 from capsem.service.transfer import Transfer
 from capsem.service.usage import Found, Named, usage
 from capsem.service.vm import Vm
@@ -40,9 +42,15 @@ def actions(status: Status, record: VmRecord, blocked: CapsemError | None) -> li
 class Handlers(Transfer, Files):
     """Implements service.manager.Manager."""
 
-    def __init__(self, fleet: Fleet, maker: Maker, settings: Settings) -> None:
+    def __init__(self, fleet: Fleet, maker: Maker, settings: Settings, environ: Mapping[str, str]) -> None:
         super().__init__(fleet, maker, settings)
         self.flattening = Flattening(fleet, maker.driver)  # not begun
+        self.host = Host(environ, fleet.layout.run_dir, self, self._configure)
+
+    def _configure(self, settings: Settings) -> None:
+        """For VMs to come."""
+        self.settings = settings
+        self._fleet.limit = settings.max_concurrent_vms
 
     async def list(self) -> ListResponse:
         """Every VM, and whether there is an image to make more, of no profile in particular."""

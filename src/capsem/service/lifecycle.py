@@ -64,7 +64,7 @@ class Lifecycle(Commands):
     def __init__(self, fleet: Fleet, maker: Maker, settings: Settings) -> None:
         super().__init__(fleet)
         self._maker = maker
-        self._settings = settings
+        self.settings = settings
 
     async def provision(self, request: ProvisionRequest) -> ProvisionResponse:
         """Create and boot; returns when the guest is ready or after 5 s. Raises what went wrong before that."""
@@ -77,8 +77,8 @@ class Lifecycle(Commands):
 
     def _spec(self, request: ProvisionRequest | RunRequest) -> VmSpec:
         return VmSpec(
-            cpus=self._settings.cpu_count if request.cpus is None else request.cpus,
-            ram_mb=self._settings.ram_mb if request.ram_mb is None else request.ram_mb,
+            cpus=self.settings.cpu_count if request.cpus is None else request.cpus,
+            ram_mb=self.settings.ram_mb if request.ram_mb is None else request.ram_mb,
             disk_mb=request.disk_mb,
             env=MappingProxyType(dict(request.env or {})),
         )

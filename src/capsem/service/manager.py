@@ -52,10 +52,13 @@ from capsem.api.types import (
 
 if TYPE_CHECKING:
     from capsem.service.files import Content
+    from capsem.service.host import Host
 
 
 class Manager(Protocol):
-    """The VMs of this user."""
+    """The VMs of this user; `host` answers what is about none of them."""
+
+    host: Host
 
     async def provision(self, request: ProvisionRequest) -> ProvisionResponse:
         """Create and boot a VM; returns when the guest is ready or after 5 s."""
