@@ -96,7 +96,7 @@ def test_nothing_is_acknowledged_before_file_and_directory_are_durable(case: Cas
     assert (case.answer(), case.calls) == ([], [])
     case.loop.run()
     assert case.calls == [("fsync", "temporary"), ("rename", "temporary"), ("fsync", "root")]
-    assert case.answer() == [FileWritten(size=7)]
+    assert case.answer() == [FileWritten(size=7, created=True)]
     assert (case.workspace / "file").read_bytes() == b"content"
     assert case.names() == ["file"]
     assert case.finished == [1]
@@ -159,7 +159,7 @@ def test_a_parent_that_somebody_else_makes_meanwhile_is_used(case: Case, monkeyp
     monkeypatch.setattr(files.os, "mkdir", mkdir)
     case.writer("a/b/file").feed_end()
     case.loop.run()
-    assert case.answer() == [FileWritten(size=0)]
+    assert case.answer() == [FileWritten(size=0, created=True)]
 
 
 def test_short_writes_are_continued(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,8 @@ class Bootstrap(Message, tag="bootstrap"):
 
     `vm_id` and `session_dir` are for a spare supervisor, which was started without knowing them. `restore`: from the
     record's checkpoint, whose memory is `ram_file`; `layer` is a new one to put on the volume's top before anything
-    runs. `assets` are digests of what the machine boots from. `boot_kind` and `boot_note` are recorded. `faults` is for
+    runs. `assets` are digests of what the machine boots from. `boot_kind` and `boot_note` are recorded. `ledger`:
+    commands and files are recorded, too. `faults` is for
     tests, see capsem.faults.
     """
 
@@ -76,6 +77,7 @@ class Bootstrap(Message, tag="bootstrap"):
     boot_note: str | None = None
     parent_pid: int | None = None
     log_level: str = "info"
+    ledger: bool = True
     faults: str | None = None
 
 
@@ -184,6 +186,14 @@ class Persisted(Message, tag="persisted"):
     """Closes a Persist stream: record and directory are durable under the new name, the new socket is bound."""
 
 
+class FlushLedger(Message, tag="flush-ledger"):
+    """Somebody is about to read the VM's ledger."""
+
+
+class LedgerFlushed(Message, tag="ledger-flushed"):
+    """Closes a FlushLedger stream: what had happened before is in the file."""
+
+
 class AddLayer(Message, tag="add-layer"):
     """Freeze the volume's top layer for others to build on, and go on in the new, empty layer `layer`."""
 
@@ -245,6 +255,7 @@ REQUESTS: dict[type[Message], type[Message]] = {
     ReplaceLayers: LayersReplaced,
     SetPolicy: PolicySet,
     Save: CheckpointMade,
+    FlushLedger: LedgerFlushed,
 }
 _ALL: tuple[type[Message], ...] = (
     Hello,

@@ -157,7 +157,8 @@ class Agent:
         self._mux.decoder.arm(self._handshake.next_nonce)
         if not config.resumed:
             self._let_go()
-            self._mux.control(BootReady(epoch=config.epoch, clock_step=step, timings={"ready": time.monotonic()}))
+            timings = {"ready": time.monotonic()}
+            self._mux.control(BootReady(epoch=config.epoch, clock_step=step, timings=timings, written=self._written()))
             return
         # On the loop's thread, though a volume that is not well may never answer: then this machine is of no use, the
         # host has a limit, and nothing but this handshake is to be answered.
@@ -174,8 +175,13 @@ class Agent:
                 warnings=warnings,
                 reseeded=reseeded,
                 held=held,
+                written=self._written(),
             )
         )
+
+    def _written(self) -> dict[str, float]:
+        written, self._system.written = self._system.written, {}
+        return written
 
     # -- events
 

@@ -268,6 +268,7 @@ class Writer(Servant):
         self._directory, self._name = open_parent(workspace, request.path, create=True)
         self._temporary = f".capsem-{stream}-{os.urandom(8).hex()}"
         self._nameless = False
+        self._created = False
         self._fd = -1
         try:
             self._check_target()
@@ -292,6 +293,7 @@ class Writer(Servant):
         try:
             mode = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False).st_mode
         except FileNotFoundError:
+            self._created = True
             return
         if stat.S_ISLNK(mode):
             raise Refused("permission_denied", f"{self._path}: is a symbolic link", "write to the file it points to")
@@ -321,7 +323,7 @@ class Writer(Servant):
 
     def _committed(self, error: BaseException | None) -> None:
         self.cancelled()
-        result = refusal(error, self._path) if error else FileWritten(size=self._size)
+        result = refusal(error, self._path) if error else FileWritten(size=self._size, created=self._created)
         self._mux.close(self._stream, result)
         self._done(self._stream)
 

@@ -21,7 +21,7 @@ from capsem.guest.group import Group
 from capsem.guest.kept import LIMIT, Kept
 from capsem.guest.loop import READ, WRITE, Loop, Timer
 from capsem.guest.servant import Servant
-from capsem.wire.messages import STDERR, STDIN, STDOUT, Exec, Exited, Message, Reattach, Reattached, Signal
+from capsem.wire.messages import STDERR, STDIN, STDOUT, Exec, Exited, Message, Reattach, Reattached, Signal, Started
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from capsem.wire.streams import Mux
 
 SHELL = "/bin/bash"
+SHELL_ARGV = ("bash", "-c")  # and the command
 OUTPUTS = (STDOUT, STDERR)
 _PIECE = 64 * 1024
 _PIECES_PER_TURN = 16  # then the rest of the agent gets its turn
@@ -51,7 +52,7 @@ def spawn(command: str, env: dict[str, str], cwd: str, fds: tuple[int, int, int]
         group.enter()
         return os.posix_spawn(
             SHELL,
-            ["bash", "-c", command],
+            [*SHELL_ARGV, command],
             env,
             file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(fds)],
             setsid=True,
@@ -129,6 +130,11 @@ class Command(Servant):
         for channel in OUTPUTS:
             self._watch_output(channel)
         loop.watch(self._pidfd, READ, self._exited)
+        if request.told:
+            started = Started(
+                pid=self.pid, ppid=os.getpid(), uid=os.getuid(), exe=SHELL, argv=list(SHELL_ARGV), cwd=cwd
+            )
+            mux.message(stream, started)
         if request.timeout is not None:
             self._expiry = loop.after(request.timeout, self._expire)
 

@@ -44,6 +44,9 @@ class Bystander:
     volume = ""  # where the VM's own file system is mounted; "": there is none
     groups = ""  # where control groups are; "": none for us
 
+    def __init__(self) -> None:
+        self.written: dict[str, float] = {}  # files, with their sizes, that nobody was told of yet
+
     def set_clock(self, now: float) -> float:
         """How many seconds the clock would have been stepped."""
         return now - time.time()
@@ -81,6 +84,7 @@ class Machine(Bystander):
         return step
 
     def __init__(self) -> None:
+        super().__init__()
         self._hostname = ""
         self._identity: tuple[str | None, str | None] = (None, None)
         self._random = os.open("/dev/random", os.O_WRONLY | os.O_CLOEXEC)
@@ -97,9 +101,13 @@ class Machine(Bystander):
             ("/etc/hostname", f"{name}\n"),
             ("/etc/hosts", f"127.0.0.1 localhost\n127.0.1.1 {name}\n::1 localhost ip6-localhost\n"),
         ):
-            with open(path, "w") as file:
-                file.write(text)
+            self._write(path, text)
         self._hostname = name
+
+    def _write(self, path: str, text: str) -> None:
+        with open(path, "w") as file:
+            file.write(text)
+        self.written[path] = len(text)
 
     def set_identity(self, machine_id: str | None, token: str | None) -> None:
         """What tells this machine from others (machine-id(5)), and this boot of it from others, forks included."""
@@ -112,6 +120,7 @@ class Machine(Bystander):
                         file.seek(0)
                         file.write(f"{value}\n")
                         file.truncate()
+                        self.written[path] = len(value) + 1
         self._identity = (machine_id, token)
 
     def reseed(self, entropy: bytes) -> bool:
@@ -133,8 +142,7 @@ class Machine(Bystander):
                 request(line)
 
         loop.watch(fd, READ, ready)
-        with open(SYSUTIL, "w") as file:
-            file.write(_SYSUTIL_TEXT)
+        self._write(SYSUTIL, _SYSUTIL_TEXT)
         os.chmod(SYSUTIL, 0o755)
 
     def power_off(self, loop: Loop, grace: float) -> None:

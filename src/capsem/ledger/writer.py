@@ -62,6 +62,11 @@ class Writer:
         self._thread.start()
 
     @property
+    def path(self) -> Path:
+        """Where the file is."""
+        return self._path
+
+    @property
     def dropped(self) -> int:
         """How many statements were lost so far."""
         return self._dropped + self._failed

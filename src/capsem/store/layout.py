@@ -60,6 +60,16 @@ class SessionDir:
         """The guest's console."""
         return self.path / "serial.log"
 
+    @property
+    def ledger(self) -> Path:
+        """What happened in the VM, as SQLite tables (docs/ledger.md)."""
+        return self.path / "session.db"
+
+    @property
+    def pty_log(self) -> Path:
+        """What its terminals showed."""
+        return self.path / "pty.log"
+
 
 @dataclass(frozen=True, slots=True)
 class CheckpointDir:

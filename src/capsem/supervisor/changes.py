@@ -55,8 +55,9 @@ class Changes(Owned):
     async def persist(self, request: Persist) -> Persisted:
         """Take another name. The record goes first: from then on a service that finds the old directory moves it."""
         old, session = self._names, SessionDir(Path(request.session_dir))
-        self._rewrite(id=request.name, persistent=True)
-        durable.rename(old.session.path, session.path)
+        async with self.recording.set_aside(session.ledger):
+            self._rewrite(id=request.name, persistent=True)
+            durable.rename(old.session.path, session.path)
         self._names = replace(old, session=session, socket=Path(request.socket), ready_file=Path(request.ready_file))
         self._console.move(session.serial_log)
         former = self._listener
@@ -68,6 +69,7 @@ class Changes(Owned):
         old.ready_file.unlink(missing_ok=True)
         old.socket.unlink(missing_ok=True)
         self.guest.rename(self._identity())
+        self.recording.lifecycle("persisted", self._record.state, f"{old.session.path.name} is {request.name}")
         log.info("%s is persistent as %s", old.session.path.name, request.name)
         return Persisted()
 
@@ -169,6 +171,7 @@ class Changes(Owned):
 
     def _note_current(self, checkpoint: Checkpoint) -> None:
         self._record = replace(self._record, current=checkpoint.id)
+        self.recording.lifecycle("checkpoint", self._record.state, f"{checkpoint.id} ({checkpoint.kind})")
         try:
             records.write(self._names.session, self._record)
         except OSError as error:  # a full disk; the checkpoint is made, and the next word in the record says so too
@@ -194,6 +197,7 @@ class Changes(Owned):
             log.error("the record cannot be written: %s", error)
         finally:
             self._suspended.set()
+            self.recording.rest()
             self.jobs.cut(self._job_waits)
 
     def _job_waits(self, job: str) -> Interrupted:

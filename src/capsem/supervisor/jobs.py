@@ -20,7 +20,7 @@ from capsem.control.channel import Stream
 from capsem.control.guest import Guest
 from capsem.model.errors import AlreadyExists, CapsemError, Interrupted, NotFound, TimedOut, from_dict
 from capsem.store.jobs import OUTPUT_LIMIT, TOTAL_LIMIT, SavedJob, SavedOutput
-from capsem.wire.messages import STDERR, STDOUT, Exec, Exited, Failed, Forget, Message, Reattach, Reattached
+from capsem.wire.messages import STDERR, STDOUT, Exec, Exited, Failed, Forget, Message, Reattach, Reattached, Started
 
 LAG = 1024 * 1024  # bytes that a follower may be behind before the guest waits for it
 FINISHED_KEPT = 64  # jobs
@@ -88,6 +88,7 @@ class Job:
         self.outputs = outputs or {STDOUT: OutputLog(), STDERR: OutputLog()}
         self.ended = ended
         self.stream: Stream | None = None
+        self.on_started: Callable[[Started], None] = lambda _started: None
         self.on_ended: Callable[[], None] = lambda: None
         self._followers: list[Follower] = []
         self._changed = asyncio.Event()
@@ -109,8 +110,13 @@ class Job:
 
     def start(self, guest: Guest, request: Exec) -> None:
         """Ask the guest for it. Raises Interrupted, InvalidInput."""
-        self.stream = guest.execute(request)
+        self.stream = guest.execute(Exec(**{**request.__dict__, "told": True}))
+        self.stream.on_message = self._told
         self._task = asyncio.create_task(self._run(guest), name=f"job {self.id}")
+
+    def _told(self, message: Message) -> None:
+        if isinstance(message, Started):
+            self.on_started(message)
 
     def go_on(self, guest: Guest) -> None:
         """Attach to it in a guest that was restored."""

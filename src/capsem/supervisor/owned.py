@@ -25,6 +25,7 @@ from capsem.store.layout import Layout, SessionDir
 from capsem.supervisor.activity import Activity
 from capsem.supervisor.console import Console
 from capsem.supervisor.jobs import JobTable
+from capsem.supervisor.recording import Recording
 from capsem.supervisor.saving import Saver
 from capsem.supervisor.server import Server
 from capsem.system import Listener, System
@@ -66,6 +67,7 @@ class Owned:
         self.jobs = JobTable()
         self.activity = Activity(system.clock)
         self.pid = system.processes.own_pid()
+        self.recording: Recording
         self._server: Server
         self._listener: Listener | None = None
         self._console: Console
@@ -110,9 +112,18 @@ class Owned:
     def _advance(self, event: Event, **changes: object) -> None:
         """Move the record on, durably. Raises OSError, but not on the way out: a full disk keeps no VM from ending."""
         self._record = self._record.after(event, **changes)
+        self.recording.lifecycle(event, self._record.state, self._detail(event))
         try:
             records.write(self._names.session, self._record)
         except OSError as error:
             if event not in ENDS:
                 raise
             log.error("the record cannot be written: %s", error)
+
+    def _detail(self, event: Event) -> str | None:
+        """What there is to say of an event beside its name."""
+        if event in (Event.START, Event.RESUME):
+            return self._record.boot_kind
+        if event in (Event.EXITED, Event.LOST, Event.ABORTED) and self._record.last_exit is not None:
+            return self._record.last_exit.reason
+        return None

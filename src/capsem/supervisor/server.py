@@ -14,11 +14,13 @@ from capsem.api.internal import (
     AddLayer,
     Attach,
     CheckpointMade,
+    FlushLedger,
     Hello,
     JobList,
     Jobs,
     LayerAdded,
     LayersReplaced,
+    LedgerFlushed,
     Persist,
     Persisted,
     PolicySet,
@@ -35,6 +37,7 @@ from capsem.control.guest import Guest
 from capsem.model.errors import CapsemError, Interrupted, InvalidInput, Unsupported
 from capsem.supervisor.activity import Activity
 from capsem.supervisor.jobs import Follower, Job, JobTable
+from capsem.supervisor.recording import Recording
 from capsem.wire.frames import FrameDecoder, ProtocolError
 from capsem.wire.messages import STDERR, STDIN, STDOUT, Exec, Exited, Failed, ListDir, Message, ReadFile, WriteFile
 from capsem.wire.streams import Mux
@@ -51,6 +54,7 @@ class Supervised(Protocol):
     guest: Guest
     jobs: JobTable
     activity: Activity
+    recording: Recording
     pid: int
 
     def state(self) -> State:
@@ -177,10 +181,7 @@ class _Connection:
         if isinstance(request, Exec):
             await self._supervised.admit()
             jobs.check_new(request.job)
-            job = Job(request.job, request.command)
-            job.start(self._supervised.guest, request)
-            activity.begin()
-            job.on_ended = activity.end
+            job = self._begin(request)
             jobs.add(job)
             stream.on_message = job.send
             return await self._follow(stream, job, Attach(job=job.id), feed=request.stdin)
@@ -194,7 +195,12 @@ class _Connection:
         if isinstance(request, (ReadFile, WriteFile, ListDir)):
             await self._supervised.admit()
             with activity.going_on():
-                return await relay(stream, self._supervised.guest.channel.open(request))
+                result = await relay(stream, self._supervised.guest.channel.open(request))
+                self._supervised.recording.file_moved(request, result)
+                return result
+        if isinstance(request, FlushLedger):
+            await self._supervised.recording.flushed()
+            return LedgerFlushed()
         if isinstance(request, Stop):
             self._supervised.stop(request)
             return Stopping()
@@ -212,6 +218,22 @@ class _Connection:
             with activity.going_on():  # its owner is there: one that has been idle for long is not suspended at once
                 return self._supervised.set_policy(request)
         raise Unsupported(f"{request.tag} is not served here")
+
+    def _begin(self, request: Exec) -> Job:
+        """Start a command. Raises Interrupted, InvalidInput."""
+        activity, recording = self._supervised.activity, self._supervised.recording
+        job = Job(request.job, request.command)
+
+        def ended() -> None:
+            activity.end()
+            recording.command_ended(job)
+
+        job.on_started = lambda started: recording.command_started(job, started)
+        job.on_ended = ended
+        job.start(self._supervised.guest, request)
+        activity.begin()
+        recording.command_began(job, "exec")
+        return job
 
     async def _follow(self, stream: Stream, job: Job, place: Attach, *, feed: bool) -> Message:
         """Copy a job's output to a peer, and the peer's input to the job, until the job has ended or is cut off.

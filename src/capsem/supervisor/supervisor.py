@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -45,6 +46,7 @@ from capsem.supervisor import room
 from capsem.supervisor.changes import Changes
 from capsem.supervisor.console import Console
 from capsem.supervisor.owned import Names
+from capsem.supervisor.recording import Recording
 from capsem.supervisor.saving import Saver
 from capsem.supervisor.server import Server
 from capsem.system import System
@@ -96,9 +98,15 @@ class Supervisor(Changes):
         try:
             self._record = self._recovered(records.read(session))
             self._at("claimed")
-            self._begin()
-            self._at("begun")
-            return await self._run_claimed()
+            self.recording = Recording(
+                self._system.clock, session.ledger, on=self._bootstrap.ledger, resumed=self._bootstrap.restore
+            )
+            try:
+                self._begin()
+                self._at("begun")
+                return await self._run_claimed()
+            finally:
+                await self.recording.close()
         finally:
             claim.release()
 
@@ -218,7 +226,7 @@ class Supervisor(Changes):
         self._console = Console(self._names.session.serial_log)
         await network.attach(machine.console, lambda: self._console)
         self.guest.on_request = self._guest_asked
-        self.guest.on_ready = lambda _ready: self._server.broadcast(self.state())
+        self.guest.on_ready = self._guest_ready
         await network.attach(machine.control, lambda: self.guest.channel)
         await machine.run()
         self._at("running")
@@ -260,11 +268,19 @@ class Supervisor(Changes):
         try:
             if files.jobs.exists():
                 self.jobs.restore(decode(files.jobs.read_bytes(), source=str(files.jobs)), self.guest)
+                for job in self.jobs:
+                    job.on_ended = functools.partial(self.recording.command_ended, job)
         except (OSError, Corrupt) as error:
             log.error("the jobs of the checkpoint are lost: %s", error)
 
+    def _guest_ready(self, ready: bool) -> None:
+        if ready and self.guest.boot_ready is not None:
+            self.recording.files_written(self.guest.boot_ready.written)
+        self._server.broadcast(self.state())
+
     async def _become_ready(self, began: float) -> None:
         await self.guest.wait_ready(BOOT_LIMIT)
+        await self.recording.opened()
         if self._stop_asked is None:
             self._at("ready")
             self._advance(Event.READY)

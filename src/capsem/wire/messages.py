@@ -150,7 +150,8 @@ class BootConfigDone(Message, tag="boot-config-done"):
 
 
 class BootReady(Message, tag="boot-ready"):
-    """Guest: identity, clock and environment are in place. Times in seconds since the kernel started.
+    """Guest: identity, clock and environment are in place. Times in seconds since the kernel started. `written`: the files
+    that the agent wrote for that, with their sizes.
 
     After a resume: `problems` say why the machine must not be used, `warnings` are what else its kernel complained of;
     `reseeded`: the kernel took the entropy; `held`: no process of a command ran before all that was in place.
@@ -163,6 +164,7 @@ class BootReady(Message, tag="boot-ready"):
     warnings: list[str] = []
     reseeded: bool = False
     held: bool = False
+    written: dict[str, float] = {}
 
 
 class Ping(Message, tag="ping"):
@@ -204,7 +206,7 @@ class Failed(Message, tag="failed"):
 class Exec(Message, tag="exec"):
     """Run `command` with bash. Data: STDIN in, STDOUT and STDERR out. `timeout` in seconds of guest time.
 
-    `job` identifies the run: the same job is never started twice.
+    `job` identifies the run: the same job is never started twice. With `told`, `Started` comes first on the stream.
     """
 
     job: str
@@ -213,6 +215,18 @@ class Exec(Message, tag="exec"):
     cwd: str | None = None
     timeout: float | None = None
     stdin: bool = False
+    told: bool = False
+
+
+class Started(Message, tag="started"):
+    """On an Exec stream, from the guest: the process that was started. `argv` is without its last word, the command."""
+
+    pid: int
+    ppid: int
+    uid: int
+    exe: str
+    argv: list[str]
+    cwd: str
 
 
 class Signal(Message, tag="signal"):
@@ -291,9 +305,10 @@ class WriteFile(Message, tag="write-file"):
 
 
 class FileWritten(Message, tag="file-written"):
-    """Closes a WriteFile stream: the file is durable in the guest's file system."""
+    """Closes a WriteFile stream: the file is durable in the guest's file system. `created`: there was none of that name."""
 
     size: int
+    created: bool | None = None
 
 
 class ListDir(Message, tag="list-dir"):
@@ -407,7 +422,7 @@ STREAMS: dict[type[Message], type[Message]] = {
 RESERVED_STREAMS = ("egress", "resolve", "bulk-in", "bulk-out", "watch", "forward", "terminal")
 MESSAGES = {
     **CONTROL_MESSAGES,
-    **_by_tag(*STREAMS, *STREAMS.values(), Signal, Reattached, FileFound, Frozen, Thaw, Failed),
+    **_by_tag(*STREAMS, *STREAMS.values(), Signal, Started, Reattached, FileFound, Frozen, Thaw, Failed),
 }
 
 
