@@ -12,6 +12,7 @@ from capsem.config import Settings
 from capsem.model.errors import NotFound
 from capsem.service.create import Maker
 from capsem.service.fleet import Fleet
+from capsem.service.gate import Gate
 from capsem.service.handlers import Handlers
 from capsem.service.launch import Launcher
 from capsem.store.layout import Layout
@@ -70,7 +71,9 @@ class World:
         """A service as it comes up: nothing in memory yet."""
         self.fleet = Fleet(self.processes.system, self.layout, limit)
         launcher = Launcher(self.processes.system, self.layout, {}, Path("capsem-process"), "process")
-        maker = Maker(self.fleet, self.driver, self.catalog, launcher)  # type: ignore[arg-type]
+        features, system = self.driver.features, self.processes.system
+        gate = Gate(system.clock, overlap=features.transitions_overlap, path=self.layout.run_dir / "gate.lock")
+        maker = Maker(self.fleet, self.driver, self.catalog, launcher, gate)  # type: ignore[arg-type]
         self.handlers = Handlers(self.fleet, maker, Settings(), {"CAPSEM_HOME": str(self.layout.run_dir)})
 
 

@@ -35,7 +35,7 @@ class RollbackRequest(Body, frozen=True):
 class SuspendResponse(Body, frozen=True):
     """Suspended, durably: `checkpoint` is where. `bytes` of memory were written, `pause_ms` is from the guest's last
     instruction to its state being in our hands; `synced`: the guest had flushed its file systems before, `frozen`: and held
-    its processes still; `warning`: there may be no room for the next one."""
+    its processes still; `warning`: there may be no room for the next one; `waited_ms`: see ProvisionResponse."""
 
     success: bool
     checkpoint: str
@@ -44,6 +44,7 @@ class SuspendResponse(Body, frozen=True):
     synced: bool
     frozen: bool = False
     warning: str | None = None
+    waited_ms: float | None = None
 
 
 class CheckpointInfo(Body, frozen=True):
@@ -79,6 +80,7 @@ class CheckpointResponse(Body, frozen=True):
     synced: bool
     frozen: bool = False
     warning: str | None = None
+    waited_ms: float | None = None
 
 
 class CheckpointContent(Body, frozen=True):
@@ -94,7 +96,8 @@ class ImportResponse(Body, frozen=True):
 
 
 class RollbackResponse(Body, frozen=True):
-    """The VM is at `checkpoint`; `saved` is where the present was kept. It runs if it ran before."""
+    """The VM is at `checkpoint`; `saved` is where the present was kept. It runs if it ran before.
+    `waited_ms`: see ProvisionResponse."""
 
     success: bool
     checkpoint: str
@@ -102,3 +105,4 @@ class RollbackResponse(Body, frozen=True):
     running: bool = False
     boot_kind: str | None = None
     boot_note: str | None = None
+    waited_ms: float | None = None

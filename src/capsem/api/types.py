@@ -319,13 +319,15 @@ class ErrorBody(Body, frozen=True):
 class ProvisionResponse(Body, frozen=True):
     """A VM that runs; `uds_path` is its control socket, a path that no client may compute itself.
 
-    `boot_kind` is cold, warm, forked or cold-after-failure, `boot_note` why it was not what could be expected.
+    `boot_kind` is cold, warm, forked or cold-after-failure, `boot_note` why it was not what could be expected. It waited
+    `waited_ms` until its turn came, because of what happened to other VMs.
     """
 
     id: str
     uds_path: str
     boot_kind: str | None = None
     boot_note: str | None = None
+    waited_ms: float | None = None
 
 
 class SandboxInfo(Body, frozen=True):
@@ -333,7 +335,8 @@ class SandboxInfo(Body, frozen=True):
 
     `last_error` says why it is Defunct; `reason`, in any other status, how its last run ended, or what is wrong with
     the present one; `warning` tells what keeps a running VM from getting on, such as a full disk of the host, or that
-    there may be no room to suspend it.
+    there may be no room to suspend it. `waiting`: what it waits for to begin, while others of this host are being
+    started, stopped, saved or resumed.
 
     `can_resume`, of a VM that does not run: whether `resume` would do on this host as it is, and if not,
     `resume_blocked_reason`. `available_actions` are operations; `resume_cold` is `resume` with `cold`.
@@ -359,6 +362,7 @@ class SandboxInfo(Body, frozen=True):
     last_error: str | None = None
     reason: str | None = None
     warning: str | None = None
+    waiting: str | None = None
     can_resume: bool | None = None
     resume_blocked_reason: str | None = None
     available_actions: list[str] | None = None
@@ -506,10 +510,11 @@ class FileWrittenResponse(Body, frozen=True):
 
 
 class StopResponse(Body, frozen=True):
-    """The VM has stopped; one that is not persistent is gone."""
+    """The VM has stopped; one that is not persistent is gone. `waited_ms`: see ProvisionResponse."""
 
     success: bool
     persistent: bool
+    waited_ms: float | None = None
 
 
 class PersistResponse(Body, frozen=True):
@@ -530,13 +535,14 @@ class PurgeResponse(Body, frozen=True):
 class ForkResponse(Body, frozen=True):
     """A forked VM: `size_bytes` counts its whole chain of layers, those it shares too. `names`: all live ones.
 
-    Of a live fork of a running VM, `pause_ms` is how long that stood still.
+    Of a live fork of a running VM, `pause_ms` is how long that stood still. `waited_ms`: see ProvisionResponse.
     """
 
     name: str
     size_bytes: int
     names: list[str] | None = None
     pause_ms: float | None = None
+    waited_ms: float | None = None
 
 
 class JobInfo(Body, frozen=True):

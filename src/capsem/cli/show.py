@@ -38,6 +38,8 @@ def list_command(obj: Context, quiet: bool, as_json: bool) -> None:
                 click.echo(f"  last error: {error}")
             elif box["status"] == "Running" and (reason := _last_line(box.get("reason"))):
                 click.echo(f"  note: {reason}")
+            if waiting := box.get("waiting"):
+                click.echo(f"  {printable(waiting)}")
             if warning := box.get("warning"):
                 click.echo(f"  warning: {printable(warning)}")
             if box["status"] == "Suspended" and (blocked := box.get("resume_blocked_reason")):

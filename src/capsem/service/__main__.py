@@ -27,11 +27,13 @@ from capsem.model.errors import CapsemError, HostNotReady
 from capsem.service.app import build_app
 from capsem.service.create import Maker
 from capsem.service.fleet import Fleet
+from capsem.service.gate import Gate
 from capsem.service.handlers import Handlers
 from capsem.service.launch import Launcher, find_process_binary, passed_on
 from capsem.service.spares import Spares
 from capsem.service.timers import Timers
 from capsem.store import durable
+from capsem.store.gate import default_path
 from capsem.store.layout import Layout
 from capsem.store.locks import Lock, try_lock
 from capsem.system.process import set_process_name
@@ -237,9 +239,10 @@ class Service:
             spares=spares,
         )
         driver = make_driver(hypervisor, fleet.layout.run_dir, fleet.system, os.environ)
+        gate = Gate(fleet.system.clock, overlap=driver.features.transitions_overlap, path=default_path(os.environ))
         catalog = Catalog.from_environment(os.environ, self.arguments.assets_dir)
         catalog.declare(fleet.layout.run_dir)  # it may have been moved here since its VMs were made
-        return Handlers(fleet, Maker(fleet, driver, catalog, launcher), self.settings, os.environ)
+        return Handlers(fleet, Maker(fleet, driver, catalog, launcher, gate), self.settings, os.environ)
 
 
 def make_server(handlers: Handlers) -> uvicorn.Server:

@@ -32,6 +32,7 @@ from capsem.model.ids import check_name
 from capsem.service.checkpoint_routes import CHECKPOINT_ROUTES, checkpoint_endpoint
 from capsem.service.exec_stream import ExecStream
 from capsem.service.file_routes import FILE_ROUTES, file_endpoint
+from capsem.service.gate import VISIT, Visit
 from capsem.service.manager import Manager
 
 T = TypeVar("T")
@@ -235,24 +236,35 @@ async def _attend(request: Request, operation: Operation, work: Awaitable[T], tr
     """The outcome of `work`, unless the client hangs up first: then ClientDisconnect, with `work` cancelled and done
     cleaning up, or going on by itself, as the operation wants it.
     """
+    visit = Visit()
+    VISIT.set(visit)
     task: asyncio.Future[T] = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_hung_up(request))
     both: set[asyncio.Future[Any]] = {task, gone}
     try:
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
-            return task.result()
+            return _with_wait(task.result(), visit)
         raise ClientDisconnect
     finally:
         gone.cancel()
         if not task.done():
             if operation.on_disconnect is FINISH:
+                visit.leave()
                 _let_finish(operation, task, transitions)
             else:
                 task.cancel()
                 await asyncio.wait({task})
                 with contextlib.suppress(asyncio.CancelledError):
                     task.exception()  # looked at, so that nobody complains that it never was
+
+
+def _with_wait(answer: T, visit: Visit) -> T:
+    """The answer, with how long its operation had to wait at the gate, where it can say that."""
+    waited = round(visit.waited * 1000, 1)
+    if waited >= 1 and isinstance(answer, msgspec.Struct) and hasattr(answer, "waited_ms"):
+        return msgspec.structs.replace(answer, waited_ms=waited)
+    return answer
 
 
 async def _hung_up(request: Request) -> None:

@@ -101,11 +101,13 @@ class Checkpoints(Lifecycle):
             )
 
     async def _suspend(self, vm: Vm, kind: Kind) -> CheckpointMade:
+        self._vm("suspend", vm.id)
         with self._fleet.saving(vm.id):
-            made = await self._save("suspend", vm, Save(kind=kind, go_on=False))
-            faults.at("suspend.acknowledged")
-            if not await vm.ended(EXIT_LIMIT):
-                await vm.stop(Stop(kill=True))
+            async with self._gate.change(vm, "suspend"):
+                made = await self._save("suspend", vm, Save(kind=kind, go_on=False))
+                faults.at("suspend.acknowledged")
+                if not await vm.ended(EXIT_LIMIT):
+                    await vm.stop(Stop(kill=True))
         faults.at("suspend.done")
         self._fleet.collect()
         if vm.record.state != State.SUSPENDED:
@@ -130,8 +132,7 @@ class Checkpoints(Lifecycle):
         vm = self._vm("checkpoint", vm_id)
         self._require_persistent(vm, "checkpointed")
         async with vm.turn:
-            order = Save(kind=Kind.MANUAL, go_on=True, message=request.message)
-            made = await self._save("checkpoint", vm, order)
+            made = await self._save_live(vm, Save(kind=Kind.MANUAL, go_on=True, message=request.message))
         return CheckpointResponse(
             id=made.checkpoint,
             bytes=made.written,
@@ -145,7 +146,12 @@ class Checkpoints(Lifecycle):
         """Make a checkpoint because it is time for one."""
         vm = self._vm("checkpoint", vm_id)
         async with vm.turn:
-            await self._save("checkpoint", vm, Save(kind=Kind.AUTOMATIC, go_on=True))
+            await self._save_live(vm, Save(kind=Kind.AUTOMATIC, go_on=True))
+
+    async def _save_live(self, vm: Vm, order: Save, operation: str = "checkpoint") -> CheckpointMade:
+        self._vm(operation, vm.id)
+        async with self._gate.change(vm, operation):
+            return await self._save(operation, vm, order)
 
     async def checkpoints(self, vm_id: str, *, hidden: bool = False) -> CheckpointsResponse:
         """The checkpoints of a VM, oldest first."""
@@ -218,7 +224,7 @@ class Checkpoints(Lifecycle):
                 if request.save:
                     saved = await self._keep_present(vm)
                 elif was_running:
-                    await vm.stop(Stop(kill=True))
+                    await self._end(vm, Stop(kill=True))
                 try:
                     faults.at("rollback.kept")
                     self._go_back(vm, target)
@@ -331,7 +337,7 @@ class Checkpoints(Lifecycle):
             except BaseException:
                 for child in children:
                     async with child.turn:
-                        await child.stop(Stop(kill=True))
+                        await self._end(child, Stop(kill=True))
                         self._fleet.remove(child)
                 raise
         return ForkResponse(
@@ -367,7 +373,7 @@ class Checkpoints(Lifecycle):
                 found = self._store.find(source.id, request.checkpoint).id
             elif source.running:
                 with self._fleet.saving(source.id):
-                    made = await self._save("fork", source, Save(kind=Kind.FORK, go_on=True))
+                    made = await self._save_live(source, Save(kind=Kind.FORK, go_on=True), "fork")
                     found, pause = made.checkpoint, _ms(made.pause)
                     held.enter_context(self._fleet.pinned(found))
             elif source.record.state == State.SUSPENDED and source.record.checkpoint is not None:

@@ -20,6 +20,7 @@ from capsem.model.policy import OFF, Policy
 from capsem.model.spec import VmSpec
 from capsem.model.vm import VmRecord
 from capsem.service.fleet import Fleet
+from capsem.service.gate import Gate
 from capsem.service.launch import Boot, Launcher, assets
 from capsem.service.vm import Vm
 from capsem.store import durable, records
@@ -37,6 +38,7 @@ class Maker:
     driver: Driver
     catalog: Catalog
     launcher: Launcher
+    gate: Gate
 
     def make(self, name: str, spec: VmSpec, *, persistent: bool, profile: str, policy: Policy = OFF) -> Vm:
         """Volume, session directory and record of a new VM; what was begun is removed when it fails.

@@ -118,6 +118,7 @@ class Handlers(Transfer, Files):
             checkpoint=record.checkpoint if status == Status.SUSPENDED else None,
             last_error=record.last_error if status == Status.DEFUNCT else None,
             reason=vm.reason if status != Status.DEFUNCT else None,
+            waiting=vm.waiting,
             warning=vm.warning or (self._space_warning(vm) if status in MAY_BE_SUSPENDED else None),
             can_resume=None if vm.running else blocked is None,
             resume_blocked_reason=str(blocked) if blocked is not None else None,

@@ -48,10 +48,13 @@ from capsem.model.spec import DEFAULT_DISK_MB, VmSpec
 from capsem.service.commands import Commands
 from capsem.service.create import COLD, Maker
 from capsem.service.fleet import Fleet
+from capsem.service.gate import Pass
 from capsem.service.launch import Boot
 from capsem.service.vm import READY_LIMIT, Vm
+from capsem.store.layout import CheckpointDir
 
 PROVISION_WAIT = 5.0  # seconds
+BOOT_LIMIT = 95.0  # seconds; a supervisor gives up a guest that is not ready before
 RESTORES = 2  # attempts to bring a machine back from its memory
 RESUME = ResumeRequest()
 
@@ -64,7 +67,9 @@ class Lifecycle(Commands):
     def __init__(self, fleet: Fleet, maker: Maker, settings: Settings) -> None:
         super().__init__(fleet)
         self._maker = maker
+        self._gate = maker.gate
         self.settings = settings
+        self._boots: set[asyncio.Task[None]] = set()
 
     async def provision(self, request: ProvisionRequest) -> ProvisionResponse:
         """Create and boot; returns when the guest is ready or after 5 s. Raises what went wrong before that."""
@@ -128,13 +133,33 @@ class Lifecycle(Commands):
             )
 
     async def _start(self, vm: Vm, boot: Boot = COLD) -> None:
-        """Start a VM; an ephemeral one that cannot be started is removed."""
+        """Start a VM, which is in the gate until its guest is ready; an ephemeral one that cannot be started is removed."""
         try:
-            await self._maker.start(vm, boot)
+            passed = await self._gate.boot(vm)
+            try:
+                await self._maker.start(vm, boot)
+            except BaseException:
+                passed.release()
+                raise
         except BaseException:
             if not vm.record.persistent:
                 (self._fleet.keep_failed if vm.record.state == State.FAILED else self._fleet.remove)(vm)
             raise
+        self._hold_for_boot(vm, passed)
+
+    def _hold_for_boot(self, vm: Vm, passed: Pass) -> None:
+        async def hold() -> None:
+            try:
+                with contextlib.suppress(CapsemError):
+                    await vm.ready_link(BOOT_LIMIT)
+            finally:
+                vm.booting = False
+                passed.release()
+
+        vm.booting = True
+        task = asyncio.create_task(hold(), name=f"boot of {vm.id}")
+        self._boots.add(task)
+        task.add_done_callback(self._boots.discard)
 
     async def _wait_ready(self, vm: Vm, limit: float) -> None:
         """Raises TimedOut, MachineFailed with the end of the VM's log."""
@@ -162,19 +187,27 @@ class Lifecycle(Commands):
         except NotFound as error:  # it is the VM's own, and not a name that somebody gave us
             raise Corrupt(error.message, hint="the VM can be resumed cold (`capsem resume --cold`)") from error
         await self._maker.check_restorable(vm.record, checkpoint)
+        async with self._gate.change(vm, "resume"):
+            failure = await self._try_to_restore(vm, files)
+        if failure is not None:
+            await self._start(vm, Boot(kind="cold-after-failure", note=failure))
+
+    async def _try_to_restore(self, vm: Vm, files: CheckpointDir) -> str | None:
+        """None when the VM runs, and its guest is well; else why not, and it does not run."""
+        failure = None
         for attempt in range(1, RESTORES + 1):
             try:
                 await self._maker.start(vm, Boot(memory=files.memory))
                 await self._wait_ready(vm, READY_LIMIT)
             except (MachineFailed, TimedOut) as error:
                 log.error("%s: restore %d of %d failed: %s", vm.id, attempt, RESTORES, error)
-                reason, full = error.message, vm.warning
+                failure, full = error.message, vm.warning
                 await vm.stop(Stop(kill=True))  # never two machines on one volume
                 if full is not None:
                     raise MachineFailed(f"{vm.id}: {full}", hint="make room, then try again: `capsem df`") from error
             else:
-                return
-        await self._start(vm, Boot(kind="cold-after-failure", note=reason))
+                return None
+        return failure
 
     async def resume(self, name: str, request: ResumeRequest = RESUME) -> ProvisionResponse:
         """Start a VM that does not run, a suspended one from its memory; one that runs is left alone."""
@@ -200,7 +233,7 @@ class Lifecycle(Commands):
         vm = self._vm("stop", vm_id)
         async with vm.turn:
             self._vm("stop", vm_id)
-            await vm.stop(Stop())
+            await self._end(vm, Stop())
         return StopResponse(success=True, persistent=vm.record.persistent)
 
     async def delete(self, vm_id: str) -> None:
@@ -209,15 +242,20 @@ class Lifecycle(Commands):
         async with vm.turn:
             if vm.deleted:
                 raise unknown_vm(vm_id)
-            vm.deleted = True
-            try:
-                await vm.stop(Stop(kill=True))
-            except BaseException:
-                vm.deleted = False
-                raise
+            async with self._gate.teardown(vm):
+                vm.deleted = True
+                try:
+                    await vm.stop(Stop(kill=True))
+                except BaseException:
+                    vm.deleted = False
+                    raise
             faults.at("delete.stopped")
             self._fleet.remove(vm)
         await self._fleet.cleared()
+
+    async def _end(self, vm: Vm, request: Stop) -> None:
+        async with self._gate.teardown(vm):
+            await vm.stop(request)
 
     async def persist(self, vm_id: str, request: PersistRequest) -> PersistResponse:
         """A running ephemeral VM becomes persistent under a name, without a pause; its old id is unknown afterwards."""

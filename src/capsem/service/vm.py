@@ -49,6 +49,8 @@ class Vm:
         self.on_changed: Callable[[Vm], None] = lambda _vm: None  # its record, or whether it runs or is ready
         self.on_asked: Callable[[Vm, str], None] = lambda _vm, _action: None  # its guest asks for "suspend"
         self.deleted = False
+        self.waiting: str | None = None  # for its turn at the gate, for people
+        self.booting = False  # and hence inside of the gate
         self.obstacle: CapsemError | None = None  # why it can be neither spoken to nor started; `check` raises it
         self._system = system
         self._is_committed = is_committed
@@ -111,6 +113,12 @@ class Vm:
     def warning(self) -> str | None:
         """What keeps it from getting on though it runs, for people."""
         return self.link.state.warning if self.link is not None and self.link.state is not None else None
+
+    def wait_for(self, what: str | None) -> None:
+        """It waits for something, or, None, does not any more."""
+        if what != self.waiting:
+            self.waiting = what
+            self.on_changed(self)
 
     # -- its supervisor comes and goes
 

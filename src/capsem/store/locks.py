@@ -27,11 +27,13 @@ class Lock:
             self.fd = -1
 
 
-def try_lock(path: Path) -> Lock | None:
-    """Take the exclusive lock on `path`, which is created if missing (mode 0600); None when somebody has it."""
+def try_lock(path: Path, *, shared: bool = False) -> Lock | None:
+    """Take the lock on `path`, which is created if missing (mode 0600), alone or together with others who want it
+    `shared`; None when somebody has it in a way that forbids that. Raises OSError.
+    """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
         return None

@@ -1,0 +1,62 @@
+"""The host-wide part of the gate: one flock for all services of a user, and a second one that keeps it fair.
+
+    <path>        held while an operation goes on: alone by one that must not overlap, shared by those that may
+    <path>.turn   held while somebody waits for <path>, hence by one at a time
+
+Whoever wants the first takes the second before, waits with it in hand, and lets go of it then. So those that share
+cannot keep out for ever one that wants to be alone: from when it waits, nobody gets past it.
+
+Both are freed by the kernel when their process dies. The path lies outside of CAPSEM_HOME: services with homes of their
+own (two checkouts, the workers of a test) run on the same hypervisor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from capsem.model.errors import HostNotReady
+from capsem.store.locks import Lock, try_lock
+
+POLL: Final = 0.05  # seconds between two looks at a lock of another process
+OFF: Final = "off"
+
+
+def default_path(environ: Mapping[str, str]) -> Path | None:
+    """Where this user's lock is; CAPSEM_GATE is another path, or "off", which gives None: nothing is kept apart."""
+    chosen = environ.get("CAPSEM_GATE")
+    if chosen == OFF:
+        return None
+    return Path(chosen or f"/tmp/capsem-vz-save-restore-{os.getuid()}.lock")  # noqa: S108 - the contract's; see O_NOFOLLOW
+
+
+class HostLock:
+    """The pair of locks."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._turn = path.with_name(f"{path.name}.turn")
+
+    async def take(self, *, shared: bool) -> Lock:
+        """Wait for as long as it takes; a caller that is cancelled holds nothing. Raises HostNotReady."""
+        turn = await self._poll(self._turn, shared=False)
+        try:
+            return await self._poll(self._path, shared=shared)
+        finally:
+            turn.release()
+
+    async def _poll(self, path: Path, *, shared: bool) -> Lock:
+        while True:
+            try:
+                lock = try_lock(path, shared=shared)
+            except OSError as error:
+                raise HostNotReady(
+                    f"the lock {path}, by which services of one user agree, cannot be used: {error.strerror}",
+                    hint="remove it if it is another user's, or name another with CAPSEM_GATE",
+                ) from error
+            if lock is not None:
+                return lock
+            await asyncio.sleep(POLL)
