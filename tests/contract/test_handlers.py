@@ -126,6 +126,16 @@ def test_list_tells_whether_the_default_image_is_there(tmp_path: Path, monkeypat
     play(tmp_path, scene)
 
 
+def test_vms_whose_volume_has_to_be_formatted_first_are_made_at_the_same_time(tmp_path: Path) -> None:
+    async def scene(it: World) -> None:
+        requests = [ProvisionRequest(name=f"box-{number}", disk_mb=512) for number in range(3)]
+        made = await asyncio.gather(*map(it.handlers.provision, requests))
+        assert [each.id for each in made] == ["box-0", "box-1", "box-2"]
+        assert [path.name for path in it.layout.volumes.iterdir()] == ["512.raw"]
+
+    play(tmp_path, scene)
+
+
 def test_names_are_taken_once(tmp_path: Path) -> None:
     async def scene(it: World) -> None:
         results = await asyncio.gather(

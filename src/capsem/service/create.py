@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -39,6 +39,7 @@ class Maker:
     catalog: Catalog
     launcher: Launcher
     gate: Gate
+    formatting: asyncio.Lock = field(default_factory=asyncio.Lock)  # of volumes: each is made once, whoever needs it
 
     def make(self, name: str, spec: VmSpec, *, persistent: bool, profile: str, policy: Policy = OFF) -> Vm:
         """Volume, session directory and record of a new VM; what was begun is removed when it fails.
@@ -139,10 +140,11 @@ class Maker:
         if size_mb == image.volume_mb:
             return image.volume
         path = self.fleet.layout.volume(size_mb)
-        if not path.exists():
-            temporary = path.with_name(f"{durable.TEMPORARY}{path.name}.{os.getpid()}")
-            await asyncio.to_thread(format_volume, temporary, size_mb)
-            durable.rename(temporary, path)
+        async with self.formatting:
+            if not path.exists():
+                temporary = path.with_name(f"{durable.TEMPORARY}{path.name}.{os.getpid()}")
+                await asyncio.to_thread(format_volume, temporary, size_mb)
+                durable.rename(temporary, path)
         return path
 
     async def open_volume(self, record: VmRecord) -> Volume:
