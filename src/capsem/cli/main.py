@@ -53,6 +53,7 @@ COMMANDS: Final = MappingProxyType(
         "image": "capsem.cli.image",
         "df": "capsem.cli.show",
         "doctor": "capsem.cli.doctor",
+        "stress": "capsem.cli.stress",
         "support-bundle": "capsem.cli.doctor",
         "setup": "capsem.cli.setup",
         "update": "capsem.cli.host",
