@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -192,6 +193,37 @@ def test_a_machine_that_does_not_start(tmp_path: Path) -> None:
         it.driver.fail_start = None
         await it.handlers.resume("box")
         assert await status(it) == {"box": "Running"}
+
+    play(tmp_path, scene)
+
+
+def test_who_waits_for_a_vm_that_somebody_stops_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It did not fail: nothing is wrong with it, and it can be started again."""
+
+    async def scene(it: World) -> None:
+        await it.handlers.provision(ProvisionRequest(name="box", persistent=True))
+        await it.handlers.stop("box")
+        start, begun, go = it.driver.start, asyncio.Event(), asyncio.Event()
+
+        async def start_later(*arguments: Any, **options: Any) -> Any:
+            begun.set()
+            await go.wait()
+            return await start(*arguments, **options)
+
+        monkeypatch.setattr(it.driver, "start", start_later)
+        resuming = asyncio.create_task(it.handlers.resume("box"))
+        await begun.wait()
+        while not it.fleet.get("box").running:
+            await asyncio.sleep(0.01)
+        running = asyncio.create_task(it.handlers.execute("box", ExecRequest(command="true")))
+        stopping = asyncio.create_task(it.handlers.stop("box"))
+        await asyncio.sleep(0.1)  # all of them wait
+        go.set()
+        await stopping
+        for waiting in (resuming, running):
+            with pytest.raises(NotRunning, match="was stopped"):
+                await waiting
+        assert await status(it) == {"box": "Stopped"}
 
     play(tmp_path, scene)
 

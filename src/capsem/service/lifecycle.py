@@ -162,10 +162,12 @@ class Lifecycle(Commands):
         task.add_done_callback(self._boots.discard)
 
     async def _wait_ready(self, vm: Vm, limit: float) -> None:
-        """Raises TimedOut, MachineFailed with the end of the VM's log."""
+        """Raises TimedOut, MachineFailed with the end of the VM's log; NotRunning: somebody has stopped it meanwhile."""
         try:
             await vm.ready_link(limit)
         except (MachineFailed, NotRunning) as error:
+            if isinstance(error, NotRunning) and vm.record.failure is None:
+                raise
             raise MachineFailed(f"{vm.id} did not start: {error.message}", hint=f"capsem logs {vm.id}") from error
 
     def _provisioned(self, vm: Vm) -> ProvisionResponse:

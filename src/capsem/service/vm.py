@@ -276,9 +276,13 @@ class Vm:
         except CapsemError:
             await self.ended(EXIT_MARGIN)
             self.check()
+            failure = self.record.last_error or self.record.failure
+            if failure is None:  # as somebody else had asked
+                raise NotRunning(
+                    f"{self.id} was stopped before it was ready", hint=f"start it with `capsem resume {self.id}`"
+                ) from None
             raise MachineFailed(
-                f"{self.id} ended before it was ready: {self.record.last_error or self.record.failure or 'stopped'}",
-                hint=f"capsem logs {self.id}",
+                f"{self.id} ended before it was ready: {failure}", hint=f"capsem logs {self.id}"
             ) from None
         if not ready:
             raise TimedOut(f"{self.id} was not ready after {limit:.0f} s", hint=f"capsem logs {self.id}")
