@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from pathlib import Path
 
 import pytest
 from sim_world import churn, sim_world
+
+from capsem import faults
+from capsem.model.errors import MachineFailed
 
 CYCLES = 6
 
@@ -25,6 +30,27 @@ def test_without_it_the_fingerprint_shows(tmp_path: Path, services: int, vms: in
     consoles = [path.read_text() for path in tmp_path.glob("home*/run/persistent/*/serial.log")]
     assert any("loop: Write error at byte offset" in text for text in consoles)
     assert any("I/O error, dev loop0" in text for text in consoles)
+
+
+def test_a_save_is_over_when_the_machine_goes_on_after_all(tmp_path: Path) -> None:
+    def full(step: str, _vmm: int) -> None:
+        if step == "suspend.saved":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def run() -> None:
+        async with sim_world(tmp_path) as world:
+            await asyncio.gather(*(world.create(name) for name in "ab"))
+            faults.install(full)
+            with pytest.raises(MachineFailed, match="No space"):
+                await world.handlers.suspend("a")
+            faults.install(None)
+            await world.handlers.suspend("b")
+            assert (await world.handlers.resume("b")).boot_kind == "warm"
+
+    try:
+        asyncio.run(run())
+    finally:
+        faults.install(None)
 
 
 def test_a_hypervisor_that_does_not_mind_needs_no_gate(tmp_path: Path) -> None:

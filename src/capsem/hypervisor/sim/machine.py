@@ -57,6 +57,7 @@ class SimMachine:
         self._dice = dice
         self._spec = spec
         self._operation = operation
+        self._parked: Operation | None = None
         self._origins = [operation.name, *([saved_as] if saved_as else ())] if operation.kind == RESTORE else []
         self._lock = lock
         self._disk = Disk(spec.volume)
@@ -111,6 +112,9 @@ class SimMachine:
     async def run(self) -> None:
         """See Machine."""
         self._check()
+        if self._parked is not None:  # a suspend that came to nothing
+            self._parked.end()
+            self._parked = None
         self._paused = False
         self._full.clear()
         self.guest.run()
@@ -192,7 +196,9 @@ class SimMachine:
             return Saved(pause, runs, written)
         finally:
             if go_on or not saved:
-                operation.end()  # else it is over when the machine has gone away
+                operation.end()
+            else:  # over when the machine has gone away, or runs again
+                self._parked = operation
 
     def _write_devices(self, files: SaveFiles, state: dict[str, Any]) -> None:
         fd = os.open(files.devices, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
