@@ -7,7 +7,6 @@ refuses because it is not the moment is no anomaly; what it loses, or fails to d
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import random
 import threading
@@ -44,6 +43,7 @@ class Vm:
     lock: threading.Lock = field(default_factory=threading.Lock)
     truth: Truth = field(default_factory=Truth)
     checkpoints: dict[str, State] = field(default_factory=dict)
+    faults: int = 0  # that had happened to its service when it was last looked at
 
 
 class Clients:
@@ -196,7 +196,7 @@ class Clients:
         name = f"{vm.name}-fork{next(self._numbers)}"
         truth = vm.truth.copy()
         self._call(vm, "fork", name=name, live=True)
-        child = Vm(vm.service, name, truth=truth)
+        child = Vm(vm.service, name, truth=truth, faults=vm.faults)
         try:
             self.check(child)
         finally:
@@ -226,23 +226,16 @@ class Clients:
             except ValueError:
                 self._failed(vm, f"it does not tell what it has: {answer}", "lost")
             wrong = vm.truth.hold_against(seen, self._guest.digest, self._guest.follows)
-            if wrong is not None and self._options.faults and self._is_cold(vm):
-                # Its VMM was killed: memory is lost, and nobody had said that it would not be.
+            if wrong is not None and vm.faults < vm.service.faults_happened:
+                # Its VMM may have been killed: then memory is lost, and nobody had said that it would not be.
                 wrong = vm.truth.hold_against(seen, self._guest.digest, self._guest.follows, memory=False)
                 vm.truth.booted(None)
+            vm.faults = vm.service.faults_happened
             if wrong is not None:
                 self._failed(vm, wrong, "lost", seen.log)
             self._report.count(checks=1)
             return
         self._failed(vm, f"it could not be looked at in {TRIES} attempts")
-
-    def _is_cold(self, vm: Vm) -> bool:
-        """Whether a VM that runs was booted; whoever resumed it has been told so."""
-        for _ in range(TRIES):
-            with contextlib.suppress(CapsemError):
-                return str(self._call(vm, "resume")["boot_kind"]).startswith("cold")
-            time.sleep(_BREATH / 10)
-        return False
 
     # -- who does not
 

@@ -101,6 +101,12 @@ class Service:
             taken.unlink()
         self.orders.unlink(missing_ok=True)
 
+    @property
+    def faults_happened(self) -> int:
+        """How many have."""
+        taken = self.orders.with_name(f"{self.orders.name}.taken")
+        return len(self.faults) + taken.exists()
+
     def order_fault(self, chance: random.Random) -> None:
         """Give an order, in the place of the last one."""
         self.end_faults()

@@ -77,6 +77,8 @@ def _run(options: Options, services: list[Service], report: Report, progress: Ca
     if options.faults:
         for service in services:
             service.end_faults()
+            service.stop()  # what a killed supervisor leaves in the store goes when its service starts
+            service.start()
     _end(services, vms, report)
 
 
