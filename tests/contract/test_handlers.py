@@ -197,6 +197,23 @@ def test_a_machine_that_does_not_start(tmp_path: Path) -> None:
     play(tmp_path, scene)
 
 
+def test_a_vm_can_be_resumed_as_soon_as_it_is_said_to_have_failed(tmp_path: Path) -> None:
+    async def scene(it: World) -> None:
+        await it.handlers.provision(ProvisionRequest(name="box", persistent=True))
+        vm, process = it.fleet.get("box"), it.driver.machines[0]._process
+        assert process is not None
+        process.kill()
+        while not vm.ending:
+            assert vm.running
+            await asyncio.sleep(0)
+        assert vm.running  # its supervisor has still to go
+        await it.handlers.resume("box")
+        assert await status(it) == {"box": "Running"}
+        assert len(it.driver.machines) == 2
+
+    play(tmp_path, scene)
+
+
 def test_who_waits_for_a_vm_that_somebody_stops_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It did not fail: nothing is wrong with it, and it can be started again."""
 

@@ -217,6 +217,8 @@ class Lifecycle(Commands):
         async with vm.turn:
             if vm.deleted:
                 raise unknown_vm(name)
+            if vm.ending:
+                await vm.ended(READY_LIMIT)
             if not vm.running:
                 vm.check()
                 self._fleet.check_limit()

@@ -76,6 +76,14 @@ class Vm:
         return not self._ended.is_set()
 
     @property
+    def ending(self) -> bool:
+        """Whether its supervisor has said how the run ended, or has hung up, and is about to be gone."""
+        link = self.link
+        if not self.running or link is None:
+            return False
+        return link.lost.is_set() or (link.state is not None and link.state.state not in LIVE)
+
+    @property
     def state(self) -> State:
         """Where it is: the supervisor's last word while there is one, else the record's."""
         if self.running:
