@@ -20,7 +20,7 @@ from capsem.store.layout import Layout
 from capsem.stress.guests import Guest, LinuxGuest, SimGuest
 from capsem.stress.truth import State, Truth
 from outside import traces
-from real_service import SMALL, Service, start_process, wait_for, wait_until_it_answers
+from real_service import SMALL, Service, alive, start_process, wait_for, wait_until_it_answers
 
 VM, TWIN, VICTIM = "hardy", "twin", "victim"
 FATAL = ("kill", "kill-vmm", "stop-vmm")
@@ -91,6 +91,7 @@ class Bench(Service):
         self.check()
         operation = step.partition(".")[0]
         before = getattr(self, f"_before_{operation}", lambda: None)()
+        supervisor = int(self.ask("info")["pid"])
         self.orders.write_text(f"{step} {kind} 0.3\n")
         answer, error = None, None
         try:
@@ -104,9 +105,12 @@ class Bench(Service):
             self.restart()
         elif kind == "enospc":
             assert error is None or error.code != "internal", told
+        fatal = kind in FATAL and step in faults.SUPERVISOR
+        if fatal and supervisor:  # where the VMM died it takes a moment until everybody knows
+            wait_for(lambda: not alive(supervisor), limit=PATIENCE)
         self.settle()
         self.judge(step, kind, before, answer, told)
-        self.tidy(told, killed=kind in FATAL and step in faults.SUPERVISOR)
+        self.tidy(told, killed=fatal)
 
     def settle(self) -> None:
         """Nothing is under way any more."""

@@ -13,9 +13,7 @@ from capsem import faults
 CHOSEN = [
     ("resume.running", "kill-vmm"),
     ("suspend.held", "kill-vmm"),
-    ("suspend.saved", "kill"),
     ("suspend.committed", "kill"),
-    ("checkpoint.saved", "enospc"),
 ]
 MACHINE = [step for step in faults.SUPERVISOR if not step.endswith((".claimed", ".begun"))]
 CASES = [
