@@ -145,7 +145,7 @@ def test_a_process_that_does_not_map_the_file_or_is_gone_is_told_of(child: Child
 writes = lists(tuples(sampled_from(range(PAGES)), sampled_from("wrz")), max_size=60)
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(writes)
 def test_any_order_of_reads_and_writes(words: list[tuple[int, str]]) -> None:
     with tempfile.TemporaryDirectory() as text:

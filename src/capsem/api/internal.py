@@ -5,8 +5,9 @@ standard input. The supervisor answers with one line on its standard output when
 with an error in its log. From then on the service, or one that comes after it, speaks over the socket:
 
 1. Both ends send `Hello`. A supervisor also sends `State`, at once and whenever it changes.
-2. The service opens streams: a command (`Exec`), what follows it (`Attach`), a file (`ReadFile`, `WriteFile`), the end
-   (`Stop`). Streams are independent and may be opened at any time; what the state does not allow is refused.
+2. The service opens streams: a command (`Exec`, `Start`), what becomes of it (`Attach`, `Feed`, `Kill`), a file
+   (`ReadFile`, `WriteFile`), the end (`Stop`). Streams are independent and may be opened at any time; what the state
+   does not allow is refused.
 3. A stream that the service resets is given up: its command is killed. A connection that is lost is not: commands go
    on, and what they write is kept for an `Attach`, as far as `RETAINED` goes.
 4. When the VM has been suspended, every stream of a command ends with `Failed`: interrupted, with the job's id. The
@@ -119,6 +120,49 @@ class Attach(Message, tag="attach"):
     stderr: int = 0
     wait: bool = True
     keep: bool = False
+
+
+class Start(Message, tag="start"):
+    """Run a command as `Exec` does, with nobody to follow it. With `stdin` its input is open for `Feed`s."""
+
+    job: str
+    command: str
+    env: dict[str, str] = {}
+    cwd: str | None = None
+    timeout: float | None = None
+    stdin: bool = False
+
+
+class Started(Message, tag="started"):
+    """Closes a Start stream: the guest has been asked, and whatever comes of it is the job's."""
+
+    job: str
+
+
+class Feed(Message, tag="feed"):
+    """Hand a job the bytes on STDIN as its standard input; with `end` these are the last ones."""
+
+    job: str
+    end: bool = False
+
+
+class Fed(Message, tag="fed"):
+    """Closes a Feed stream: so many bytes are on their way to the command, which may have left the last few unread."""
+
+    size: int
+
+
+class Kill(Message, tag="kill"):
+    """Send a signal to a job's process group, as soon as the guest can be spoken to."""
+
+    job: str
+    signal: int
+
+
+class Killed(Message, tag="killed"):
+    """Closes a Kill stream. `running`: there was something to send it to."""
+
+    running: bool
 
 
 class JobEnded(Message, tag="job-ended"):
@@ -245,6 +289,9 @@ class CheckpointMade(Message, tag="checkpoint-made"):
 REQUESTS: dict[type[Message], type[Message]] = {
     Exec: JobEnded,
     Attach: JobEnded,
+    Start: Started,
+    Feed: Fed,
+    Kill: Killed,
     Jobs: JobList,
     ReadFile: FileRead,
     WriteFile: FileWritten,

@@ -129,8 +129,9 @@ class ExecRequest(Body, frozen=True):
 
     `env` comes on top of the VM's own, `cwd` is /root unless given, `job` is the id under which the run can be found
     again (one is made up unless given). With `offsets` nothing is started: the output of the run `job` is followed
-    from there, by a client whose connection broke. Such a request can leave out the `wait` for the command's end, and
-    `keep` the command when its client hangs up.
+    from there, by a client whose connection broke; such a request can `keep` the command when its client hangs up.
+    Without `wait` nobody waits for the command's end: a new one runs in the background, with `stdin` open for
+    `feed_job`; of one that is followed comes what there is.
     """
 
     command: Text | None = None
@@ -141,6 +142,7 @@ class ExecRequest(Body, frozen=True):
     offsets: Offsets | None = None
     wait: bool = True
     keep: bool = False
+    stdin: bool = False
 
     def __post_init__(self) -> None:
         if (self.offsets is None) != (self.command is not None) or (self.offsets is not None and self.job is None):
@@ -153,8 +155,22 @@ class ExecRequest(Body, frozen=True):
         check_env(self.env or {})
         if self.job is not None:
             check_name(self.job)
-        if self.offsets is None and (self.keep or not self.wait):
-            raise InvalidInput("`wait` and `keep` are for following a job", hint="give its id and offsets")
+        if self.offsets is None and self.keep:
+            raise InvalidInput("`keep` is for following a job", hint="give its id and offsets")
+        if self.stdin and (self.wait or self.offsets is not None):
+            raise InvalidInput(
+                "`stdin` is for a new command in the background", hint='add "wait": false, or stream its input'
+            )
+
+
+class KillJobRequest(Body, frozen=True):
+    """Send a signal, SIGKILL unless given, to all processes of the command `job`."""
+
+    job: Name
+    signal: Annotated[int, msgspec.Meta(ge=1, le=64)] = 9
+
+    def __post_init__(self) -> None:
+        check_name(self.job)
 
 
 class RunRequest(Body, frozen=True):
@@ -262,6 +278,16 @@ class PutFileQuery(Body, frozen=True):
 
     path: str
     mode: Annotated[str, msgspec.Meta(pattern=r"^[0-7]{3}\Z")] = "644"
+
+
+class FeedJobQuery(Body, frozen=True):
+    """Which command takes the body as its standard input; `end`: it is the end of that."""
+
+    job: Name
+    end: bool = False
+
+    def __post_init__(self) -> None:
+        check_name(self.job)
 
 
 class ExportQuery(Body, frozen=True):
@@ -450,7 +476,7 @@ class UsageResponse(Body, frozen=True):
 class ExecResponse(Body, frozen=True):
     """How a command ended. Bytes that are no UTF-8 are replaced. `truncated`: output beyond the cap was dropped.
 
-    `running`: it has not ended, and the exit code means nothing.
+    `running`: it has not ended, and the exit code means nothing. `signal` is the one that ended it.
     """
 
     stdout: str
@@ -459,6 +485,7 @@ class ExecResponse(Body, frozen=True):
     truncated: bool = False
     job: str | None = None
     running: bool = False
+    signal: int | None = None
 
 
 class ExecResult(Body, frozen=True):
@@ -468,6 +495,7 @@ class ExecResult(Body, frozen=True):
     truncated: bool = False
     job: str | None = None
     running: bool = False
+    signal: int | None = None
 
 
 class ReadFileResponse(Body, frozen=True):
@@ -561,6 +589,20 @@ class JobsResponse(Body, frozen=True):
     jobs: list[str]
     running: list[str]
     details: list[JobInfo] = []
+
+
+class KillJobResponse(Body, frozen=True):
+    """`running`: the command had not ended, and gets the signal; its end is told to those who follow it."""
+
+    success: bool
+    running: bool
+
+
+class FeedJobResponse(Body, frozen=True):
+    """So many bytes are on their way to the command; one that does not read lets the request wait."""
+
+    success: bool
+    size: int
 
 
 class LogsResponse(Body, frozen=True):

@@ -90,6 +90,7 @@ HANDLERS: Final = MappingProxyType[str, Handler](
         "purge": lambda manager, _id, request: manager.purge(request),
         "fork": lambda manager, vm_id, request: manager.fork(vm_id, request),
         "jobs": lambda manager, vm_id, _request: manager.jobs(vm_id),
+        "kill_job": lambda manager, vm_id, request: manager.kill_job(vm_id, request),
         "logs": lambda manager, vm_id, _request: manager.logs(vm_id),
         "service_logs": lambda manager, _id, _request: manager.host.service_log(),
         "reload_config": lambda manager, _id, _request: manager.host.reload(),

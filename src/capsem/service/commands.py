@@ -8,15 +8,18 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 import msgspec
 
-from capsem.api.internal import Attach, JobEnded, JobList, Jobs
+from capsem.api.internal import Attach, Fed, Feed, JobEnded, JobList, Jobs, Kill, Killed, Start, Started
 from capsem.api.operations import OPERATIONS
 from capsem.api.stream import ERROR, RESULT
 from capsem.api.types import (
     ExecRequest,
     ExecResponse,
     ExecResult,
+    FeedJobResponse,
     JobInfo,
     JobsResponse,
+    KillJobRequest,
+    KillJobResponse,
     ReadFileRequest,
     ReadFileResponse,
     WriteFileRequest,
@@ -28,6 +31,7 @@ from capsem.service.vm import Vm
 from capsem.wire.messages import STDERR, STDIN, STDOUT, Exec, ReadFile, WriteFile
 
 FILE_LIMIT = 30.0  # seconds
+START_LIMIT = 60.0  # seconds, of which a checkpoint may take the most
 TEXT_FILE_LIMIT = 256 * 1024  # bytes through read_file and write_file
 OUTPUT_CAP = 10 * 1024 * 1024  # bytes of a command's output in one answer
 DEADLINE_MARGIN = 10.0  # seconds that a guest may be late with a time-out it was given
@@ -60,6 +64,7 @@ class Commands:
                         job=data.job,
                         truncated=truncated or data.dropped > 0,
                         running=data.running,
+                        signal=data.signal,
                     )
                 room = OUTPUT_CAP - sum(map(len, output.values()))
                 truncated = truncated or len(data) > room
@@ -77,7 +82,11 @@ class Commands:
                     begun = True
                     if isinstance(data, JobEnded):
                         result = ExecResult(
-                            exit_code=data.exit_code, job=data.job, truncated=data.dropped > 0, running=data.running
+                            exit_code=data.exit_code,
+                            job=data.job,
+                            truncated=data.dropped > 0,
+                            running=data.running,
+                            signal=data.signal,
                         )
                         yield RESULT, msgspec.json.encode(result)
                     else:
@@ -98,6 +107,12 @@ class Commands:
         link = await self._vm("exec", vm_id).ready_link()
         order = self._order(request, stdin=stdin is not None)
         stream = link.open(order)
+        if isinstance(order, Start):
+            async with limited(stream, "starting the command", START_LIMIT):
+                started = await stream.result()
+            assert isinstance(started, Started)
+            yield RESULT, JobEnded(job=started.job, exit_code=0, running=True)
+            return
         queue: asyncio.Queue[tuple[int, bytes] | None] = asyncio.Queue(maxsize=1)
         tasks = [asyncio.create_task(_pump(stream, channel, queue)) for channel in (STDOUT, STDERR)]
         if stdin is not None:
@@ -126,24 +141,24 @@ class Commands:
             await asyncio.gather(*tasks, return_exceptions=True)
         assert isinstance(result, JobEnded)
         if result.timed_out:
-            raise TimedOut(
-                f"command timed out after {request.timeout_secs:g}s", hint="give it more time with --timeout"
-            )
+            limit_told = "" if request.timeout_secs is None else f" after {request.timeout_secs:g}s"
+            raise TimedOut(f"command timed out{limit_told}", hint="give it more time with --timeout")
         yield RESULT, result
 
-    def _order(self, request: ExecRequest, *, stdin: bool) -> Exec | Attach:
+    def _order(self, request: ExecRequest, *, stdin: bool) -> Exec | Start | Attach:
         """What a supervisor is asked for."""
         job = request.job or self._fleet.system.entropy.token_bytes(8).hex()
         if request.offsets is not None:
             at = request.offsets
             return Attach(job=job, stdout=at.stdout, stderr=at.stderr, wait=request.wait, keep=request.keep)
-        return Exec(
+        kind = Exec if request.wait else Start
+        return kind(
             job=job,
             command=request.command or "",
             env=dict(request.env or {}),
             cwd=request.cwd,
             timeout=request.timeout_secs,
-            stdin=stdin,
+            stdin=stdin if request.wait else request.stdin,
         )
 
     async def jobs(self, vm_id: str) -> JobsResponse:
@@ -162,6 +177,32 @@ class Commands:
             for job in answer.jobs
         ]
         return JobsResponse(jobs=answer.jobs, running=answer.running, details=details)
+
+    async def kill_job(self, vm_id: str, request: KillJobRequest) -> KillJobResponse:
+        """Send a signal to a command; one that has ended is no error."""
+        link = await self._vm("kill_job", vm_id).ready_link()
+        killed = await link.open(Kill(job=request.job, signal=request.signal)).result()
+        assert isinstance(killed, Killed)
+        return KillJobResponse(success=True, running=killed.running)
+
+    async def feed_job(self, vm_id: str, job: str, body: AsyncIterator[bytes], *, end: bool) -> FeedJobResponse:
+        """Hand a command its standard input, at its pace; with `end` that is all it gets."""
+        link = await self._vm("feed_job", vm_id).ready_link()
+        stream = link.open(Feed(job=job, end=end))
+        feeding = asyncio.create_task(_feed(stream, body))
+        ending = asyncio.create_task(stream.result())
+        try:
+            await asyncio.wait((feeding, ending), return_when=asyncio.FIRST_COMPLETED)
+            if not ending.done():
+                await feeding  # whose error is the client's end
+            fed = await ending
+            assert isinstance(fed, Fed)
+            return FeedJobResponse(success=True, size=fed.size)
+        finally:
+            stream.reset()
+            feeding.cancel()
+            ending.cancel()
+            await asyncio.gather(feeding, ending, return_exceptions=True)
 
     async def write_file(self, vm_id: str, request: WriteFileRequest) -> None:
         """Write a text file in the guest; durable on return."""

@@ -1,4 +1,5 @@
-"""The routes under /files: what they take is in the query, and a file's bytes travel as the body, piece by piece."""
+"""The routes under /files, and the one for a command's input: what they take is in the query, and bytes travel as the
+body, piece by piece."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from starlette.responses import Response
 
 from capsem.api.codec import decode_query, encode
 from capsem.api.operations import Operation
-from capsem.api.types import GetFileQuery, ListFilesQuery, PutFileQuery
+from capsem.api.types import FeedJobQuery, GetFileQuery, ListFilesQuery, PutFileQuery
 from capsem.model.ids import check_name
 from capsem.service.manager import Manager
 from capsem.service.streamed import Endpoint, ErrorResponse, Streamed, pieces_of, streamed_endpoint
@@ -45,7 +46,14 @@ async def _put(manager: Manager, vm_id: str, request: Request) -> Response:
     return Response(encode(written), media_type="application/json")
 
 
-_CALLS: Final = MappingProxyType({"list_files": _list, "get_file": _get, "put_file": _put})
+async def _feed(manager: Manager, vm_id: str, request: Request) -> Response:
+    query = decode_query(FeedJobQuery, request.query_params)
+    fed = await manager.feed_job(vm_id, query.job, pieces_of(request), end=query.end)
+    return Response(encode(fed), media_type="application/json")
+
+
+_CALLS: Final = MappingProxyType({"list_files": _list, "get_file": _get, "put_file": _put, "feed_job": _feed})
+_UPLOADS: Final = frozenset({"put_file", "feed_job"})
 FILE_ROUTES: Final = frozenset(_CALLS)
 
 
@@ -56,4 +64,4 @@ def file_endpoint(operation: Operation, manager: Manager, error_response: ErrorR
     async def answer(request: Request) -> Response:
         return await call(manager, check_name(request.path_params["id"]), request)
 
-    return streamed_endpoint(operation, answer, error_response, uploads=operation.name == "put_file")
+    return streamed_endpoint(operation, answer, error_response, uploads=operation.name in _UPLOADS)

@@ -26,11 +26,14 @@ from capsem.api.checkpoint_types import (
 from capsem.api.types import (
     ExecRequest,
     ExecResponse,
+    FeedJobResponse,
     FilesResponse,
     FileWrittenResponse,
     ForkRequest,
     ForkResponse,
     JobsResponse,
+    KillJobRequest,
+    KillJobResponse,
     ListResponse,
     LogsResponse,
     PersistRequest,
@@ -154,6 +157,12 @@ class Manager(Protocol):
 
     async def jobs(self, vm_id: str) -> JobsResponse:
         """The commands of a running VM."""
+
+    async def kill_job(self, vm_id: str, request: KillJobRequest) -> KillJobResponse:
+        """Send a signal to a command; one that has ended is no error."""
+
+    async def feed_job(self, vm_id: str, job: str, body: AsyncIterator[bytes], *, end: bool) -> FeedJobResponse:
+        """Hand a command its standard input, at its pace; with `end` that is all it gets."""
 
     async def logs(self, vm_id: str) -> LogsResponse:
         """The guest's console and the supervisor's log."""

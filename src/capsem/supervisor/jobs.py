@@ -18,9 +18,22 @@ from collections.abc import Awaitable, Callable, Iterator
 from capsem.api.internal import RETAINED, JobEnded
 from capsem.control.channel import Stream
 from capsem.control.guest import Guest
-from capsem.model.errors import AlreadyExists, CapsemError, Interrupted, NotFound, TimedOut, from_dict
+from capsem.model.errors import AlreadyExists, CapsemError, Interrupted, NotFound, TimedOut, WrongState, from_dict
 from capsem.store.jobs import OUTPUT_LIMIT, TOTAL_LIMIT, SavedJob, SavedOutput
-from capsem.wire.messages import STDERR, STDOUT, Exec, Exited, Failed, Forget, Message, Reattach, Reattached, Started
+from capsem.wire.messages import (
+    STDERR,
+    STDIN,
+    STDOUT,
+    Exec,
+    Exited,
+    Failed,
+    Forget,
+    Message,
+    Reattach,
+    Reattached,
+    Signal,
+    Started,
+)
 
 LAG = 1024 * 1024  # bytes that a follower may be behind before the guest waits for it
 FINISHED_KEPT = 64  # jobs
@@ -95,6 +108,9 @@ class Job:
         # Done once nobody can follow it here any more; then why.
         self.cut: asyncio.Future[Interrupted] = asyncio.get_running_loop().create_future()
         self._cancelled = self._given_up = False  # wanted, and done
+        self._signals: list[int] = []  # that wait for a stream
+        self._input: Stream | None = None  # what takes standard input, while that is open
+        self._feeding = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -112,6 +128,7 @@ class Job:
         """Ask the guest for it. Raises Interrupted, InvalidInput."""
         self.stream = guest.execute(Exec(**{**request.__dict__, "told": True}))
         self.stream.on_message = self._told
+        self._input = self.stream if request.stdin else None
         self._task = asyncio.create_task(self._run(guest), name=f"job {self.id}")
 
     def _told(self, message: Message) -> None:
@@ -159,6 +176,9 @@ class Job:
         stream = guest.channel.open(Reattach(job=self.id, stdout=at[STDOUT], stderr=at[STDERR]))
         stream.on_message = self._attached
         self.stream = stream
+        for number in self._signals:
+            stream.send(Signal(number=number))
+        self._signals.clear()
         if self._cancelled:
             self._give_up(stream)
         return stream
@@ -191,6 +211,45 @@ class Job:
         """Hand a message, such as a signal, to the command; one that has ended does not get it."""
         if self.stream is not None:
             self.stream.send(message)
+
+    def signal(self, number: int) -> bool:
+        """Send the command a signal, now or when it has a stream again; False when it has ended."""
+        if self.ended is not None:
+            return False
+        if self.stream is not None and not self.stream.over:
+            self.stream.send(Signal(number=number))
+        else:
+            self._signals.append(number)
+        return True
+
+    async def feed(self, source: Stream, *, end: bool) -> int:
+        """Hand the command what comes on `source` as its input, at its pace; with `end` that is all it gets.
+
+        Returns how many bytes there were. One call's bytes stay together. Raises WrongState when nothing takes them,
+        Interrupted when they do not come to their end.
+        """
+        async with self._feeding:
+            size = 0
+            target = self._takes_input()
+            while data := await source.read(STDIN):
+                await target.write(STDIN, data)
+                target = self._takes_input()
+                size += len(data)
+            if not source.ended(STDIN):
+                raise Interrupted("the input was given up half-way")
+            if end:
+                target.end(STDIN)
+                self._input = None
+            return size
+
+    def _takes_input(self) -> Stream:
+        if self._input is None or self._input.over or self.ended is not None:
+            how = "has ended" if self.ended is not None else "takes no input"
+            raise WrongState(
+                f"job {self.id} {how}",
+                hint="a command has input while it runs, if it was started with `stdin`, until that is ended or its VM suspended",
+            )
+        return self._input
 
     def cancel(self) -> None:
         """Kill the command; one that has no stream now, when it has one."""

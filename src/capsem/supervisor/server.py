@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Protocol
+from collections.abc import Coroutine
+from typing import Any, Protocol, TypeVar
 
 from capsem import __version__
 from capsem.api.internal import (
@@ -14,10 +15,14 @@ from capsem.api.internal import (
     AddLayer,
     Attach,
     CheckpointMade,
+    Fed,
+    Feed,
     FlushLedger,
     Hello,
     JobList,
     Jobs,
+    Kill,
+    Killed,
     LayerAdded,
     LayersReplaced,
     LedgerFlushed,
@@ -27,6 +32,8 @@ from capsem.api.internal import (
     ReplaceLayers,
     Save,
     SetPolicy,
+    Start,
+    Started,
     State,
     Stop,
     Stopping,
@@ -46,6 +53,8 @@ HELLO_LIMIT = 5.0  # seconds
 COMMAND_SHOWN = 100  # characters of a command in a list: a thousand jobs have to fit a message
 
 log = logging.getLogger("capsem_process.server")
+
+T = TypeVar("T")
 
 
 class Supervised(Protocol):
@@ -179,10 +188,7 @@ class _Connection:
     async def _answer(self, stream: Stream) -> Message:
         request, jobs, activity = stream.request, self._supervised.jobs, self._supervised.activity
         if isinstance(request, Exec):
-            await self._supervised.admit()
-            jobs.check_new(request.job)
-            job = self._begin(request)
-            jobs.add(job)
+            job = await self._start(request)
             stream.on_message = job.send
             return await self._follow(stream, job, Attach(job=job.id), feed=request.stdin)
         if isinstance(request, Attach):
@@ -190,6 +196,14 @@ class _Connection:
             stream.on_message = job.send
             with activity.going_on():
                 return await self._follow(stream, job, request, feed=False)
+        if isinstance(request, Start):
+            return Started(job=(await self._start(Exec(**request.__dict__))).id)
+        if isinstance(request, Feed):
+            with activity.going_on():
+                feeding = jobs.get(request.job).feed(stream, end=request.end)
+                return Fed(size=await while_wanted(stream, feeding))
+        if isinstance(request, Kill):
+            return Killed(running=jobs.get(request.job).signal(request.signal))
         if isinstance(request, Jobs):
             return job_list(jobs, activity.idle)
         if isinstance(request, (ReadFile, WriteFile, ListDir)):
@@ -218,6 +232,14 @@ class _Connection:
             with activity.going_on():  # its owner is there: one that has been idle for long is not suspended at once
                 return self._supervised.set_policy(request)
         raise Unsupported(f"{request.tag} is not served here")
+
+    async def _start(self, request: Exec) -> Job:
+        """A command of its own, once the guest may be spoken to. Raises AlreadyExists."""
+        await self._supervised.admit()
+        self._supervised.jobs.check_new(request.job)
+        job = self._begin(request)
+        self._supervised.jobs.add(job)
+        return job
 
     def _begin(self, request: Exec) -> Job:
         """Start a command. Raises Interrupted, InvalidInput."""
@@ -272,6 +294,20 @@ def job_list(jobs: JobTable, idle: float) -> JobList:
         exit_codes={job.id: job.ended.exit_code for job in everything if isinstance(job.ended, Exited)},
         errors={job.id: job.ended.message[:COMMAND_SHOWN] for job in everything if isinstance(job.ended, CapsemError)},
     )
+
+
+async def while_wanted(stream: Stream, work: Coroutine[Any, Any, T]) -> T:
+    """The outcome of `work`, which ends when the peer gives its stream up. Raises Interrupted then."""
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(stream.result())
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise Interrupted("the request was given up")
+    finally:
+        working.cancel()
+        watching.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
 
 
 async def copy(source: Stream, target: Stream, channel: int) -> None:
