@@ -25,8 +25,8 @@ TOO_DEAR = {"asyncio", "dataclasses", "typing", "subprocess", "pathlib", "contex
 # What it imports, beside what every interpreter loads before its first line; a new name here is a decision. Names that
 # begin with "_" are how these are made, and differ from one Python to the next.
 STANDARD_LIBRARY = set(
-    "collections copyreg encodings enum fcntl functools genericpath heapq itertools json keyword mmap operator os posixpath re "
-    "reprlib select signal stat struct types".split()
+    "collections copyreg encodings enum errno fcntl functools genericpath heapq itertools json keyword mmap operator os "
+    "posixpath re reprlib select signal stat struct types".split()
 )
 
 LAUNCH = """

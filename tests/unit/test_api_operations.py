@@ -35,7 +35,7 @@ def test_rows_are_whole(operation) -> None:  # type: ignore[no-untyped-def]
     if operation.method == "GET":
         assert operation.retry_safe
         assert operation.on_disconnect is OnDisconnect.ABANDON
-    if operation.name not in ("version", "openapi", "exec_stream", *FILE_ROUTES, *CHECKPOINT_ROUTES):
+    if operation.name not in ("version", "openapi", "exec_stream", "forward", *FILE_ROUTES, *CHECKPOINT_ROUTES):
         assert operation.name in HANDLERS
 
 

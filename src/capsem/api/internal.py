@@ -29,10 +29,14 @@ from capsem.wire.messages import (
     FileFound,
     FileRead,
     FileWritten,
+    Forward,
+    Forwarded,
     ListDir,
     Message,
     ReadFile,
+    Resize,
     Signal,
+    Terminal,
     WriteFile,
 )
 
@@ -112,6 +116,8 @@ class ShutdownAsked(Message, tag="shutdown-asked"):
 class Attach(Message, tag="attach"):
     """Follow a job of this VM from these offsets of its outputs; what is no longer kept is skipped and counted.
 
+    With `stdin`, data is typed on its terminal; one that has none gets nothing.
+
     Without `wait` only as far as it has come. With `keep` the command goes on when the stream is given up.
     """
 
@@ -120,6 +126,7 @@ class Attach(Message, tag="attach"):
     stderr: int = 0
     wait: bool = True
     keep: bool = False
+    stdin: bool = False
 
 
 class Start(Message, tag="start"):
@@ -288,6 +295,8 @@ class CheckpointMade(Message, tag="checkpoint-made"):
 # request -> what closes its stream
 REQUESTS: dict[type[Message], type[Message]] = {
     Exec: JobEnded,
+    Terminal: JobEnded,
+    Forward: Forwarded,
     Attach: JobEnded,
     Start: Started,
     Feed: Fed,
@@ -309,6 +318,7 @@ _ALL: tuple[type[Message], ...] = (
     State,
     ShutdownAsked,
     Signal,
+    Resize,
     FileFound,
     Failed,
     Exited,

@@ -11,6 +11,9 @@ are made (an empty frame says only that the command has begun), then as the last
 ERROR (CapsemError.to_dict), both JSON. CREDIT frames, anywhere before that, hold a 4-byte big-endian number of bytes
 of standard input that have been used up: a client that keeps at most WINDOW bytes outstanding can never be held up
 by a command that does not read, and so is always heard when it hangs up. A reader ignores channels it does not know.
+
+RESIZE, client to service, holds two 2-byte numbers, rows and columns: the terminal that the command runs on has another
+size. A forward stream is the same, with a ForwardRequest, a ForwardResult, and a connection in the command's place.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import struct
 
 from capsem.model.errors import InvalidInput
 
-STDIN, STDOUT, STDERR, RESULT, ERROR, CREDIT = range(6)
+STDIN, STDOUT, STDERR, RESULT, ERROR, CREDIT, RESIZE = range(7)
 REQUEST = RESULT  # the same number, the other direction
 
 CONTENT_TYPE = "application/vnd.capsem.stream"
@@ -29,6 +32,7 @@ WINDOW = 256 * 1024  # bytes of standard input under way
 
 _HEADER = struct.Struct(">BI")
 _CREDIT = struct.Struct(">I")
+_RESIZE = struct.Struct(">HH")
 
 
 def encode(channel: int, payload: bytes | memoryview = b"") -> bytes:
@@ -50,6 +54,19 @@ def decode_credit(payload: bytes) -> int:
     if len(payload) != _CREDIT.size:
         raise InvalidInput("bad credit frame in the stream")
     return int(_CREDIT.unpack(payload)[0])
+
+
+def encode_resize(rows: int, columns: int) -> bytes:
+    """The frame that says what size the terminal has now."""
+    return encode(RESIZE, _RESIZE.pack(min(rows, 0xFFFF), min(columns, 0xFFFF)))
+
+
+def decode_resize(payload: bytes) -> tuple[int, int]:
+    """What `encode_resize` was given. Raises InvalidInput."""
+    if len(payload) != _RESIZE.size:
+        raise InvalidInput("bad resize frame in the stream")
+    rows, columns = _RESIZE.unpack(payload)
+    return int(rows), int(columns)
 
 
 class Decoder:

@@ -124,6 +124,13 @@ class Offsets(Body, frozen=True):
     stderr: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
+class Terminal(Body, frozen=True):
+    """A terminal of so many characters."""
+
+    rows: Annotated[int, msgspec.Meta(ge=1, le=0xFFFF)] = 24
+    columns: Annotated[int, msgspec.Meta(ge=1, le=0xFFFF)] = 80
+
+
 class ExecRequest(Body, frozen=True):
     """Run `command` with `bash -c`; no time limit unless one is given.
 
@@ -132,6 +139,9 @@ class ExecRequest(Body, frozen=True):
     from there, by a client whose connection broke; such a request can `keep` the command when its client hangs up.
     Without `wait` nobody waits for the command's end: a new one runs in the background, with `stdin` open for
     `feed_job`; of one that is followed comes what there is.
+
+    With a `terminal` the command runs on one of its own, all it shows is its standard output, and it goes on when its
+    client hangs up; who follows it again with `terminal` and `offsets` has its keyboard too. For streams alone.
     """
 
     command: Text | None = None
@@ -143,8 +153,13 @@ class ExecRequest(Body, frozen=True):
     wait: bool = True
     keep: bool = False
     stdin: bool = False
+    terminal: Terminal | None = None
 
     def __post_init__(self) -> None:
+        if self.terminal is not None and (self.timeout_secs is not None or not self.wait):
+            raise InvalidInput(
+                "a terminal has no time limit, and is not for the background", hint="leave one of them out"
+            )
         if (self.offsets is None) != (self.command is not None) or (self.offsets is not None and self.job is None):
             raise InvalidInput(
                 "missing required field `command`",
@@ -161,6 +176,12 @@ class ExecRequest(Body, frozen=True):
             raise InvalidInput(
                 "`stdin` is for a new command in the background", hint='add "wait": false, or stream its input'
             )
+
+
+class ForwardRequest(Body, frozen=True):
+    """Connect to a TCP port in a VM."""
+
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
 
 class KillJobRequest(Body, frozen=True):
@@ -496,6 +517,12 @@ class ExecResult(Body, frozen=True):
     job: str | None = None
     running: bool = False
     signal: int | None = None
+
+
+class ForwardResult(Body, frozen=True):
+    """The end of a forward stream: nothing more will come from the port."""
+
+    success: bool
 
 
 class ReadFileResponse(Body, frozen=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,11 @@ import click
 
 from capsem.cli.context import SESSION, Context
 from capsem.cli.terminal import duration, memory, printable, size_text, table
+from capsem.model.errors import Interrupted, NotFound, Unavailable
+
+LOGS = {"logs": "console", "process_logs": "process.log"}
+FOLLOW_TURN = 0.5  # seconds
+MARK = 2000  # characters by which a place in a log is found again
 
 HEADER = ("ID", "NAME", "STATUS", "RAM", "CPUs", "UPTIME")
 
@@ -65,16 +71,20 @@ def info_command(obj: Context, session: str, as_json: bool) -> None:
             click.echo(f"{' ' * width}  {line}")
 
 
-@click.command("logs", epilog="\b\nExample:\n  capsem logs box --tail 20")
+@click.command("logs", epilog="\b\nExamples:\n  capsem logs box --tail 20\n  capsem logs -f box")
 @click.argument("session", type=SESSION)
 @click.option("--tail", type=click.IntRange(min=1), metavar="N", help="Only the last N lines of each.")
+@click.option("-f", "--follow", is_flag=True, help="Go on with what is added, through restarts, until Ctrl-C.")
 @click.pass_obj
-def logs_command(obj: Context, session: str, tail: int | None) -> None:
+def logs_command(obj: Context, session: str, tail: int | None, follow: bool) -> None:
     """Show the console and the log of a VM.
 
     The VM need not run; one that crashed still has them.
     """
     answer = obj.client().call("logs", vm_id=session)
+    if follow:
+        _follow(obj, session, answer, tail)
+        return
     _section("console", answer["logs"], tail)
     if process := answer.get("process_logs"):
         _section("process.log", process, tail)
@@ -134,6 +144,41 @@ def df_command(obj: Context, as_json: bool) -> None:
     ]
     for line in table(totals[0], totals[1:]):
         click.echo(line)
+
+
+def _follow(obj: Context, session: str, answer: Mapping[str, Any], tail: int | None) -> None:
+    """Both logs as they grow, under a heading whenever it is the other one's turn; ends when the VM is no more."""
+    client, shown, last = obj.client(start=False), dict.fromkeys(LOGS.values(), ""), ""
+    while True:
+        for key, title in LOGS.items():
+            text = str(answer.get(key) or "")
+            if new := added(shown[title], text):
+                lines = printable(new).splitlines()
+                if not shown[title] and tail is not None:
+                    lines = lines[-tail:]
+                if title != last:
+                    click.echo(f"== {title} ==")
+                for line in lines:
+                    click.echo(line)
+                shown[title], last = text[: text.rfind("\n") + 1], title
+        time.sleep(FOLLOW_TURN)
+        try:
+            answer = client.call("logs", vm_id=session)
+        except NotFound:
+            click.echo(f"note: {session} is no more", err=True)
+            return
+        except (Unavailable, Interrupted):  # the service is restarted: the logs go on with it
+            continue
+
+
+def added(before: str, now: str) -> str:
+    """What `now` has after `before`, whole lines; both are the end of a log whose beginning may be cut off."""
+    now = now[: now.rfind("\n") + 1]
+    if now.startswith(before):
+        return now[len(before) :]
+    mark = before[-MARK:]
+    at = now.rfind(mark)
+    return now if at < 0 else now[at + len(mark) :]
 
 
 def _section(title: str, text: str, tail: int | None) -> None:

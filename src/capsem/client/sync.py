@@ -87,11 +87,14 @@ class Client:
             raise request.decode_error(answer.status, answer.headers, content)
         return content
 
-    def stream(self, vm_id: str, body: Mapping[str, Any], stdin: Input | None = None) -> ExecStream:
+    def stream(
+        self, vm_id: str, body: Mapping[str, Any], stdin: Input | None = None, *, operation: str = "exec_stream"
+    ) -> ExecStream:
         """Run a command; iterate over the result for its output. `body` is an ExecRequest. Raises as `call` does, but
-        an error of the service comes when iterating.
+        an error of the service comes when iterating. With the `operation` forward, `body` is a ForwardRequest, and a
+        connection takes the command's place.
         """
-        row = request.operation("exec_stream")
+        row = request.operation(operation)
         connection = self.connect()
         connection.settimeout(None)
         return ExecStream(connection, request.encode_stream_head(row, vm_id), request.encode_body(body), stdin)

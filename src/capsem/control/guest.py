@@ -37,6 +37,7 @@ from capsem.wire.messages import (
     SuspendRequest,
     Sync,
     Synced,
+    Terminal,
     Thaw,
     Thawed,
     WriteFile,
@@ -269,7 +270,7 @@ class Guest:
             self._pings.pop(self._ping_id, None)
         return self._clock.monotonic() - began
 
-    def execute(self, request: Exec) -> Stream:
+    def execute(self, request: Exec | Terminal) -> Stream:
         """Start a command; read its stream. Raises Interrupted, InvalidInput."""
         return self.channel.open(request)
 

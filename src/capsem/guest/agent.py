@@ -6,6 +6,7 @@ import os
 import time
 
 from capsem.guest.files import Lister, Reader, Refused, Writer, refusal
+from capsem.guest.forward import Forwarder
 from capsem.guest.freeze import Freezer
 from capsem.guest.group import Group
 from capsem.guest.health import Health
@@ -16,6 +17,7 @@ from capsem.guest.port import Port
 from capsem.guest.processes import Command
 from capsem.guest.servant import Servant
 from capsem.guest.system import Bystander
+from capsem.guest.terminal import TerminalCommand
 from capsem.wire.environment import env_problem
 from capsem.wire.frames import FrameDecoder, ProtocolError
 from capsem.wire.handshake import DONE, GuestHandshake
@@ -27,6 +29,7 @@ from capsem.wire.messages import (
     Failed,
     Forget,
     Forgotten,
+    Forward,
     Freeze,
     GoOn,
     Held,
@@ -44,6 +47,7 @@ from capsem.wire.messages import (
     SuspendRequest,
     Sync,
     Synced,
+    Terminal,
     WriteFile,
 )
 from capsem.wire.streams import (
@@ -266,7 +270,7 @@ class Agent:
         self._guarded(stream, lambda: self._start(stream, request))
 
     def _start(self, stream: int, request: Message) -> None:
-        if isinstance(request, Exec):
+        if isinstance(request, (Exec, Terminal)):
             self._servants[stream] = self._command(stream, request)
         elif isinstance(request, Reattach):
             command = self._jobs.find(request.job)
@@ -276,6 +280,8 @@ class Agent:
         elif isinstance(request, Forget):
             self._jobs.forget(request.job)
             self._mux.close(stream, Forgotten())
+        elif isinstance(request, Forward):
+            self._servants[stream] = Forwarder(self._loop, self._mux, stream, request, self._finished)
         elif isinstance(request, ReadFile):
             self._servants[stream] = Reader(self._mux, stream, request, self._workspace, self._finished)
             self._servants[stream].credit(STDOUT)
@@ -319,7 +325,7 @@ class Agent:
             self._held_too_long.cancel()
             self._held_too_long = None
 
-    def _command(self, stream: int, request: Exec) -> Command:
+    def _command(self, stream: int, request: Exec | Terminal) -> Command:
         self._jobs.check_new(request.job)
         for name, value in request.env.items():
             if problem := env_problem(name, value):
@@ -331,7 +337,8 @@ class Agent:
         cwd = request.cwd or self._workspace
         if not os.path.isdir(cwd):
             raise Refused("invalid_input", f"working directory {cwd}: no such directory")
-        command = Command(
+        kind = Command if isinstance(request, Exec) else TerminalCommand
+        command = kind(
             self._loop,
             self._mux,
             stream,

@@ -26,7 +26,9 @@ from capsem.wire.messages import STDERR, STDIN, STDOUT, Exec, Exited, Message, R
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
+    from capsem.wire.messages import Terminal
     from capsem.wire.streams import Mux
 
 SHELL = "/bin/bash"
@@ -36,12 +38,14 @@ _PIECE = 64 * 1024
 _PIECES_PER_TURN = 16  # then the rest of the agent gets its turn
 _LINGER = 0.1  # seconds that a background process may hold a pipe open before its command counts as ended
 _FIONREAD = 0x541B  # ioctl: how many bytes a pipe holds
-_RESET_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)  # Python ignores them, and would hand that on
+# Python ignores the first two, the shell that started the agent in the background the others, and that is inherited.
+_RESET_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGQUIT)
 _OOM_SCORE = "/proc/self/oom_score_adj"
 
 
-def spawn(command: str, env: dict[str, str], cwd: str, fds: tuple[int, int, int], group: Group) -> int:
-    """Start `bash -c command` in `group` and a session of its own, `fds` its standard streams; returns its pid.
+def spawn(command: str, env: dict[str, str], cwd: str, actions: list[tuple[Any, ...]], group: Group) -> int:
+    """Start `bash -c command` in `group` and a session of its own; `actions` are those of posix_spawn that give it its
+    standard streams. Returns its pid.
 
     Raises OSError. Call it from the loop's thread alone: the working directory is the process's while it runs.
     """
@@ -54,7 +58,7 @@ def spawn(command: str, env: dict[str, str], cwd: str, fds: tuple[int, int, int]
             SHELL,
             [*SHELL_ARGV, command],
             env,
-            file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(fds)],
+            file_actions=actions,
             setsid=True,
             setsigdef=_RESET_SIGNALS,
         )
@@ -83,12 +87,14 @@ def _swap_oom_score(new: str) -> str | None:
 class Command(Servant):
     """A command, on a stream of the control channel or, for a while, on none."""
 
+    terminal = False  # whether its streams are a terminal
+
     def __init__(
         self,
         loop: Loop,
         mux: Mux,
         stream: int,
-        request: Exec,
+        request: Exec | Terminal,
         env: dict[str, str],
         cwd: str,
         group: Group,
@@ -116,9 +122,9 @@ class Command(Servant):
         self._stdin_end = False
         self._pipes: dict[int, int] = {}  # channel -> our end, while it is open
         self._paused: set[int] = set()  # channels that wait for credit
-        theirs = self._open_pipes(stdin=request.stdin)
+        theirs, actions = self._open(request)
         try:
-            self.pid = spawn(request.command, env, cwd, theirs, group)
+            self.pid = spawn(request.command, env, cwd, actions, group)
             self._pidfd = os.pidfd_open(self.pid)
         except BaseException:
             for fd in self._pipes.values():
@@ -135,20 +141,27 @@ class Command(Servant):
                 pid=self.pid, ppid=os.getpid(), uid=os.getuid(), exe=SHELL, argv=list(SHELL_ARGV), cwd=cwd
             )
             mux.message(stream, started)
-        if request.timeout is not None:
-            self._expiry = loop.after(request.timeout, self._expire)
+        timeout = getattr(request, "timeout", None)
+        if timeout is not None:
+            self._expiry = loop.after(timeout, self._expire)
 
-    def _open_pipes(self, *, stdin: bool) -> tuple[int, int, int]:
+    def _open(self, request: Exec | Terminal) -> tuple[list[int], list[tuple[Any, ...]]]:
+        """Make its streams: our ends are in `_pipes`; returns its own, and how it comes by them."""
         out_ours, out_theirs = os.pipe2(os.O_CLOEXEC)
         err_ours, err_theirs = os.pipe2(os.O_CLOEXEC)
         self._pipes = {STDOUT: out_ours, STDERR: err_ours}
-        if stdin:
+        if getattr(request, "stdin", False):
             in_theirs, self._pipes[STDIN] = os.pipe2(os.O_CLOEXEC)
         else:
             in_theirs = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         for fd in self._pipes.values():
             os.set_blocking(fd, False)
-        return in_theirs, out_theirs, err_theirs
+        theirs = [in_theirs, out_theirs, err_theirs]
+        return theirs, [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(theirs)]
+
+    def _take(self, fd: int, size: int) -> bytes:
+        """Read output; b"" at its end. Raises BlockingIOError."""
+        return os.read(fd, size)
 
     # -- output
 
@@ -213,7 +226,7 @@ class Command(Servant):
         if fd is None or self.exited is not None:
             return False
         try:
-            data = os.read(fd, min(room, _PIECE))
+            data = self._take(fd, min(room, _PIECE))
         except BlockingIOError:
             return False
         if not data:
@@ -235,7 +248,7 @@ class Command(Servant):
         fd = self._pipes[channel]
         for _ in range(_PIECES_PER_TURN):
             try:
-                if not os.read(fd, _PIECE):
+                if not self._take(fd, _PIECE):
                     self._close(channel)
                     return
             except BlockingIOError:
@@ -260,7 +273,8 @@ class Command(Servant):
         """The stream is gone, the command goes on: its output is kept from here, its input is at its end."""
         self.stream = None
         self._stdin_queue.clear()
-        self._close(STDIN)
+        if not self.terminal:
+            self._close(STDIN)
         self._paused.clear()
         for channel in OUTPUTS:
             self._watch_output(channel)
@@ -282,7 +296,7 @@ class Command(Servant):
         for channel, offset in offsets.items():
             self.kept[channel].drop(offset)
             self._sent[channel] = self._base[channel] = offset
-        self._mux.message(stream, Reattached(stdout=offsets[STDOUT], stderr=offsets[STDERR]))
+        self._mux.message(stream, Reattached(stdout=offsets[STDOUT], stderr=offsets[STDERR], terminal=self.terminal))
         for channel in OUTPUTS:
             self._pump(channel)
 
@@ -315,7 +329,7 @@ class Command(Servant):
                 assert fd is not None
                 self._loop.watch(fd, WRITE, self._push)
                 return
-            except BrokenPipeError:
+            except OSError:  # nobody reads it any more
                 self._close(STDIN)
                 fd, size = None, len(head)
             if self.stream is not None:
@@ -380,7 +394,7 @@ class Command(Servant):
                 size = fcntl.ioctl(self._pipes[channel], _FIONREAD, bytes(4))
                 left = int.from_bytes(size, "little")
                 if left:  # a pipe hands out all that it holds at once
-                    self._keep(channel, os.read(self._pipes[channel], left))
+                    self._keep(channel, self._take(self._pipes[channel], left))
         self._end()
 
     def _end(self) -> None:

@@ -64,8 +64,8 @@ async def _verify_checkpoint(manager: Manager, vm_id: str, request: Any) -> Succ
     return SuccessResponse(success=True)
 
 
-# All but `version` and `openapi`, which need no manager, `exec_stream`, which is no request with one answer, and those
-# whose bodies are no JSON: FILE_ROUTES and CHECKPOINT_ROUTES.
+# All but `version` and `openapi`, which need no manager, `exec_stream` and `forward`, which are streams, and those whose
+# bodies are no JSON: FILE_ROUTES and CHECKPOINT_ROUTES.
 HANDLERS: Final = MappingProxyType[str, Handler](
     {
         "provision": lambda manager, _id, request: manager.provision(request),
@@ -122,7 +122,7 @@ def build_app(manager: Manager, version: str) -> Starlette:
     transitions: set[asyncio.Task[Any]] = set()
 
     def endpoint(operation: Operation) -> Callable[[Request], Coroutine[Any, Any, Response]] | ExecStream:
-        if operation.name == "exec_stream":
+        if operation.name in ("exec_stream", "forward"):
             return ExecStream(operation, manager, error_response)
         if operation.name in FILE_ROUTES:
             return file_endpoint(operation, manager, error_response)

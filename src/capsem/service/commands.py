@@ -16,6 +16,8 @@ from capsem.api.types import (
     ExecResponse,
     ExecResult,
     FeedJobResponse,
+    ForwardRequest,
+    ForwardResult,
     JobInfo,
     JobsResponse,
     KillJobRequest,
@@ -27,8 +29,10 @@ from capsem.api.types import (
 from capsem.control.channel import Stream, limited
 from capsem.model.errors import CapsemError, GuestFailed, Interrupted, InvalidInput, TimedOut
 from capsem.service.fleet import Fleet
+from capsem.service.manager import Resize
 from capsem.service.vm import Vm
-from capsem.wire.messages import STDERR, STDIN, STDOUT, Exec, ReadFile, WriteFile
+from capsem.wire import messages as wire
+from capsem.wire.messages import STDERR, STDIN, STDOUT, Exec, Forward, ReadFile, Terminal, WriteFile
 
 FILE_LIMIT = 30.0  # seconds
 START_LIMIT = 60.0  # seconds, of which a checkpoint may take the most
@@ -52,6 +56,8 @@ class Commands:
 
     async def execute(self, vm_id: str, request: ExecRequest) -> ExecResponse:
         """Run a command to its end; its output comes back whole, up to 10 MiB."""
+        if request.terminal is not None:
+            raise InvalidInput("a terminal needs a stream", hint="POST /exec/{id}/stream")
         output = {STDOUT: bytearray(), STDERR: bytearray()}
         truncated = False
         async with contextlib.aclosing(self._follow(vm_id, request, None)) as items:
@@ -72,7 +78,7 @@ class Commands:
         raise GuestFailed("the command's end was not reported")
 
     async def execute_stream(
-        self, vm_id: str, request: ExecRequest, stdin: AsyncIterator[bytes] | None
+        self, vm_id: str, request: ExecRequest, stdin: AsyncIterator[bytes | Resize] | None
     ) -> AsyncIterator[tuple[int, bytes]]:
         """Run a command; output as it is made, then the result (channel 3) or the error (channel 4) as JSON."""
         begun = False
@@ -97,7 +103,7 @@ class Commands:
             yield ERROR, msgspec.json.encode(error.to_dict())
 
     async def _follow(
-        self, vm_id: str, request: ExecRequest, stdin: AsyncIterator[bytes] | None
+        self, vm_id: str, request: ExecRequest, stdin: AsyncIterator[bytes | Resize] | None
     ) -> AsyncGenerator[tuple[int, bytes | JobEnded], None]:
         """A command's output as it comes, then how it ended. Leaving early kills the command."""
         if len((request.command or "").encode(errors="surrogatepass")) > COMMAND_LIMIT:
@@ -113,6 +119,8 @@ class Commands:
             assert isinstance(started, Started)
             yield RESULT, JobEnded(job=started.job, exit_code=0, running=True)
             return
+        if isinstance(order, Attach) and request.terminal is not None:
+            stream.send(wire.Resize(rows=request.terminal.rows, columns=request.terminal.columns))
         queue: asyncio.Queue[tuple[int, bytes] | None] = asyncio.Queue(maxsize=1)
         tasks = [asyncio.create_task(_pump(stream, channel, queue)) for channel in (STDOUT, STDERR)]
         if stdin is not None:
@@ -145,12 +153,29 @@ class Commands:
             raise TimedOut(f"command timed out{limit_told}", hint="give it more time with --timeout")
         yield RESULT, result
 
-    def _order(self, request: ExecRequest, *, stdin: bool) -> Exec | Start | Attach:
+    def _order(self, request: ExecRequest, *, stdin: bool) -> Exec | Terminal | Start | Attach:
         """What a supervisor is asked for."""
         job = request.job or self._fleet.system.entropy.token_bytes(8).hex()
         if request.offsets is not None:
             at = request.offsets
-            return Attach(job=job, stdout=at.stdout, stderr=at.stderr, wait=request.wait, keep=request.keep)
+            terminal = request.terminal is not None
+            return Attach(
+                job=job,
+                stdout=at.stdout,
+                stderr=at.stderr,
+                wait=request.wait,
+                keep=request.keep or terminal,
+                stdin=terminal,
+            )
+        if request.terminal is not None:
+            return Terminal(
+                job=job,
+                command=request.command or "",
+                env=dict(request.env or {}),
+                cwd=request.cwd,
+                rows=request.terminal.rows,
+                columns=request.terminal.columns,
+            )
         kind = Exec if request.wait else Start
         return kind(
             job=job,
@@ -160,6 +185,32 @@ class Commands:
             timeout=request.timeout_secs,
             stdin=stdin if request.wait else request.stdin,
         )
+
+    async def forward(
+        self, vm_id: str, request: ForwardRequest, stdin: AsyncIterator[bytes | Resize] | None
+    ) -> AsyncIterator[tuple[int, bytes]]:
+        """A connection to a port of the guest's; what comes, then the result or the error as JSON."""
+        link = await self._vm("forward", vm_id).ready_link()
+        stream, begun, feeding = link.open(Forward(port=request.port)), False, None
+        if stdin is None:
+            stream.end(STDIN)
+        else:
+            feeding = asyncio.create_task(_feed(stream, stdin))
+        try:
+            while data := await stream.read(STDOUT):
+                begun = True
+                yield STDOUT, data
+            await stream.result()
+            yield RESULT, msgspec.json.encode(ForwardResult(success=True))
+        except CapsemError as error:
+            if not begun:
+                raise
+            yield ERROR, msgspec.json.encode(error.to_dict())
+        finally:
+            stream.reset()
+            if feeding is not None:
+                feeding.cancel()
+                await asyncio.gather(feeding, return_exceptions=True)
 
     async def jobs(self, vm_id: str) -> JobsResponse:
         """The commands of a running VM."""
@@ -236,7 +287,10 @@ async def _pump(stream: Stream, channel: int, queue: asyncio.Queue[tuple[int, by
     await queue.put(None)
 
 
-async def _feed(stream: Stream, stdin: AsyncIterator[bytes]) -> None:
+async def _feed(stream: Stream, stdin: AsyncIterator[bytes | Resize]) -> None:
     async for data in stdin:
-        await stream.write(STDIN, data)
+        if isinstance(data, bytes):
+            await stream.write(STDIN, data)
+        else:
+            stream.send(wire.Resize(rows=data.rows, columns=data.columns))
     stream.end(STDIN)

@@ -1,4 +1,5 @@
-"""POST /exec/{id}/stream: one command, its input and output as frames of `api.stream`, both ways at once.
+"""POST /exec/{id}/stream and /forward/{id}: a command's input and output, or a connection's, as frames of `api.stream`,
+both ways at once.
 
 Two tasks share a request. One *listens*: it alone calls `receive`, hands standard input to a queue and notices when
 the client hangs up. The other *speaks*: it runs the manager's iterator and sends what comes. Whichever ends first
@@ -10,8 +11,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from typing import Final
+from typing import Any, Final, TypeVar
 
+import msgspec
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -19,14 +21,15 @@ from starlette.types import Message, Receive, Scope, Send
 from capsem.api import stream
 from capsem.api.codec import decode
 from capsem.api.operations import Operation
-from capsem.api.types import ExecRequest
+from capsem.api.types import ExecRequest, ForwardRequest
 from capsem.model.errors import Interrupted, InvalidInput, PayloadTooLarge
 from capsem.model.ids import check_name
-from capsem.service.manager import Manager
+from capsem.service.manager import Manager, Resize
 from capsem.service.unread import leave_unread
 
 _HELD: Final = 4 * stream.WINDOW  # bytes of standard input that wait here before listening stops
 
+T = TypeVar("T", bound=msgspec.Struct)
 ErrorResponse = Callable[[Exception, Operation], Response]
 
 
@@ -37,6 +40,7 @@ class ExecStream:
         self._operation = operation
         self._manager = manager
         self._error_response = error_response
+        self._kind: type[Any] = ForwardRequest if operation.name == "forward" else ExecRequest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; errors are answered, none are raised."""
@@ -44,7 +48,7 @@ class ExecStream:
         try:
             vm_id = check_name(scope["path_params"]["id"])
             incoming = _Incoming(receive, self._operation.body_limit)
-            request = await incoming.request()
+            request = await incoming.request(self._kind)
             if request is None:
                 return
             await self._attend(vm_id, request, incoming, reply)
@@ -56,7 +60,7 @@ class ExecStream:
                 leave_unread(response, Headers(scope=scope))
                 await response(scope, receive, send)
 
-    async def _attend(self, vm_id: str, request: ExecRequest, incoming: _Incoming, reply: _Reply) -> None:
+    async def _attend(self, vm_id: str, request: Any, incoming: _Incoming, reply: _Reply) -> None:
         listening = asyncio.ensure_future(incoming.listen())
         speaking = asyncio.ensure_future(self._speak(vm_id, request, incoming, reply))
         try:
@@ -70,9 +74,10 @@ class ExecStream:
             if isinstance(outcome, Exception):
                 raise outcome
 
-    async def _speak(self, vm_id: str, request: ExecRequest, incoming: _Incoming, reply: _Reply) -> None:
+    async def _speak(self, vm_id: str, request: Any, incoming: _Incoming, reply: _Reply) -> None:
         stdin = None if incoming.ended_empty else incoming.stdin(reply)
-        output = self._manager.execute_stream(vm_id, request, stdin)
+        begin = self._manager.forward if self._kind is ForwardRequest else self._manager.execute_stream
+        output = begin(vm_id, request, stdin)
         try:
             async for channel, data in output:
                 if channel in (stream.RESULT, stream.ERROR):
@@ -126,7 +131,7 @@ class _Incoming:
         self._receive = receive
         self._limit = limit
         self._decoder = stream.Decoder()
-        self._chunks: deque[bytes] = deque()
+        self._chunks: deque[bytes | Resize] = deque()
         self._held = 0
         self._changed = asyncio.Condition()
         self._closed = False  # by an empty frame
@@ -141,7 +146,7 @@ class _Incoming:
     def _eof(self) -> bool:
         return self._closed or not self._more
 
-    async def request(self) -> ExecRequest | None:
+    async def request(self, kind: type[T]) -> T | None:
         """The first frame; None if the client hung up before it was whole. Raises InvalidInput, PayloadTooLarge."""
         received = 0
         while True:
@@ -154,7 +159,7 @@ class _Incoming:
                 (channel, payload), *rest = frames
                 if channel != stream.REQUEST:
                     raise InvalidInput(f"the stream begins with a frame of channel {channel}", hint="the request first")
-                request = decode(ExecRequest, payload)
+                request = decode(kind, payload)
                 self._accept(rest)
                 return request
             if not self._more:
@@ -175,7 +180,7 @@ class _Incoming:
                 self._accept(frames)
                 self._changed.notify_all()
 
-    async def stdin(self, reply: _Reply) -> AsyncIterator[bytes]:
+    async def stdin(self, reply: _Reply) -> AsyncIterator[bytes | Resize]:
         """Standard input, to its end; what is asked for next is taken as used up, and told to the client."""
         while True:
             async with self._changed:
@@ -184,6 +189,8 @@ class _Incoming:
                     return
                 chunk = self._chunks.popleft()
             yield chunk
+            if not isinstance(chunk, bytes):
+                continue
             async with self._changed:
                 self._held -= len(chunk)
                 self._changed.notify_all()
@@ -198,9 +205,11 @@ class _Incoming:
 
     def _accept(self, frames: list[tuple[int, bytes]]) -> None:
         for channel, payload in frames:
-            if channel != stream.STDIN or self._closed:
+            if channel == stream.RESIZE:
+                self._chunks.append(Resize(*stream.decode_resize(payload)))
+            elif channel != stream.STDIN or self._closed:
                 continue
-            if payload:
+            elif payload:
                 self._chunks.append(payload)
                 self._held += len(payload)
             else:

@@ -11,7 +11,7 @@ its VM, before the cancellation is passed on.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from capsem.api.checkpoint_types import (
     CheckpointRequest,
@@ -31,6 +31,7 @@ from capsem.api.types import (
     FileWrittenResponse,
     ForkRequest,
     ForkResponse,
+    ForwardRequest,
     JobsResponse,
     KillJobRequest,
     KillJobResponse,
@@ -58,6 +59,13 @@ if TYPE_CHECKING:
     from capsem.service.host import Host
 
 
+class Resize(NamedTuple):
+    """The terminal of who follows a command has so many characters now."""
+
+    rows: int
+    columns: int
+
+
 class Manager(Protocol):
     """The VMs of this user; `host` answers what is about none of them."""
 
@@ -81,7 +89,7 @@ class Manager(Protocol):
         """
 
     def execute_stream(
-        self, vm_id: str, request: ExecRequest, stdin: AsyncIterator[bytes] | None
+        self, vm_id: str, request: ExecRequest, stdin: AsyncIterator[bytes | Resize] | None
     ) -> AsyncIterator[tuple[int, bytes]]:
         """Run a command, yielding (channel, bytes) of `api.stream`: STDOUT and STDERR as they come, best begun with an
         empty STDOUT as soon as the command is admitted, and at last RESULT with the JSON of an ExecResult, or ERROR.
@@ -89,6 +97,11 @@ class Manager(Protocol):
         `stdin` is read as the command takes it; None is an empty one. A CapsemError raised instead of yielding an
         ERROR is as good; before the first item it becomes a plain HTTP error.
         """
+
+    def forward(
+        self, vm_id: str, request: ForwardRequest, stdin: AsyncIterator[bytes | Resize] | None
+    ) -> AsyncIterator[tuple[int, bytes]]:
+        """A connection to a port of the guest's: what comes, then the result, as of `execute_stream`."""
 
     async def write_file(self, vm_id: str, request: WriteFileRequest) -> None:
         """Replace a text file; it is durable when this returns."""

@@ -15,7 +15,7 @@
 <session_dir>/vm.json                  the VM's record
 <session_dir>/claim                    flock: held by the one supervisor (or a service at rest) that owns the VM
 <session_dir>/vmm.lock                 flock: held by the VMM process through an inherited descriptor
-<session_dir>/process.log, serial.log  the supervisor's log; the guest's console
+<session_dir>/process.log, serial.log  the supervisor's log; the guest's console; pty.log: what was shown on its terminals
 """
 
 from __future__ import annotations

@@ -60,6 +60,7 @@ class Changes(Owned):
             durable.rename(old.session.path, session.path)
         self._names = replace(old, session=session, socket=Path(request.socket), ready_file=Path(request.ready_file))
         self._console.move(session.serial_log)
+        self.transcript.move(session.pty_log)
         former = self._listener
         self._listener = await self._listen()
         if former is not None:

@@ -33,6 +33,7 @@ from capsem.wire.messages import (
     Reattached,
     Signal,
     Started,
+    Terminal,
 )
 
 LAG = 1024 * 1024  # bytes that a follower may be behind before the guest waits for it
@@ -102,7 +103,9 @@ class Job:
         self.ended = ended
         self.stream: Stream | None = None
         self.on_started: Callable[[Started], None] = lambda _started: None
+        self.terminal = False  # whether it runs on one, as far as that is known yet
         self.on_ended: Callable[[], None] = lambda: None
+        self.on_shown: Callable[[bytes], None] = lambda _data: None  # by its terminal
         self._followers: list[Follower] = []
         self._changed = asyncio.Event()
         # Done once nobody can follow it here any more; then why.
@@ -124,11 +127,12 @@ class Job:
 
     # -- with the guest
 
-    def start(self, guest: Guest, request: Exec) -> None:
+    def start(self, guest: Guest, request: Exec | Terminal) -> None:
         """Ask the guest for it. Raises Interrupted, InvalidInput."""
-        self.stream = guest.execute(Exec(**{**request.__dict__, "told": True}))
+        self.terminal = isinstance(request, Terminal)
+        self.stream = guest.execute(type(request)(**{**request.__dict__, "told": True}))
         self.stream.on_message = self._told
-        self._input = self.stream if request.stdin else None
+        self._input = self.stream if isinstance(request, Exec) and request.stdin else None
         self._task = asyncio.create_task(self._run(guest), name=f"job {self.id}")
 
     def _told(self, message: Message) -> None:
@@ -179,6 +183,7 @@ class Job:
         for number in self._signals:
             stream.send(Signal(number=number))
         self._signals.clear()
+        self._notify()
         if self._cancelled:
             self._give_up(stream)
         return stream
@@ -187,6 +192,7 @@ class Job:
         if isinstance(message, Reattached):
             self.outputs[STDOUT].go_on_at(message.stdout)
             self.outputs[STDERR].go_on_at(message.stderr)
+            self.terminal = message.terminal
 
     async def _collect(self, stream: Stream) -> Exited:
         pumps = [asyncio.create_task(self._pump(stream, channel)) for channel in self.outputs]
@@ -203,6 +209,8 @@ class Job:
         log = self.outputs[channel]
         while data := await stream.read(channel):
             log.append(data)
+            if self.terminal:
+                self.on_shown(data)
             self._notify()
             while any(log.end - follower.offsets[channel] > LAG for follower in self._followers):
                 await self._changed.wait()
@@ -250,6 +258,16 @@ class Job:
                 hint="a command has input while it runs, if it was started with `stdin`, until that is ended or its VM suspended",
             )
         return self._input
+
+    async def type_on(self, source: Stream) -> None:
+        """Type, on its terminal, what comes from `source`, through as many epochs as there are. Its end is not the input's."""
+        while data := await source.read(STDIN):
+            while self.ended is None:
+                changed, stream = self._changed, self.stream
+                if stream is not None and not stream.over:
+                    await stream.write(STDIN, data)
+                    break
+                await changed.wait()
 
     def cancel(self) -> None:
         """Kill the command; one that has no stream now, when it has one."""
@@ -340,9 +358,10 @@ def restored(saved: SavedJob) -> Job:
 
 
 class JobTable:
-    """The jobs of one VM's run. Ids are not used twice."""
+    """The jobs of one VM's run. Ids are not used twice. `shown` is handed what their terminals show."""
 
-    def __init__(self) -> None:
+    def __init__(self, shown: Callable[[bytes], None] = lambda _data: None) -> None:
+        self._shown = shown
         self._jobs: OrderedDict[str, Job] = OrderedDict()
 
     def __iter__(self) -> Iterator[Job]:
@@ -357,6 +376,7 @@ class JobTable:
         """Take over the jobs of a checkpoint, and go on with those that had not ended in its guest."""
         for each in saved:
             job = restored(each)
+            job.on_shown = self._shown
             self._jobs[job.id] = job
             if job.ended is None:
                 job.go_on(guest)
@@ -374,6 +394,7 @@ class JobTable:
 
     def add(self, job: Job) -> None:
         """Keep a job; forgets the oldest finished ones beyond the bounds."""
+        job.on_shown = self._shown
         self._jobs[job.id] = job
         finished = [each for each in self._jobs.values() if each.ended is not None]
         held = sum(each.held for each in finished)

@@ -23,7 +23,7 @@ from capsem.store import records
 from capsem.store.checkpoints import CheckpointStore
 from capsem.store.layout import Layout, SessionDir
 from capsem.supervisor.activity import Activity
-from capsem.supervisor.console import Console
+from capsem.supervisor.console import Console, Transcript
 from capsem.supervisor.jobs import JobTable
 from capsem.supervisor.recording import Recording
 from capsem.supervisor.saving import Saver
@@ -64,7 +64,8 @@ class Owned:
         self._stop_changed = asyncio.Event()
         self.guest: Guest
         self._heartbeat: Heartbeat | None = None
-        self.jobs = JobTable()
+        self.transcript = Transcript(names.session.pty_log)
+        self.jobs = JobTable(self.transcript.write)
         self.activity = Activity(system.clock)
         self.pid = system.processes.own_pid()
         self.recording: Recording

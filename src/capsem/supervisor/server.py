@@ -46,10 +46,24 @@ from capsem.supervisor.activity import Activity
 from capsem.supervisor.jobs import Follower, Job, JobTable
 from capsem.supervisor.recording import Recording
 from capsem.wire.frames import FrameDecoder, ProtocolError
-from capsem.wire.messages import STDERR, STDIN, STDOUT, Exec, Exited, Failed, ListDir, Message, ReadFile, WriteFile
+from capsem.wire.messages import (
+    STDERR,
+    STDIN,
+    STDOUT,
+    Exec,
+    Exited,
+    Failed,
+    Forward,
+    ListDir,
+    Message,
+    ReadFile,
+    Terminal,
+    WriteFile,
+)
 from capsem.wire.streams import Mux
 
 HELLO_LIMIT = 5.0  # seconds
+LAST_KEYS = 1.0  # seconds for what was typed to reach a guest that does not take it now
 COMMAND_SHOWN = 100  # characters of a command in a list: a thousand jobs have to fit a message
 
 log = logging.getLogger("capsem_process.server")
@@ -187,10 +201,12 @@ class _Connection:
 
     async def _answer(self, stream: Stream) -> Message:
         request, jobs, activity = stream.request, self._supervised.jobs, self._supervised.activity
-        if isinstance(request, Exec):
+        if isinstance(request, (Exec, Terminal)):
             job = await self._start(request)
             stream.on_message = job.send
-            return await self._follow(stream, job, Attach(job=job.id), feed=request.stdin)
+            # Who leaves a terminal may come back to it; it ends when what runs there does, or with the VM.
+            place = Attach(job=job.id, keep=job.terminal, stdin=job.terminal)
+            return await self._follow(stream, job, place, feed=isinstance(request, Exec) and request.stdin)
         if isinstance(request, Attach):
             job = jobs.get(request.job)
             stream.on_message = job.send
@@ -206,7 +222,7 @@ class _Connection:
             return Killed(running=jobs.get(request.job).signal(request.signal))
         if isinstance(request, Jobs):
             return job_list(jobs, activity.idle)
-        if isinstance(request, (ReadFile, WriteFile, ListDir)):
+        if isinstance(request, (ReadFile, WriteFile, ListDir, Forward)):
             await self._supervised.admit()
             with activity.going_on():
                 result = await relay(stream, self._supervised.guest.channel.open(request))
@@ -233,7 +249,7 @@ class _Connection:
                 return self._supervised.set_policy(request)
         raise Unsupported(f"{request.tag} is not served here")
 
-    async def _start(self, request: Exec) -> Job:
+    async def _start(self, request: Exec | Terminal) -> Job:
         """A command of its own, once the guest may be spoken to. Raises AlreadyExists."""
         await self._supervised.admit()
         self._supervised.jobs.check_new(request.job)
@@ -241,7 +257,7 @@ class _Connection:
         self._supervised.jobs.add(job)
         return job
 
-    def _begin(self, request: Exec) -> Job:
+    def _begin(self, request: Exec | Terminal) -> Job:
         """Start a command. Raises Interrupted, InvalidInput."""
         activity, recording = self._supervised.activity, self._supervised.recording
         job = Job(request.job, request.command)
@@ -254,7 +270,7 @@ class _Connection:
         job.on_ended = ended
         job.start(self._supervised.guest, request)
         activity.begin()
-        recording.command_began(job, "exec")
+        recording.command_began(job, request.tag)
         return job
 
     async def _follow(self, stream: Stream, job: Job, place: Attach, *, feed: bool) -> Message:
@@ -264,7 +280,11 @@ class _Connection:
         """
         follower = Follower({STDOUT: place.stdout, STDERR: place.stderr})
         following = asyncio.create_task(job.follow(follower, stream.write, wait=place.wait))
-        feeding = asyncio.create_task(_feed(stream, job.stream)) if feed and job.stream is not None else None
+        feeding = None
+        if place.stdin:
+            feeding = asyncio.create_task(job.type_on(stream))
+        elif feed and job.stream is not None:
+            feeding = asyncio.create_task(_feed(stream, job.stream))
         watching = asyncio.create_task(stream.result())
         try:
             await asyncio.wait((following, watching, job.cut), return_when=asyncio.FIRST_COMPLETED)
@@ -274,6 +294,9 @@ class _Connection:
                 raise job.cut.result()
             if self.channel.connected and not place.keep:
                 job.cancel()
+            if place.stdin and feeding is not None:  # what was typed before leaving is typed
+                typing: set[asyncio.Future[Any]] = {feeding, job.cut}
+                await asyncio.wait(typing, timeout=LAST_KEYS, return_when=asyncio.FIRST_COMPLETED)
             return Failed(code="interrupted", message="nobody follows any more")
         finally:
             for task in (following, watching, feeding):

@@ -219,7 +219,7 @@ class Exec(Message, tag="exec"):
 
 
 class Started(Message, tag="started"):
-    """On an Exec stream, from the guest: the process that was started. `argv` is without its last word, the command."""
+    """On an Exec or Terminal stream, from the guest: what was started. `argv` is without its last word, the command."""
 
     pid: int
     ppid: int
@@ -227,6 +227,28 @@ class Started(Message, tag="started"):
     exe: str
     argv: list[str]
     cwd: str
+
+
+class Terminal(Message, tag="terminal"):
+    """Run `command` with bash on a terminal of its own. Data: STDIN in, all that it shows out on STDOUT. `job` as of Exec.
+
+    Its input stays open when an epoch takes the stream away: a Reattach goes on in both directions.
+    """
+
+    job: str
+    command: str
+    rows: int
+    columns: int
+    env: dict[str, str] = {}
+    cwd: str | None = None
+    told: bool = False
+
+
+class Resize(Message, tag="resize"):
+    """On a Terminal or Reattach stream, from the host: the terminal has another size, in characters."""
+
+    rows: int
+    columns: int
 
 
 class Signal(Message, tag="signal"):
@@ -247,7 +269,8 @@ class Exited(Message, tag="exited"):
 class Reattach(Message, tag="reattach"):
     """Go on with a command whose stream an epoch took away, from these offsets of its outputs; closed by Exited.
 
-    Also for one that has ended meanwhile. `Reattached` says from where it really goes on; there is no input any more.
+    Also for one that has ended meanwhile. `Reattached` says from where it really goes on; there is no input any more,
+    unless it has a terminal.
     """
 
     job: str
@@ -260,6 +283,7 @@ class Reattached(Message, tag="reattached"):
 
     stdout: int
     stderr: int
+    terminal: bool = False
 
 
 class Forget(Message, tag="forget"):
@@ -326,6 +350,16 @@ class DirListed(Message, tag="dir-listed"):
 
     entries: int
     truncated: bool = False
+
+
+class Forward(Message, tag="forward"):
+    """Connect to a TCP port of the guest's own. Data: STDIN to it, STDOUT from it, the end of each handed on."""
+
+    port: int
+
+
+class Forwarded(Message, tag="forwarded"):
+    """Closes a Forward stream: nothing more will come from the port."""
 
 
 class Sync(Message, tag="sync"):
@@ -409,20 +443,22 @@ CONTROL_MESSAGES = _by_tag(
 # request -> what closes its stream when all goes well; every stream may also be closed by Failed
 STREAMS: dict[type[Message], type[Message]] = {
     Exec: Exited,
+    Terminal: Exited,
     Reattach: Exited,
     Forget: Forgotten,
     ReadFile: FileRead,
     WriteFile: FileWritten,
     ListDir: DirListed,
+    Forward: Forwarded,
     Sync: Synced,
     Hold: Held,
     Freeze: Thawed,
 }
 # Tags that later versions will use to open streams, so that nothing else takes them.
-RESERVED_STREAMS = ("egress", "resolve", "bulk-in", "bulk-out", "watch", "forward", "terminal")
+RESERVED_STREAMS = ("egress", "resolve", "bulk-in", "bulk-out", "watch")
 MESSAGES = {
     **CONTROL_MESSAGES,
-    **_by_tag(*STREAMS, *STREAMS.values(), Signal, Started, Reattached, FileFound, Frozen, Thaw, Failed),
+    **_by_tag(*STREAMS, *STREAMS.values(), Signal, Resize, Started, Reattached, FileFound, Frozen, Thaw, Failed),
 }
 
 
