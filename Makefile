@@ -21,11 +21,13 @@ docs:
 	$(call page,lifecycle,capsem.model.lifecycle)
 	$(call page,cli,capsem.cli.reference)
 	$(call page,http,capsem.api.reference)
+	$(call page,mcp-tools,capsem.mcp.reference)
 
 bench:
 	.venv/bin/python -m bench
 	.venv/bin/python -m bench.checkpoints
 	.venv/bin/python -m bench.transfer
+	.venv/bin/python -m bench.mcp
 
 # Pins every dependency with hashes. The files name no registry; the options see to that.
 lock:

@@ -12,6 +12,7 @@ import pytest
 
 from capsem.api import reference as http
 from capsem.cli import reference as cli
+from capsem.mcp import reference as mcp
 from capsem.model import lifecycle
 
 ROOT = Path(__file__).parent.parent.parent
@@ -21,7 +22,12 @@ CAPSEM = Path(sys.executable).parent / "capsem"
 
 @pytest.mark.parametrize(
     ("page", "generate"),
-    [("lifecycle.md", lifecycle.to_markdown), ("cli.md", cli.to_markdown), ("http.md", http.to_markdown)],
+    [
+        ("lifecycle.md", lifecycle.to_markdown),
+        ("cli.md", cli.to_markdown),
+        ("http.md", http.to_markdown),
+        ("mcp-tools.md", mcp.to_markdown),
+    ],
 )
 def test_pages_made_from_tables_are_up_to_date(page: str, generate: Callable[[], str]) -> None:
     assert (ROOT / "docs" / page).read_text() == generate(), "run `make docs`"
