@@ -47,7 +47,8 @@ def test_a_handshake_of_every_revision(home: Path) -> None:
 
 
 def test_what_the_reference_inspector_checks(session: Lines) -> None:
-    """`tools/list` of the inspector's command line validates these shapes."""
+    """Its command line holds tools and results against the protocol's shapes, and makes arguments, which are text there, what
+    the `type` of each property says; `_meta` comes with everything."""
     tools = session.ask("tools/list")["result"]["tools"]
     assert [tool["name"] for tool in tools] == list(TOOLS)
     for tool in tools:
@@ -55,7 +56,11 @@ def test_what_the_reference_inspector_checks(session: Lines) -> None:
         assert tool["inputSchema"]["type"] == "object"
         assert isinstance(tool["inputSchema"]["properties"], dict)
         assert tool["inputSchema"].keys() <= {"type", "properties", "required"}
+        kinds = {each["type"] for each in tool["inputSchema"]["properties"].values()}
+        assert kinds <= {"string", "number", "integer", "boolean", "object"}
         assert tool.get("outputSchema", {"type": "object"})["type"] == "object"
+    meta = {"name": "capsem_version", "arguments": {}, "_meta": {"client": "inspector"}}
+    assert parsed(session.ask("tools/call", meta)["result"])["service"] == "connected"
     assert session.ask("resources/list")["error"]["code"] == -32601
     assert session.ask("prompts/list")["error"]["code"] == -32601
     assert session.ask("no/such")["error"]["code"] == -32601
@@ -96,6 +101,25 @@ def test_a_life(session: Lines, home: Path) -> None:
     assert "box" in parsed(session.call("capsem_vm_logs", id="box", grep="BOX", tail=5))["process_logs"]
     assert Client(home / "run/service.sock").call("info", vm_id="box")["status"] == "Stopped"
     assert parsed(session.call("capsem_delete", id="box")) == {"success": True}
+
+
+def test_commands_in_the_background(session: Lines) -> None:
+    parsed(session.call("capsem_create", name="box", ramMb=512, cpuCount=1))
+    begun = parsed(session.call("capsem_exec", id="box", command="echo on; sleep 600; echo off", background=True))
+    assert begun["running"] is True
+    assert "capsem_job_output" in begun["note"]
+    job = begun["job"]
+    while parsed(session.call("capsem_job_output", id="box", job=job))["stdout"] != "on\n":
+        pass
+    waited = parsed(session.call("capsem_job_output", id="box", job=job, wait=0.1))
+    assert waited["running"] is True
+    assert job in parsed(session.call("capsem_jobs", id="box"))["running"]
+    assert parsed(session.call("capsem_job_kill", id="box", job=job))["running"] is True
+    ended = parsed(session.call("capsem_job_output", id="box", job=job, wait=60))
+    assert "running" not in ended
+    assert ended["exit_code"] != 0
+    assert session.call("capsem_job_output", id="box", job="nope")["content"][0]["text"].startswith("404: ")
+    parsed(session.call("capsem_delete", id="box"))
 
 
 def test_temporary_vms(session: Lines) -> None:

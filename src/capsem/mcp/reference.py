@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 
 from capsem.api.operations import OPERATIONS
-from capsem.mcp.schema import output_schema
 from capsem.mcp.tools import ID, TOOLS, TOOLSETS, Param, Tool
 
 HEAD = """# MCP tools
@@ -44,12 +43,6 @@ def _tool(tool: Tool) -> Iterator[str]:
     for param in tool.params:
         yield f"- `{param.name}`: {_words(param)}"
     if tool.params:
-        yield ""
-    if (schema := output_schema(tool)) is not None:
-        required = schema["required"]
-        optional = [f"`{key}`" for key in schema["properties"] if key not in required]
-        answer = ", ".join(f"`{key}`" for key in required)
-        yield f"Gives {answer}" + (f"; where it applies {', '.join(optional)}" if optional else "") + "."
         yield ""
 
 

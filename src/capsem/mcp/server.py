@@ -21,7 +21,7 @@ from capsem.log import trace
 from capsem.mcp import translate
 from capsem.mcp.calls import Service
 from capsem.mcp.schema import input_schema, output_schema
-from capsem.mcp.tools import DESTROY, INSPECT_SCHEMA, INSTRUCTIONS, JOB_OUTPUT, READ, TOOLSETS, VERSION, Tool
+from capsem.mcp.tools import DESTROY, INSTRUCTIONS, JOB_OUTPUT, READ, TOOLSETS, VERSION, Tool
 from capsem.model.errors import CapsemError
 
 NAME: Final = "capsem-mcp"
@@ -84,10 +84,6 @@ class Tools:
         call = translate.request(tool, arguments)
         if tool.name == VERSION:
             return await self._version(call)
-        if tool.name == INSPECT_SCHEMA:
-            from capsem.ledger.schema import schema_text
-
-            return schema_text()
         if tool.name == JOB_OUTPUT and call.here["wait"]:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(call.here["wait"]):

@@ -79,7 +79,7 @@ TAIL: Final = Param("tail", "integer", "only the last N lines (after grep)", key
 MAX_OUTPUT: Final = Param("maxOutput", "integer", "characters of each output to return", key=HERE, default=60_000)
 ENV: Final = Param("env", "object", 'environment variables, {"KEY": "value"}')
 SINCE: Final = Param("since", "string", "how far back: 30m, 1h, 7d, or a time as RFC 3339")
-LIMIT: Final = Param("limit", "integer")
+LIMIT: Final = Param("limit", "integer", "default 20, at most 200")
 CHECKPOINT: Final = Param("checkpoint", "string", "its id, or the first digits of it", required=True)
 
 _TABLE: Final = (
@@ -125,7 +125,7 @@ _TABLE: Final = (
         (
             _vm("VM, as capsem_list shows it"),
             Param("command", "string", "a bash script, of several lines if need be", required=True),
-            Param("timeout", "number", "seconds; without limit in the background", key="timeout_secs"),
+            Param("timeout", "number", "seconds, default 30; no limit in the background", key="timeout_secs"),
             Param("background", "boolean", "return a job id at once; see capsem_job_output", key=HERE),
             Param("cwd", "string", "directory, default /root"),
             ENV,
@@ -173,6 +173,18 @@ _TABLE: Final = (
         "The commands of a running VM, oldest first: those that run and those that ended lately, with job ids.",
         (_vm(),),
         effect=READ,
+    ),
+    Tool(
+        "capsem_job_kill",
+        "kill_job",
+        "End a background command and all its processes. capsem_job_output still has what it wrote.",
+        (
+            _vm(),
+            Param("job", "string", required=True),
+            Param("signal", "integer", "15 asks it to end; default 9, which does not"),
+        ),
+        effect=DESTROY,
+        core=True,
     ),
     Tool(
         "capsem_read_file",
