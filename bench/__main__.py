@@ -29,9 +29,9 @@ BIN = Path(sys.executable).parent
 
 
 @contextlib.contextmanager
-def service(directory: Path) -> Iterator[tuple[Client, int]]:
-    """A service of its own; its client and process id."""
-    env = {**os.environ, "CAPSEM_HOME": str(directory), "CAPSEM_RUN_DIR": str(directory / "run")}
+def service(directory: Path, **more: str) -> Iterator[tuple[Client, int]]:
+    """A service of its own, with `more` in its environment; its client and process id."""
+    env = {**os.environ, "CAPSEM_HOME": str(directory), "CAPSEM_RUN_DIR": str(directory / "run"), **more}
     process = subprocess.Popen([BIN / "capsem-service", "--foreground"], env=env)
     client = Client(directory / "run" / "service.sock")
     try:
@@ -97,6 +97,26 @@ async def exec_floor(image: Image, accelerator: Accelerator, directory: Path, co
         bare.end()
 
 
+def recorded(directory: Path, count: int) -> Row:
+    """An exec that goes into the ledger, beside one that does not: of two services, in turn."""
+    ours: list[float] = []
+    floor: list[float] = []
+    with (
+        service(directory / "on") as (on, _),
+        service(directory / "off", CAPSEM_LEDGER="off") as (off, _),
+    ):
+        for client in (on, off):
+            client.call("provision", body={"name": "box", "ram_mb": 512, "cpus": 1})
+            client.call("exec", vm_id="box", body={"command": "true"})
+        for number in range(count):
+            pair = [(on, ours), (off, floor)]
+            for client, times in pair if number % 2 else pair[::-1]:
+                began = time.perf_counter()
+                client.call("exec", vm_id="box", body={"command": "true"})
+                times.append(milliseconds(began))
+    return Row("exec true, recorded and not (ms)", ours, floor, "1.05 x")
+
+
 def measure(runs: int) -> list[Row]:
     """All rows."""
     image = Catalog.from_environment(os.environ).find()
@@ -143,6 +163,8 @@ def measure(runs: int) -> list[Row]:
         )
         rows.append(Row("service, idle: RSS (MB)", [status(service_pid, "VmRSS")], (), "under 80"))
         rows.append(Row("supervisor: RSS (MB)", [status(supervisor, "VmRSS")], (), "under 60"))
+    with tempfile.TemporaryDirectory() as text:
+        rows.append(recorded(Path(text), 100))
     return rows
 
 

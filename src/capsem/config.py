@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SOCKET_NAME: Final = "service.sock"
 SUSPEND, STOP, KEEP = "suspend", "stop", "keep"  # values of vm.on_service_stop
+ON, OFF = "on", "off"  # values of vm.ledger
 
 
 class Setting(NamedTuple):
@@ -75,6 +76,13 @@ SETTINGS: Final = (
         "stop them all, or keep them for the next service to take over",
         choices=(SUSPEND, STOP, KEEP),
     ),
+    Setting(
+        "vm.ledger",
+        ON,
+        "CAPSEM_LEDGER",
+        "whether commands and files are recorded in each VM's session.db; a VM's own life always is",
+        choices=(ON, OFF),
+    ),
 )
 
 
@@ -101,6 +109,11 @@ class Settings(NamedTuple):
     def cpu_count(self) -> int:
         """CPUs of a new VM."""
         return int(self.values["vm.resources.cpu_count"])
+
+    @property
+    def ledger(self) -> bool:
+        """Whether commands and files are recorded."""
+        return bool(self.values["vm.ledger"] == ON)
 
     @property
     def on_service_stop(self) -> str:

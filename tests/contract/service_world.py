@@ -15,6 +15,7 @@ from capsem.service.fleet import Fleet
 from capsem.service.gate import Gate
 from capsem.service.handlers import Handlers
 from capsem.service.launch import Launcher
+from capsem.service.ledgers import Ledgers
 from capsem.store.layout import Layout
 from process_machine import InProcess, ProcessDriver
 
@@ -64,17 +65,19 @@ class World:
     async def restart(self) -> None:
         """The service is gone without a word: its connections drop, its supervisors live. Another one starts."""
         self.fleet.leave_all()
+        await self.ledgers.close()
         self.start()
         await self.fleet.reconcile()
 
     def start(self, limit: int = 10) -> None:
         """A service as it comes up: nothing in memory yet."""
         self.fleet = Fleet(self.processes.system, self.layout, limit)
+        self.ledgers = Ledgers(self.fleet, self.layout.run_dir.parent / "sessions" / "main.db")
         launcher = Launcher(self.processes.system, self.layout, {}, Path("capsem-process"), "process")
         features, system = self.driver.features, self.processes.system
         gate = Gate(system.clock, overlap=features.transitions_overlap, path=self.layout.run_dir / "gate.lock")
         maker = Maker(self.fleet, self.driver, self.catalog, launcher, gate)  # type: ignore[arg-type]
-        self.handlers = Handlers(self.fleet, maker, Settings(), {"CAPSEM_HOME": str(self.layout.run_dir)})
+        self.handlers = Handlers(self.fleet, maker, Settings(), {"CAPSEM_HOME": str(self.layout.run_dir)}, self.ledgers)
 
 
 @contextlib.asynccontextmanager
@@ -84,6 +87,7 @@ async def world(directory: Path, limit: int = 10) -> AsyncIterator[World]:
         yield it
     finally:
         await it.fleet.stop_all()
+        await it.ledgers.close()
 
 
 def play(directory: Path, scene: Callable[[World], Awaitable[None]], limit: int = 10) -> None:

@@ -17,6 +17,7 @@ from capsem.service.fleet import Fleet
 from capsem.service.gate import Gate
 from capsem.service.handlers import Handlers
 from capsem.service.launch import Launcher
+from capsem.service.ledgers import Ledgers
 from capsem.store.layout import Layout
 from process_machine import InProcess
 from service_world import OneImage
@@ -36,10 +37,11 @@ class SimWorld:
         system = self.processes.system
         self.gate = Gate(system.clock, overlap=self.driver.features.transitions_overlap, path=gate)
         self.fleet = Fleet(system, self.layout, 100)
+        self.ledgers = Ledgers(self.fleet, home / "sessions" / "main.db")
         launcher = Launcher(system, self.layout, {}, Path("capsem-process"), "sim")
         catalog = OneImage(home)
         maker = Maker(self.fleet, self.driver, catalog, launcher, self.gate)  # type: ignore[arg-type]
-        self.handlers = Handlers(self.fleet, maker, Settings(), {"CAPSEM_HOME": str(home)})
+        self.handlers = Handlers(self.fleet, maker, Settings(), {"CAPSEM_HOME": str(home)}, self.ledgers)
 
     async def create(self, name: str) -> None:
         await self.handlers.provision(ProvisionRequest(name=name, persistent=True, ram_mb=RAM_MB, cpus=1))
@@ -58,6 +60,7 @@ async def sim_world(root: Path, name: str = "home", *, gate: bool = True, plan: 
         yield world
     finally:
         await world.fleet.stop_all()
+        await world.ledgers.close()
 
 
 @dataclass

@@ -97,6 +97,7 @@ _BODIES = {
     "verify_checkpoint": {"checkpoint": "3f2a"},
     "rollback": {"checkpoint": "3f2a"},
     "put_file": b"content",
+    "inspect": {"sql": "SELECT 1"},
 }
 
 
@@ -104,7 +105,7 @@ _BODIES = {
     "operation", [each for each in OPERATIONS.values() if each.takes_id], ids=lambda each: each.name
 )
 def test_a_vm_that_is_not_there(service: Service, operation: Any) -> None:
-    path = operation.path.replace("{id}", "ghost") + ("?path=a" if "file" in operation.name else "")
+    path = operation.path.replace("{id}", "ghost") + ("?path=a&checkpoint=3f2a" if operation.query else "")
     error = refused(ask(service.socket, operation.method, path, _BODIES.get(operation.name)), 404, "not_found")
     assert "ghost" in error["error"]
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from capsem.model.fingerprints import FINGERPRINTS, find
+from capsem.model.fingerprints import FINGERPRINTS, TROUBLES, find
+
+EVERY = (*FINGERPRINTS, *TROUBLES)
 
 QUIET = """[    0.000000] Linux version 6.12.0 (debian-kernel@lists.debian.org)
 [    1.093211] EXT4-fs (vdb): mounted filesystem 0b2d r/w with ordered data mode. Quota mode: none.
@@ -27,15 +29,20 @@ QUIET = """[    0.000000] Linux version 6.12.0 (debian-kernel@lists.debian.org)
         ("Kernel panic - not syncing: Attempted to kill init!", "guest-panicked"),
         ("QEMU did not answer 'stop' within 60 s, and was killed", "vmm-hung"),
         ('{"message": "x", "exception": "Traceback (most recent call last):\\n"}', "program-error"),
+        ("OSError: [Errno 28] No space left on device", "host-disk-full"),
+        ("[ 99.1] Out of memory: Killed process 431 (python3)", "out-of-memory"),
+        ("the guest was not ready after 90 s", "boot-too-slow"),
+        ("the supervisor ended by signal 9", "supervisor-lost"),
+        ("sqlite3.DatabaseError: database disk image is malformed", "ledger-damaged"),
     ],
 )
 def test_a_line_names_its_failure(line: str, name: str) -> None:
-    found = {match.fingerprint.name: match.line for match in find(f"{QUIET}{line}\n{QUIET}")}
+    found = {match.fingerprint.name: match.line for match in find(f"{QUIET}{line}\n{QUIET}", EVERY)}
     assert found[name] == line
 
 
 def test_a_healthy_log_has_none() -> None:
-    assert list(find(QUIET)) == []
+    assert list(find(QUIET, EVERY)) == []
 
 
 def test_each_kind_is_told_once_and_long_lines_are_cut() -> None:
@@ -45,5 +52,5 @@ def test_each_kind_is_told_once_and_long_lines_are_cut() -> None:
 
 
 def test_every_one_says_what_it_means() -> None:
-    assert len({each.name for each in FINGERPRINTS}) == len(FINGERPRINTS)
-    assert all(each.meaning and each.patterns for each in FINGERPRINTS)
+    assert len({each.name for each in EVERY}) == len(EVERY)
+    assert all(each.meaning and each.patterns and each.hint for each in EVERY)

@@ -115,6 +115,10 @@ def _words(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         words = dict.fromkeys(_words(part) for part in parts if part is not types.NoneType)
         return "number" if words.keys() == {"integer", "number"} else " or ".join(words)
+    if origin is typing.Literal:
+        return " or ".join(f'"{word}"' for word in parts)
+    if hint is Any:
+        return "anything"
     if origin is list:
         return f"list of {_words(parts[0])}"
     if origin is dict:

@@ -1,7 +1,8 @@
 """What known failures look like in logs: of guests' kernels and consoles, of supervisors, of the service.
 
 Each row was met for real, here or by those who built such a system before: a line that matches says what happened
-better than the operation that failed because of it.
+better than the operation that failed because of it. FINGERPRINTS must never be seen: they are somebody's mistake.
+TROUBLES can come over any host.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from typing import Final, NamedTuple
 
 
 class Fingerprint(NamedTuple):
-    """A kind of failure: its name, any of the `patterns` (regular expressions) in a line, and what it means."""
+    """A kind of failure: its name, any of the `patterns` (regular expressions) in a line, what it means, what to do."""
 
     name: str
     meaning: str
     patterns: tuple[str, ...]
+    hint: str = "keep the logs (`capsem support-bundle`) and report it; `capsem rollback` goes back to a checkpoint"
 
 
 FINGERPRINTS: Final = (
@@ -59,6 +61,50 @@ FINGERPRINTS: Final = (
         "program-error", "a mistake in Capsem itself: please report it", (r"Traceback \(most recent call last\)",)
     ),
 )
+TROUBLES: Final = (
+    Fingerprint(
+        "host-disk-full",
+        "the host's disk is full",
+        (r"No space left on device", r"Disk quota exceeded", r"the host's disk is full"),
+        "make room: `capsem df` shows what VMs, checkpoints and images take",
+    ),
+    Fingerprint(
+        "out-of-memory",
+        "memory ran out, in the guest or on the host",
+        (r"Out of memory: Killed process", r"oom-kill", r"Cannot allocate memory", r"MemoryError"),
+        "give the VM more memory (`capsem create --ram`), or run fewer VMs",
+    ),
+    Fingerprint(
+        "boot-too-slow",
+        "the guest did not say in time that it is ready",
+        (r"was not ready after", r"the handshake hangs"),
+        "`capsem logs` shows how far it came; a busy host without KVM may be too slow for so many VMs",
+    ),
+    Fingerprint(
+        "supervisor-lost",
+        "a VM's supervisor died, and the VM with it; its disk is whole",
+        (r"the supervisor ended (by|without)", r"killing orphaned VMM"),
+        "`capsem resume` starts it again; look for what killed it in the host's own log",
+    ),
+    Fingerprint(
+        "version-skew",
+        "two parts of Capsem are of different versions",
+        (r"speaks protocol \d+", r"rebuild the image"),
+        "restart the service and the VM; `capsem image build` brings the image up to date",
+    ),
+    Fingerprint(
+        "image-missing",
+        "there is no guest image to boot, or not the one that a VM was made from",
+        (r"no image \w+", r"the image \S+ \(\w+\) of \S+ is not on this host"),
+        "`capsem image list` shows those there are, `capsem image build` makes one",
+    ),
+    Fingerprint(
+        "ledger-damaged",
+        "a ledger is no sound database any more; the VM is not affected",
+        (r"database disk image is malformed", r"file is not a database", r"is damaged, and begun anew"),
+        "the old one lies beside it, as session.db.damaged",
+    ),
+)
 LINE_SHOWN: Final = 300  # characters
 
 
@@ -69,9 +115,9 @@ class Match(NamedTuple):
     line: str
 
 
-def find(text: str) -> Iterator[Match]:
+def find(text: str, among: tuple[Fingerprint, ...] = FINGERPRINTS) -> Iterator[Match]:
     """The first line of `text` for each fingerprint that is in it."""
-    for fingerprint in FINGERPRINTS:
+    for fingerprint in among:
         found = re.search("|".join(fingerprint.patterns), text)
         if found is not None:
             begin = text.rfind("\n", 0, found.start()) + 1

@@ -30,6 +30,7 @@ from capsem.service.fleet import Fleet
 from capsem.service.gate import Gate
 from capsem.service.handlers import Handlers
 from capsem.service.launch import Launcher, find_process_binary, passed_on
+from capsem.service.ledgers import Ledgers
 from capsem.service.spares import Spares
 from capsem.service.timers import Timers
 from capsem.store import durable
@@ -214,6 +215,7 @@ class Service:
             suspends = handlers.settings.on_service_stop == config.SUSPEND
             await fleet.stop_all(handlers.suspend if suspends else None)
         await server.shutdown(sockets=[listener])
+        await handlers.ledgers.close()
         watching.cancel()
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_ino == identity:  # not the socket of a service that took our place
@@ -242,7 +244,9 @@ class Service:
         gate = Gate(fleet.system.clock, overlap=driver.features.transitions_overlap, path=default_path(os.environ))
         catalog = Catalog.from_environment(os.environ, self.arguments.assets_dir)
         catalog.declare(fleet.layout.run_dir)  # it may have been moved here since its VMs were made
-        return Handlers(fleet, Maker(fleet, driver, catalog, launcher, gate), self.settings, os.environ)
+        fleet.ledger = self.settings.ledger
+        ledgers = Ledgers(fleet, self.paths.home / "sessions" / "main.db")
+        return Handlers(fleet, Maker(fleet, driver, catalog, launcher, gate), self.settings, os.environ, ledgers)
 
 
 def make_server(handlers: Handlers) -> uvicorn.Server:

@@ -25,6 +25,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from capsem.api.codec import decode, decode_query, encode
+from capsem.api.ledger_types import MAIN_ID
 from capsem.api.operations import FINISH, OPERATIONS, TEXT, Operation
 from capsem.api.types import SuccessResponse, VersionResponse
 from capsem.model.errors import CapsemError, InvalidInput, NotFound, PayloadTooLarge, TimedOut, Unavailable, host_failed
@@ -92,6 +93,16 @@ HANDLERS: Final = MappingProxyType[str, Handler](
         "jobs": lambda manager, vm_id, _request: manager.jobs(vm_id),
         "kill_job": lambda manager, vm_id, request: manager.kill_job(vm_id, request),
         "logs": lambda manager, vm_id, _request: manager.logs(vm_id),
+        "inspect": lambda manager, vm_id, request: manager.observation.inspect(vm_id, request),
+        "timeline": lambda manager, vm_id, query: manager.observation.timeline(vm_id, query),
+        "history": lambda manager, vm_id, query: manager.observation.history(vm_id, query),
+        "history_processes": lambda manager, vm_id, _request: manager.observation.history_processes(vm_id),
+        "history_counts": lambda manager, vm_id, _request: manager.observation.history_counts(vm_id),
+        "transcript": lambda manager, vm_id, query: manager.observation.transcript(vm_id, query),
+        "stats": lambda manager, _id, _request: manager.observation.stats(),
+        "triage": lambda manager, _id, query: manager.observation.triage(query),
+        "panics": lambda manager, _id, query: manager.observation.panics(query),
+        "host_logs": lambda manager, name, query: manager.observation.host_logs(name, query),
         "service_logs": lambda manager, _id, _request: manager.host.service_log(),
         "reload_config": lambda manager, _id, _request: manager.host.reload(),
         "settings": lambda manager, _id, _request: manager.host.settings(),
@@ -135,7 +146,7 @@ def build_app(manager: Manager, version: str) -> Starlette:
                     return _json(200, encode(VersionResponse(version=version)))
                 if operation.name == "openapi":
                     return _json(200, _openapi(version))
-                vm_id = check_name(request.path_params["id"]) if operation.takes_id else ""
+                vm_id = _checked_id(operation, request.path_params["id"]) if operation.takes_id else ""
                 if operation.takes_name:
                     vm_id = request.path_params["name"]
                 body = await _request_body(request, operation)
@@ -166,6 +177,11 @@ def build_app(manager: Manager, version: str) -> Starlette:
     app.router.redirect_slashes = False
     app.state.transitions = transitions
     return app
+
+
+def _checked_id(operation: Operation, vm_id: str) -> str:
+    """Raises InvalidInput."""
+    return vm_id if operation.name == "inspect" and vm_id == MAIN_ID else check_name(vm_id)
 
 
 @functools.cache

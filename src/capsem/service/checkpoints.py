@@ -333,6 +333,7 @@ class Checkpoints(Lifecycle):
                         )
                     )
                 faults.at("fork.recorded")
+                await self._fleet.on_forked(source, children)
                 await self._start_forks(children)
             except BaseException:
                 for child in children:
@@ -357,6 +358,7 @@ class Checkpoints(Lifecycle):
                 checkpoint = self._store.find(source.id, request.checkpoint or "")
                 self._store.check_layers(checkpoint)
                 child = self._maker.make_child(request.name, source.record, checkpoint.layer_ids, request.description)
+                await self._fleet.on_forked(source, [child])
         finally:
             self._fleet.release(request.name)
         return ForkResponse(name=request.name, size_bytes=self._fleet.chain_bytes(child.record))

@@ -184,6 +184,7 @@ class Maker:
             raise HostNotReady("the service is stopping", hint="try again when it is back")
         if vm.record.state == State.SUSPENDED or self.fleet.is_frozen(vm.record.layers[-1]):
             boot = replace(boot, layer=self.new_layer(vm.record))
+        boot = replace(boot, ledger=self.fleet.ledger)
         faults.at("start.layered")
         try:
             child, link = await self.launcher.start(vm.record, vm.session, image, volume, accelerator, boot)

@@ -7,7 +7,8 @@ import contextlib
 import logging
 import signal
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 from capsem import faults
 from capsem.api.operations import unknown_vm
@@ -46,6 +47,10 @@ class Fleet:
         self._starting: set[str] = set()  # those of them whose VMs are about to run
         self.stopping = False
         self.on_asked: Callable[[Vm, str], None] = lambda _vm, _action: None  # see Vm
+        self.on_gone: Callable[[Vm], Awaitable[None]] = _nothing  # see Vm
+        # Awaited when VMs were made of another, before they run.
+        self.on_forked: Callable[[Vm, Sequence[Vm]], Awaitable[None]] = _nothing
+        self.ledger = True  # whether commands and files of VMs that are started are recorded
         self._index_waits = False
         self._skipped = False  # there are session directories that are no VM's, and were left alone
         self.checkpoints = CheckpointStore(layout)
@@ -108,6 +113,7 @@ class Fleet:
     def add(self, session: SessionDir, record: VmRecord) -> Vm:
         """A VM whose record is on disk."""
         vm = Vm(self.system, session, record, self.checkpoints.is_committed)
+        vm.on_gone = self._gone
         vm.on_ended = self._unsupervised
         vm.on_changed = self._changed
         vm.on_asked = self._guest_asked
@@ -115,6 +121,9 @@ class Fleet:
         self.write_index()
         self._changed(vm)
         return vm
+
+    async def _gone(self, vm: Vm) -> None:
+        await self.on_gone(vm)
 
     def _changed(self, vm: Vm) -> None:
         for watcher in self.watchers:
@@ -316,6 +325,10 @@ class Fleet:
         found = sorted(self.layout.sessions.glob(f"{vm_id}-failed-*"), key=lambda path: path.stat().st_mtime)
         return SessionDir(found[-1]) if found else None
 
+    def failed_sessions(self) -> list[Path]:
+        """All kept directories of failed ephemeral VMs."""
+        return sorted(self.layout.sessions.glob("*-failed-*"))
+
     # -- the service's own start and end
 
     async def reconcile(self) -> None:
@@ -366,6 +379,7 @@ class Fleet:
         except (CapsemError, OSError) as error:
             log.error("%s: %s", vm.id, error)
             return
+        await self.on_gone(vm)
         if vm.record.state == State.DELETING:
             self.remove(vm)
         else:
@@ -444,6 +458,10 @@ class Fleet:
         self.stopping = True
         if self._summing is not None:
             self._summing.cancel()
+
+
+async def _nothing(*_about: object) -> None:
+    """What is done when nobody has asked for anything."""
 
 
 async def _within(limit: float, suspending: dict[Vm, asyncio.Future[object]]) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
+import msgspec
+
 from capsem.api.types import AssetHealth, ListResponse, LogsResponse, SandboxInfo, UsageResponse, VmPolicy
 from capsem.config import Settings
+from capsem.ledger.queries import Totals
 from capsem.model.errors import CapsemError, Corrupt, HostNotReady, NotFound
 from capsem.model.lifecycle import State, Status
 from capsem.model.policy import OFF
@@ -16,6 +19,8 @@ from capsem.service.files import Files
 from capsem.service.flattening import Flattening
 from capsem.service.fleet import Fleet
 from capsem.service.host import Host
+from capsem.service.ledgers import Ledgers
+from capsem.service.observation import Observation
 from capsem.service.transfer import Transfer
 from capsem.service.usage import Found, Named, usage
 from capsem.service.vm import Vm
@@ -39,11 +44,31 @@ def actions(status: Status, record: VmRecord, blocked: CapsemError | None) -> li
     return [*(("resume_cold",) if cold else ()), "fork", "delete"]
 
 
+def _telemetry(totals: Totals) -> dict[str, float]:
+    """The contract's keys."""
+    return {
+        "total_input_tokens": totals.input_tokens,
+        "total_output_tokens": totals.output_tokens,
+        "total_estimated_cost": totals.estimated_cost,
+        "total_tool_calls": totals.tool_calls,
+        "total_mcp_calls": totals.mcp_calls,
+        "total_requests": totals.requests,
+        "allowed_requests": totals.allowed_requests,
+        "denied_requests": totals.denied_requests,
+        "total_file_events": totals.file_events,
+        "model_call_count": totals.model_calls,
+    }
+
+
 class Handlers(Transfer, Files):
     """Implements service.manager.Manager."""
 
-    def __init__(self, fleet: Fleet, maker: Maker, settings: Settings, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, fleet: Fleet, maker: Maker, settings: Settings, environ: Mapping[str, str], ledgers: Ledgers
+    ) -> None:
         super().__init__(fleet, maker, settings)
+        self.ledgers = ledgers
+        self.observation = Observation(fleet, ledgers)
         self.flattening = Flattening(fleet, maker.driver)  # not begun
         self.host = Host(environ, fleet.layout.run_dir, self, self._configure)
 
@@ -51,6 +76,7 @@ class Handlers(Transfer, Files):
         """For VMs to come."""
         self.settings = settings
         self._fleet.limit = settings.max_concurrent_vms
+        self._fleet.ledger = settings.ledger
 
     async def list(self) -> ListResponse:
         """Every VM, and whether there is an image to make more, of no profile in particular."""
@@ -76,7 +102,9 @@ class Handlers(Transfer, Files):
         size = None
         if vm.record.persistent and not vm.running:
             size = durable.allocated_bytes(vm.session.path) + self._fleet.chain_bytes(vm.record)
-        return await self._info(vm, size)
+        totals = await self.ledgers.totals(vm) if vm.running or vm.totals is None else vm.totals
+        info = await self._info(vm, size)
+        return info if totals is None else msgspec.structs.replace(info, **_telemetry(totals))
 
     async def _blocked(self, vm: Vm) -> CapsemError | None:
         """Why a VM that does not run could not be resumed on this host as it is, with the way out."""

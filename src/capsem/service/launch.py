@@ -49,6 +49,7 @@ class Boot:
     note: str | None = None
     memory: Path | None = None
     layer: str | None = None
+    ledger: bool = True  # record commands and files
 
 
 def assets(image: Image) -> dict[str, str]:
@@ -104,6 +105,7 @@ class Launcher:
             boot_note=boot.note,
             parent_pid=self.parent_pid,
             log_level=self.log_level,
+            ledger=boot.ledger,
             faults=self.environ.get(faults.VARIABLE) or None,
         )
         argv = [str(self.process_binary), "--id", record.id, "--session-dir", str(session.path)]

@@ -328,6 +328,7 @@ class Lifecycle(Commands):
                 frozen = await self._freeze_top(source)
                 faults.at("fork.frozen")
                 child = self._maker.make_child(name, source.record, frozen, request.description)
+                await self._fleet.on_forked(source, [child])
         finally:
             self._fleet.release(name)
         return ForkResponse(name=name, size_bytes=self._fleet.chain_bytes(child.record))

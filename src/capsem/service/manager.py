@@ -57,6 +57,7 @@ from capsem.api.types import (
 if TYPE_CHECKING:
     from capsem.service.files import Content
     from capsem.service.host import Host
+from capsem.service.observation import Observation
 
 
 class Resize(NamedTuple):
@@ -67,9 +68,10 @@ class Resize(NamedTuple):
 
 
 class Manager(Protocol):
-    """The VMs of this user; `host` answers what is about none of them."""
+    """The VMs of this user; `host` answers what is about none of them, `observation` what has happened."""
 
     host: Host
+    observation: Observation
 
     async def provision(self, request: ProvisionRequest) -> ProvisionResponse:
         """Create and boot a VM; returns when the guest is ready or after 5 s."""

@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
 from capsem.api.internal import Stop
+from capsem.ledger.queries import Totals
 from capsem.model.errors import CapsemError, Corrupt, MachineFailed, NotRunning, TimedOut, Unavailable
 from capsem.model.lifecycle import LIVE, PUBLIC_STATUS, State, Status
 from capsem.model.vm import Exit, VmRecord
@@ -45,6 +46,9 @@ class Vm:
         self.record = record
         self.turn = asyncio.Lock()
         self.link: Link | None = None
+        # Awaited when its supervisor is gone, before anybody may start another.
+        self.on_gone: Callable[[Vm], Awaitable[None]] = _nothing
+        self.totals: Totals | None = None  # what it had done by the end of its last run
         self.on_ended: Callable[[Vm], None] = lambda _vm: None
         self.on_changed: Callable[[Vm], None] = lambda _vm: None  # its record, or whether it runs or is ready
         self.on_asked: Callable[[Vm, str], None] = lambda _vm, _action: None  # its guest asks for "suspend"
@@ -169,6 +173,7 @@ class Vm:
             await gone
         finally:
             gone.cancel()
+        await self.on_gone(self)
         status = self._child.status if self._child is not None else None
         if self.link is not None:
             self.link.channel.hang_up()
@@ -325,3 +330,7 @@ class Vm:
         """Send the supervisor a signal, if there is one."""
         if self.running and self._pid:
             self._system.processes.signal(self._pid, number)
+
+
+async def _nothing(_vm: Vm) -> None:
+    """What is done when nobody has asked for anything."""
