@@ -59,6 +59,23 @@ def test_nothing_is_lost(place: Path, options: tuple[str, ...]) -> None:
     assert processes(place) == []
 
 
+@pytest.mark.parametrize("services", ["1", "3"])
+def test_the_gate_is_what_keeps_simulated_vms_whole(place: Path, services: str) -> None:
+    sim = ("--hypervisor", "sim", "--services", services, "--vms", "3" if services == "1" else "1", "--cycles", "8")
+    with started(place, *sim) as process:
+        out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert json.loads(out)["clean"]
+    with started(place, *sim, "--cycles", "1000", "--no-gate") as process:
+        out, err = process.communicate()
+    report = json.loads(out)
+    assert process.returncode == 1, err
+    assert any("overlay-write-failed" in each["fingerprints"] for each in report["anomalies"])
+    assert all(Path(each["evidence"]).is_dir() for each in report["anomalies"])
+    assert b"WITHOUT THE GATE" in err
+    assert processes(place) == []
+
+
 def test_an_interrupt_ends_it_with_the_report_so_far(place: Path) -> None:
     with started(place, "--vms", "1", "--clients", "1") as process:
         wait_for(lambda: any("qemu-system" in line for line in processes(place)), limit=60)
