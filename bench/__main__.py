@@ -77,7 +77,7 @@ def boots(
         finally:
             bare.end()
         began = time.perf_counter()
-        vm_id = client.call("provision", body={"ram_mb": ram_mb, "cpus": cpus})["id"]
+        vm_id = client.call("provision", body={"ram_mb": ram_mb, "cpus": cpus, "cold": True})["id"]
         client.call("exec", vm_id=vm_id, body={"command": "true"})
         ours.append(milliseconds(began))
         client.call("delete", vm_id=vm_id)

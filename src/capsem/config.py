@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SOCKET_NAME: Final = "service.sock"
 SUSPEND, STOP, KEEP = "suspend", "stop", "keep"  # values of vm.on_service_stop
-ON, OFF = "on", "off"  # values of vm.ledger
+ON, OFF = "on", "off"
 
 
 class Setting(NamedTuple):
@@ -83,6 +83,13 @@ SETTINGS: Final = (
         "whether commands and files are recorded in each VM's session.db; a VM's own life always is",
         choices=(ON, OFF),
     ),
+    Setting(
+        "vm.templates",
+        ON,
+        "CAPSEM_TEMPLATES",
+        "whether a new VM is a fork of a machine of its size that has booted before; the first of a size then boots that",
+        choices=(ON, OFF),
+    ),
 )
 
 
@@ -114,6 +121,11 @@ class Settings(NamedTuple):
     def ledger(self) -> bool:
         """Whether commands and files are recorded."""
         return bool(self.values["vm.ledger"] == ON)
+
+    @property
+    def templates(self) -> bool:
+        """Whether new VMs are forks of templates."""
+        return bool(self.values["vm.templates"] == ON)
 
     @property
     def on_service_stop(self) -> str:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-from capsem.config import Settings
+from capsem.config import load
 from capsem.model.errors import NotFound
 from capsem.service.create import Maker
 from capsem.service.fleet import Fleet
@@ -77,7 +77,9 @@ class World:
         features, system = self.driver.features, self.processes.system
         gate = Gate(system.clock, overlap=features.transitions_overlap, path=self.layout.run_dir / "gate.lock")
         maker = Maker(self.fleet, self.driver, self.catalog, launcher, gate)  # type: ignore[arg-type]
-        self.handlers = Handlers(self.fleet, maker, Settings(), {"CAPSEM_HOME": str(self.layout.run_dir)}, self.ledgers)
+        home = {"CAPSEM_HOME": str(self.layout.run_dir)}
+        settings = load({**home, "CAPSEM_TEMPLATES": "off"})
+        self.handlers = Handlers(self.fleet, maker, settings, home, self.ledgers)
 
 
 @contextlib.asynccontextmanager

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from capsem.api.types import ExecRequest, ProvisionRequest
-from capsem.config import Settings
+from capsem.config import load
 from capsem.hypervisor.sim.driver import SimDriver
 from capsem.hypervisor.sim.plan import Plan
 from capsem.service.create import Maker
@@ -28,7 +28,7 @@ RAM_MB = 256
 class SimWorld:
     """A service with a home of its own."""
 
-    def __init__(self, home: Path, plan: Plan, gate: Path | None) -> None:
+    def __init__(self, home: Path, plan: Plan, gate: Path | None, templates: str) -> None:
         home.mkdir()
         self.layout = Layout(home / "run")
         self.layout.create()
@@ -39,9 +39,10 @@ class SimWorld:
         self.fleet = Fleet(system, self.layout, 100)
         self.ledgers = Ledgers(self.fleet, home / "sessions" / "main.db")
         launcher = Launcher(system, self.layout, {}, Path("capsem-process"), "sim")
-        catalog = OneImage(home)
-        maker = Maker(self.fleet, self.driver, catalog, launcher, self.gate)  # type: ignore[arg-type]
-        self.handlers = Handlers(self.fleet, maker, Settings(), {"CAPSEM_HOME": str(home)}, self.ledgers)
+        self.catalog = OneImage(home)
+        maker = Maker(self.fleet, self.driver, self.catalog, launcher, self.gate)  # type: ignore[arg-type]
+        settings = load({"CAPSEM_HOME": str(home), "CAPSEM_TEMPLATES": templates})
+        self.handlers = Handlers(self.fleet, maker, settings, {"CAPSEM_HOME": str(home)}, self.ledgers)
 
     async def create(self, name: str) -> None:
         await self.handlers.provision(ProvisionRequest(name=name, persistent=True, ram_mb=RAM_MB, cpus=1))
@@ -52,10 +53,12 @@ class SimWorld:
 
 
 @contextlib.asynccontextmanager
-async def sim_world(root: Path, name: str = "home", *, gate: bool = True, plan: str = "") -> AsyncIterator[SimWorld]:
+async def sim_world(
+    root: Path, name: str = "home", *, gate: bool = True, plan: str = "", templates: str = "off"
+) -> AsyncIterator[SimWorld]:
     """One service; those of one `root` are on one host, and share its gate."""
     parsed = Plan.parse(f"{plan} host={root / 'host'}")
-    world = SimWorld(root / name, parsed, root / "gate.lock" if gate else None)
+    world = SimWorld(root / name, parsed, root / "gate.lock" if gate else None, templates)
     try:
         yield world
     finally:

@@ -107,6 +107,6 @@ def test_one_without_memory_cannot_be_restored_anywhere() -> None:
 def test_who_sees_what() -> None:
     for kind in Kind:
         each = dataclasses.replace(WARM, kind=kind)
-        assert each.hidden == (kind in (Kind.SUSPEND, Kind.FORK))
+        assert each.hidden == (kind in (Kind.SUSPEND, Kind.FORK, Kind.TEMPLATE))
         assert each.visible() != each.hidden
         assert each.visible((each.id,))

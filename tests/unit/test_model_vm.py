@@ -40,6 +40,7 @@ FULL = dataclasses.replace(
     machine_id="6" * 32,
     policy=Policy(idle_secs=900.0, checkpoint_keep=3),
     attached=("7" * 32,),
+    template=True,
     last_exit=Exit("failed", "the VMM ended", "last line"),
 )
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import shared_templates
 from capsem.client.sync import Client
 from capsem.image.catalog import Catalog
 from capsem.model.errors import CapsemError
@@ -47,6 +48,9 @@ class Service:
         return subprocess.run(
             [BIN / "capsem", *arguments], input=stdin, env=self.env, capture_output=True, timeout=limit
         )
+
+    def start_cli(self, *arguments: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([BIN / "capsem", *arguments], env=self.env, stdout=subprocess.DEVNULL)
 
     def exec(self, vm_id: str, command: str, **body: object) -> tuple[int, str, str]:
         answer = self.client.call("exec", vm_id=vm_id, body={"command": command, **body})
@@ -114,14 +118,19 @@ def children(pid: int) -> list[int]:
 
 @contextlib.contextmanager
 def running_service(home: Path | None = None) -> Iterator[Service]:
-    """A service in `home`, else in a fresh one that goes with it."""
+    """A service in `home`, else in a fresh one that goes with it. A home that is given is of a special kind, such as a
+    small disk: there VMs boot."""
     Catalog.from_environment(os.environ).find()  # says how to make it when it is missing
     # A short path: sockets have to fit.
     with tempfile.TemporaryDirectory(prefix="capsem-vm-") as text:
         place = home or Path(text)
-        service = Service(place, start_process(place))
+        if home is None:
+            shared_templates.give(place / "run")
+        service = Service(place, start_process(place, **({} if home is None else {"CAPSEM_TEMPLATES": "off"})))
         try:
             wait_until_it_answers(service.client)
             yield service
         finally:
             service.stop()
+            if home is None:
+                shared_templates.take(place / "run")

@@ -84,7 +84,8 @@ class VmPolicy(Body, frozen=True):
 class ProvisionRequest(Body, frozen=True):
     """Create and boot a VM. What is None comes from the settings; `image` is another word for `from`.
 
-    `profile` names the image it is made from, `default` unless given; a copy has that of its source.
+    `profile` names the image it is made from, `default` unless given; a copy has that of its source. `cold`: boot it, though
+    there is a template of its size to fork.
     A name alone does not make a VM persistent. Limits of the numbers and of `env` are `model.spec`'s.
     """
 
@@ -98,6 +99,7 @@ class ProvisionRequest(Body, frozen=True):
     image: Name | None = None
     profile: Name | None = None
     policy: VmPolicy | None = None
+    cold: bool = False
 
     def __post_init__(self) -> None:
         if self.name is not None:
@@ -195,7 +197,9 @@ class KillJobRequest(Body, frozen=True):
 
 
 class RunRequest(Body, frozen=True):
-    """Run `command` in a VM made for it and destroyed after it; `profile` names the image, `default` unless given."""
+    """Run `command` in a VM made for it and destroyed after it; `profile` names the image, `default` unless given; `cold`:
+    boot it.
+    """
 
     command: Text
     timeout_secs: Seconds | None = None
@@ -204,6 +208,7 @@ class RunRequest(Body, frozen=True):
     disk_mb: DiskMb = DEFAULT_DISK_MB
     env: Env | None = None
     profile: Name | None = None
+    cold: bool = False
 
     def __post_init__(self) -> None:
         _no_nul("command", self.command)
@@ -366,8 +371,8 @@ class ErrorBody(Body, frozen=True):
 class ProvisionResponse(Body, frozen=True):
     """A VM that runs; `uds_path` is its control socket, a path that no client may compute itself.
 
-    `boot_kind` is cold, warm, forked or cold-after-failure, `boot_note` why it was not what could be expected. It waited
-    `waited_ms` until its turn came, because of what happened to other VMs.
+    `boot_kind` is cold, warm, forked, template or cold-after-failure, `boot_note` why it was not what could be expected. It
+    waited `waited_ms` until its turn came, because of what happened to other VMs.
     """
 
     id: str
@@ -384,6 +389,8 @@ class SandboxInfo(Body, frozen=True):
     the present one; `warning` tells what keeps a running VM from getting on, such as a full disk of the host, or that
     there may be no room to suspend it. `waiting`: what it waits for to begin, while others of this host are being
     started, stopped, saved or resumed.
+
+    `started_from` says how its last run began: template, checkpoint, or disk.
 
     `can_resume`, of a VM that does not run: whether `resume` would do on this host as it is, and if not,
     `resume_blocked_reason`. `available_actions` are operations; `resume_cold` is `resume` with `cold`.
@@ -405,6 +412,7 @@ class SandboxInfo(Body, frozen=True):
     uptime_secs: int | None = None
     boot_kind: str | None = None
     boot_note: str | None = None
+    started_from: str | None = None
     checkpoint: str | None = None
     last_error: str | None = None
     reason: str | None = None

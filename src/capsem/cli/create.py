@@ -20,6 +20,7 @@ from capsem.cli.terminal import waiting
 @click.option("--disk", type=GIGABYTES, metavar="GB", help="Room on its volume; 16. What is not used takes no space.")
 @click.option("-e", "--env", multiple=True, metavar="K=V", help="An environment variable for every command in it.")
 @click.option("--profile", type=IMAGE, metavar="NAME", help="The image it is made from; `default`, or say `code`.")
+@click.option("--cold", is_flag=True, help="Boot it, though there is a template of its size to fork.")
 @click.option("--from", "--image", "source", type=SESSION, metavar="NAME", help="Begin with a copy of this VM's disk.")
 @policy_options
 @click.pass_obj
@@ -32,6 +33,7 @@ def create_command(
     disk: int | None,
     env: tuple[str, ...],
     profile: str | None,
+    cold: bool,
     source: str | None,
     **policy: float | None,
 ) -> None:
@@ -47,6 +49,7 @@ def create_command(
         "disk_mb": disk,
         "env": parse_env(env),
         "profile": profile,
+        "cold": cold,
         "from": source,
         "persistent": persistent,
         "policy": given(policy),

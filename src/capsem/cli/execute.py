@@ -81,6 +81,7 @@ def exec_command(
 @click.option("--cpu", type=int, metavar="N", help="CPUs of the VM, 1 to 8.")
 @click.option("--disk", type=GIGABYTES, metavar="GB", help="Room on its volume.")
 @click.option("--profile", type=IMAGE, metavar="NAME", help="The image it is made from; `default`, or say `code`.")
+@click.option("--cold", is_flag=True, help="Boot it, though there is a template of its size to fork.")
 @click.argument("command", nargs=-1, required=True)
 @click.pass_obj
 def run_command(
@@ -91,6 +92,7 @@ def run_command(
     cpu: int | None,
     disk: int | None,
     profile: str | None,
+    cold: bool,
     command: tuple[str, ...],
 ) -> int:
     """Run a command in a VM of its own.
@@ -105,6 +107,7 @@ def run_command(
         "cpus": cpu,
         "disk_mb": disk,
         "profile": profile,
+        "cold": cold,
     }
     with waiting("running in a new VM"):
         answer = obj.client().call("run", body=body)

@@ -27,12 +27,14 @@ class Kind(StrEnum):
 
     SUSPEND = "suspend"  # hidden: a suspended VM
     FORK = "fork"  # hidden: what live forks were started from
+    TEMPLATE = "template"  # hidden, and no VM's: a machine that is ready, which new VMs are forks of
     MANUAL = "manual"
     AUTOMATIC = "automatic"
     ROLLBACK = "rollback"  # the present, before a rollback left it
 
 
-HIDDEN: Final = frozenset({Kind.SUSPEND, Kind.FORK})
+HIDDEN: Final = frozenset({Kind.SUSPEND, Kind.FORK, Kind.TEMPLATE})
+FORKED: Final = frozenset({Kind.FORK, Kind.TEMPLATE})  # those that other machines than its own go on from
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from capsem.model.policy import OFF, Policy
 from capsem.model.spec import VmSpec
 
 FORMAT: Final = 1
+HARDWARE: Final = 1  # the virtual hardware of new machines, see the drivers
 THIS_HOST: Final = 0  # owner epoch: which host may run the VM, counted up when it moves
 
 
@@ -39,13 +40,13 @@ class VmRecord:
     created_at: float  # seconds since 1970
     state: State = State.CREATED
     version: str = ""  # of the Capsem that made it
-    hardware: int = 1
+    hardware: int = HARDWARE
     owner_epoch: int = THIS_HOST
     forked_from: str | None = None
     description: str | None = None
     started_at: float | None = None
     host_boot_id: str | None = None  # of the run that `state` speaks of
-    boot_kind: str | None = None  # cold, warm, forked, cold-after-failure
+    boot_kind: str | None = None  # cold, warm, forked, template, cold-after-failure
     boot_note: str | None = None  # why it was not warm though it could have been
     checkpoint: str | None = None  # suspended in; resuming from; while it runs: last resumed from
     saving: str | None = None  # while suspending: the checkpoint that is being made
@@ -56,6 +57,7 @@ class VmRecord:
     machine_id: str = ""  # of the guest, 32 hexadecimal digits; a fork's is its own
     last_exit: Exit | None = None
     policy: Policy = OFF
+    template: bool = False  # nobody's: it becomes the template that others are forks of
     extra: MappingProxyType[str, Any] = field(default_factory=lambda: MappingProxyType({}))  # keys of a newer version
 
     def after(self, event: Event, **changes: Any) -> VmRecord:

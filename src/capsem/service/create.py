@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from capsem import __version__, faults
 from capsem.hypervisor.driver import Driver, Layer, Volume
@@ -41,8 +42,21 @@ class Maker:
     gate: Gate
     formatting: asyncio.Lock = field(default_factory=asyncio.Lock)  # of volumes: each is made once, whoever needs it
 
-    def make(self, name: str, spec: VmSpec, *, persistent: bool, profile: str, policy: Policy = OFF) -> Vm:
+    def make(
+        self,
+        name: str,
+        spec: VmSpec,
+        *,
+        persistent: bool,
+        profile: str,
+        policy: Policy = OFF,
+        template: Checkpoint | None = None,
+        is_template: bool = False,
+    ) -> Vm:
         """Volume, session directory and record of a new VM; what was begun is removed when it fails.
+
+        With a `template` it is suspended there, and its first start makes it a machine of its own. `is_template`: it is
+        to become one.
 
         Raises NotFound (no image), OSError (disk full).
         """
@@ -53,10 +67,13 @@ class Maker:
                 spec=spec,
                 image=image.name,
                 image_digest=image.digest,
-                layers=(),
+                layers=template.layer_ids if template else (),
                 created_at=self.fleet.system.clock.time(),
                 version=__version__,
+                checkpoint=template.id if template else None,
+                state=State.SUSPENDED if template else State.CREATED,
                 policy=policy,
+                template=is_template,
             )
             return self._write(record)
 
@@ -158,16 +175,19 @@ class Maker:
 
     async def check_restorable(self, record: VmRecord, checkpoint: Checkpoint) -> None:
         """Would this host restore the checkpoint's memory? Raises WrongState telling what differs; see `image_of`."""
-        image = self.image_of(record)
+        checkpoint.require(await self.machine(self.image_of(record), record.spec, record.hardware))
+
+    async def machine(self, image: Image, spec: VmSpec, hardware: int) -> dict[str, Any]:
+        """What this host would restore a machine of that size on; see Checkpoint.machine. Raises HostNotReady."""
         machine = self.driver.fingerprint(
             await self.driver.version(),
-            hardware=record.hardware,
+            hardware=hardware,
             accelerator=await self.driver.accelerator(),
-            cpus=record.spec.cpus,
-            ram_mb=record.spec.ram_mb,
+            cpus=spec.cpus,
+            ram_mb=spec.ram_mb,
             command_line=image.kernel_command_line,
         )
-        checkpoint.require({**machine, **assets(image)})
+        return {**machine, **assets(image)}
 
     async def start(self, vm: Vm, boot: Boot = COLD) -> None:
         """Start a VM's supervisor; the caller holds the VM's turn. Returns when the machine is about to run.

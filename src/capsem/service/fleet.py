@@ -12,7 +12,7 @@ from pathlib import Path
 
 from capsem import faults
 from capsem.api.operations import unknown_vm
-from capsem.model.checkpoint import Checkpoint
+from capsem.model.checkpoint import Checkpoint, Kind
 from capsem.model.errors import AlreadyExists, CapsemError, Corrupt, LimitReached, Unavailable, Unsupported
 from capsem.model.ids import check_name, generate_id
 from capsem.model.lifecycle import State
@@ -64,8 +64,10 @@ class Fleet:
     # -- finding
 
     def all(self) -> list[Vm]:
-        """Every VM that has a status, oldest first."""
-        listed = [vm for vm in self._vms.values() if vm.status is not None and not vm.deleted]
+        """Every VM that has a status and an owner, oldest first."""
+        listed = [
+            vm for vm in self._vms.values() if vm.status is not None and not vm.deleted and not vm.record.template
+        ]
         return sorted(listed, key=lambda vm: (vm.record.created_at, vm.id))
 
     def known(self) -> list[Vm]:
@@ -75,7 +77,7 @@ class Fleet:
     def get(self, vm_id: str) -> Vm:
         """Raises NotFound."""
         vm = self._vms.get(vm_id)
-        if vm is None or vm.deleted or vm.status is None:
+        if vm is None or vm.deleted or vm.status is None or vm.record.template:
             raise unknown_vm(vm_id)
         return vm
 
@@ -103,7 +105,7 @@ class Fleet:
 
     def check_limit(self, more: int = 1) -> None:
         """Raises LimitReached when so many `more` VMs would be more than may run."""
-        running = sum(vm.running for vm in self._vms.values() if vm.id not in self._starting) + len(self._starting)
+        running = sum(vm.running for vm in self.all() if vm.id not in self._starting) + len(self._starting)
         if running + more > self.limit:
             raise LimitReached(
                 f"{running} VMs are running, the maximum is {self.limit}",
@@ -167,7 +169,7 @@ class Fleet:
             return
         log.info("%s ended: %s", vm.id, vm.record.state)
         if not vm.record.persistent:
-            if vm.record.state == State.FAILED:
+            if vm.record.state == State.FAILED and not vm.record.template:
                 self.keep_failed(vm)
             else:
                 self.remove(vm)
@@ -239,6 +241,8 @@ class Fleet:
         owners = {vm.id: vm for vm in self._vms.values() if not vm.deleted}
         for checkpoint in self.checkpoints.all():
             owner = owners.get(checkpoint.vm_id)
+            if checkpoint.kind == Kind.TEMPLATE:
+                continue  # see service.templates
             if owner is not None and (owner.id in self._saving or checkpoint.visible(owner.record.kept)):
                 continue  # about to be referred to, or the user's
             if not self.is_referenced(checkpoint.id):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import msgspec
 
@@ -28,6 +29,9 @@ from capsem.store import durable
 from capsem.store.lines import read_tail
 
 LOG_LIMIT = 1024 * 1024  # bytes of each log in one answer
+STARTED_FROM = MappingProxyType(
+    {"template": "template", "warm": "checkpoint", "forked": "checkpoint", "cold": "disk", "cold-after-failure": "disk"}
+)  # by boot kind
 MAY_BE_SUSPENDED = frozenset({Status.RUNNING, Status.SUSPENDED})
 
 
@@ -143,6 +147,7 @@ class Handlers(Transfer, Files):
             uptime_secs=uptime,
             boot_kind=record.boot_kind,
             boot_note=record.boot_note,
+            started_from=STARTED_FROM.get(record.boot_kind or ""),
             checkpoint=record.checkpoint if status == Status.SUSPENDED else None,
             last_error=record.last_error if status == Status.DEFUNCT else None,
             reason=vm.reason if status != Status.DEFUNCT else None,

@@ -103,7 +103,8 @@ class Launcher:
             layer=boot.layer,
             boot_kind=boot.kind,
             boot_note=boot.note,
-            parent_pid=self.parent_pid,
+            # A machine that is to become a template is nobody's: no other service takes it over.
+            parent_pid=self.system.processes.own_pid() if record.template else self.parent_pid,
             log_level=self.log_level,
             ledger=boot.ledger,
             faults=self.environ.get(faults.VARIABLE) or None,

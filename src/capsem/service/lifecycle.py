@@ -50,6 +50,7 @@ from capsem.service.create import COLD, Maker
 from capsem.service.fleet import Fleet
 from capsem.service.gate import Pass
 from capsem.service.launch import Boot
+from capsem.service.templates import Templates
 from capsem.service.vm import READY_LIMIT, Vm
 from capsem.store.layout import CheckpointDir
 
@@ -68,6 +69,7 @@ class Lifecycle(Commands):
         super().__init__(fleet)
         self._maker = maker
         self._gate = maker.gate
+        self._templates = Templates(fleet, maker, lambda: self.settings.templates)
         self.settings = settings
         self._boots: set[asyncio.Task[None]] = set()
 
@@ -105,11 +107,14 @@ class Lifecycle(Commands):
         try:
             if source is None:
                 profile = request.profile or DEFAULT_PROFILE
-                vm = self._maker.make(name, spec, persistent=persistent, profile=profile, policy=policy)
+                template = None if request.cold else await self._templates.get(profile, spec)
+                vm = self._maker.make(
+                    name, spec, persistent=persistent, profile=profile, policy=policy, template=template
+                )
             else:
                 vm = await self._clone(name, spec, source, persistent=persistent, policy=policy)
             async with vm.turn:
-                await self._start(vm)
+                await self._begin(vm)
         except OSError as error:
             raise host_failed(f"{name} could not be created", error) from error
         finally:
@@ -131,6 +136,18 @@ class Lifecycle(Commands):
             return self._maker.make_child(
                 name, source.record, frozen, None, spec=spec, persistent=persistent, policy=policy
             )
+
+    async def _begin(self, vm: Vm) -> None:
+        """The first start of a VM, from the template it was made from if there is one; see `_start`."""
+        if vm.record.state != State.SUSPENDED:
+            await self._start(vm)
+            return
+        try:
+            await self._restore(vm)
+        except BaseException:
+            if not vm.record.persistent and not vm.deleted:
+                self._fleet.remove(vm)
+            raise
 
     async def _start(self, vm: Vm, boot: Boot = COLD) -> None:
         """Start a VM, which is in the gate until its guest is ready; an ephemeral one that cannot be started is removed."""

@@ -108,6 +108,11 @@ class CheckpointDir:
         return self.path / "jobs.state"
 
     @property
+    def console(self) -> Path:
+        """What the guest's console had said, for the logs of forks; there may be none, and nothing depends on it."""
+        return self.path / "console.log"
+
+    @property
     def draft(self) -> Path:
         """flock: held by whoever makes the checkpoint."""
         return self.path / "draft"

@@ -146,7 +146,8 @@ class Changes(Owned):
                     self._advance(Event.SUSPEND, saving=checkpoint_id, layers=layers)
                     self._server.broadcast(self.state())
                 faults.at(f"{what}.named", machine.pid)
-                order = Order(Kind(request.kind), before.layers, layer, request.go_on, request.message)
+                console = self._names.session.serial_log
+                order = Order(Kind(request.kind), before.layers, layer, request.go_on, request.message, console)
                 checkpoint = await saver.save(before, order)
             except BaseException as error:
                 await self._go_on(before, layer_id, layer)

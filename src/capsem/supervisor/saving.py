@@ -18,6 +18,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -25,13 +26,14 @@ from capsem import __version__, faults
 from capsem.control.guest import Guest
 from capsem.hypervisor.driver import Driver, Layer, Machine, MachineSpec, Saved, SaveFiles
 from capsem.log import trace
-from capsem.model.checkpoint import Checkpoint, GuestState, Kind, Memory
+from capsem.model.checkpoint import FORKED, Checkpoint, GuestState, Kind, Memory
 from capsem.model.errors import CapsemError, MachineFailed
 from capsem.model.vm import VmRecord
 from capsem.store import durable
 from capsem.store.checkpoints import CheckpointStore, Draft, describe
 from capsem.store.jobs import SavedJob, encode
 from capsem.store.layout import CheckpointDir
+from capsem.store.lines import read_tail
 from capsem.store.ram import PAGE, RamFile, RamIdentity, RamWriter
 from capsem.supervisor import room
 from capsem.supervisor.jobs import JobTable, Mark, saved_jobs
@@ -40,6 +42,7 @@ from capsem.system import System
 PREPARE_AFTER = 1.0  # seconds that a machine has run before the next checkpoint's RAM file is begun
 SYNC_LIMIT = 2.0  # seconds for the guest to flush its file systems
 HOLD_LIMIT = 1.0  # seconds for it to hold its processes still
+CONSOLE = 64 * 1024  # bytes of the console's log that forks are given
 
 log = logging.getLogger("capsem_process.saving")
 
@@ -57,6 +60,7 @@ class Order:
     layer: Layer
     go_on: bool
     message: str | None = None
+    console: Path | None = None  # where the machine's console is logged
 
 
 def _what(order: Order) -> str:
@@ -183,7 +187,7 @@ class Saver:
                 saved, jobs = await self._save(files, order)
             faults.at(f"{_what(order)}.saved", self._machine.pid)
             with _step("finish"):
-                if jobs:
+                if jobs and order.kind != Kind.TEMPLATE:  # what it was warmed up with is no business of its forks
                     await asyncio.to_thread(durable.write, prepared.draft.files.jobs, encode(jobs))
                 checkpoint = await asyncio.to_thread(self._finish, prepared, record, order, saved, synced)
             with _step("commit"):
@@ -263,6 +267,8 @@ class Saver:
     def _finish(self, prepared: _Prepared, record: VmRecord, order: Order, saved: Saved, synced: bool) -> Checkpoint:
         """Make RAM durable, and write down what was saved."""
         size = self._spec.ram_mb << 20
+        if order.console is not None and order.kind in FORKED:
+            durable.write(prepared.draft.files.console, read_tail(order.console, CONSOLE).encode())
         digest = prepared.writer.finish(RamIdentity(record.id, prepared.draft.id, size))
         runs = tuple((offset // PAGE, length // PAGE) for offset, length in saved.runs)
         guest = GuestState(

@@ -27,6 +27,7 @@ from capsem.api.internal import (
 from capsem.control.guest import Guest, Restored
 from capsem.control.heartbeat import Heartbeat
 from capsem.hypervisor.driver import Accelerator, Driver, Ending, Layer, Machine, MachineSpec
+from capsem.model.checkpoint import Kind
 from capsem.model.errors import (
     CapsemError,
     Corrupt,
@@ -37,7 +38,7 @@ from capsem.model.errors import (
 from capsem.model.lifecycle import Event
 from capsem.model.lifecycle import State as Lifecycle
 from capsem.model.vm import Exit, VmRecord
-from capsem.store import records
+from capsem.store import durable, records
 from capsem.store.jobs import decode
 from capsem.store.layout import CheckpointDir
 from capsem.store.lines import last_lines
@@ -134,7 +135,7 @@ class Supervisor(Changes):
             if checkpoint.vm_id == self._record.id:
                 kind, token = "warm", guest.token
             else:
-                kind = "forked"
+                kind = "template" if checkpoint.kind == Kind.TEMPLATE else "forked"
         self._advance(
             Event.RESUME if restored else Event.START,
             layers=(*self._record.layers, *([bootstrap.layer] if bootstrap.layer else ())),
@@ -222,6 +223,7 @@ class Supervisor(Changes):
         if restore:
             saver.restored_from(files)
             self._restore_jobs(files)
+            self._inherit_console(files)
         self._at("started")
         self._console = Console(self._names.session.serial_log)
         await network.attach(machine.console, lambda: self._console)
@@ -277,6 +279,15 @@ class Supervisor(Changes):
         if ready and self.guest.boot_ready is not None:
             self.recording.files_written(self.guest.boot_ready.written)
         self._server.broadcast(self.state())
+
+    def _inherit_console(self, files: CheckpointDir) -> None:
+        """A fork's log begins with what its machine had said before it was one."""
+        log_file = self._names.session.serial_log
+        try:
+            if files.console.exists() and not log_file.exists():
+                durable.write(log_file, files.console.read_bytes())
+        except OSError as error:
+            log.warning("the console's log begins with this run: %s", error)
 
     async def _become_ready(self, began: float) -> None:
         await self.guest.wait_ready(BOOT_LIMIT)
