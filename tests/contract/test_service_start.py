@@ -110,7 +110,7 @@ def test_a_request_of_a_newer_service_is_refused_and_the_connection_goes_on(tmp_
         await it.handlers.provision(ProvisionRequest(name="box"))
         link = Link()
         link.channel.mux._requests = {**REQUESTS, Novel: Stopping}
-        await link.connect(it.processes.system.network, it.layout.instance_socket("box"))
+        await link.connect(it.processes.system, it.layout.instance_socket("box"))
         with pytest.raises(Unsupported, match="novel"):
             await link.open(Novel()).result()
         assert type(await link.open(Jobs()).result()) is REQUESTS[Jobs]

@@ -397,7 +397,7 @@ class Fleet:
         link = Link()
         try:
             async with asyncio.timeout(ADOPT_LIMIT):
-                await link.connect(self.system.network, self.layout.instance_socket(vm.id))
+                await link.connect(self.system, self.layout.instance_socket(vm.id))
         except (CapsemError, OSError) as error:
             if not is_locked(vm.session.claim):
                 return False

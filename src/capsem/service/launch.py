@@ -132,7 +132,7 @@ class Launcher:
                         hint=f"capsem logs {record.id}",
                     )
                 link = Link()
-                await link.connect(self.system.network, socket)
+                await link.connect(self.system, socket)
         except BaseException as error:
             self.system.processes.signal(child.pid, 9)
             await child.wait()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from capsem import __version__
 from capsem.api.internal import MESSAGES, PROTOCOL, REQUESTS, Hello, ShutdownAsked, State, speaks
 from capsem.control.channel import Channel, Stream
 from capsem.model.errors import Interrupted, TimedOut, Unsupported
-from capsem.system import Network
+from capsem.system import System
 from capsem.wire.frames import FrameDecoder, ProtocolError
 from capsem.wire.messages import Message
 from capsem.wire.streams import Mux
@@ -38,10 +37,10 @@ class Link:
         self.channel.on_lost = self._lost
         self.channel.on_garbage = self._garbage
 
-    async def connect(self, network: Network, path: Path) -> None:
+    async def connect(self, system: System, path: Path) -> None:
         """Connect and exchange hellos. Raises OSError, Unsupported (another protocol), Interrupted, TimedOut."""
-        await network.connect(path, lambda: self.channel)
-        self.channel.control(Hello(protocol=PROTOCOL, version=__version__, pid=os.getpid()))
+        await system.network.connect(path, lambda: self.channel)
+        self.channel.control(Hello(protocol=PROTOCOL, version=__version__, pid=system.processes.own_pid()))
         try:
             async with asyncio.timeout(HELLO_LIMIT):
                 while self.state is None or self._refused is not None:

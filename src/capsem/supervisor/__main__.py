@@ -19,7 +19,7 @@ from capsem import faults
 from capsem import log as logs
 from capsem.api.internal import BOUND, PROTOCOL, Bootstrap, Stop, speaks
 from capsem.hypervisor.registry import make_driver
-from capsem.model.errors import CapsemError, InvalidInput
+from capsem.model.errors import CapsemError, InvalidInput, host_failed
 from capsem.model.ids import check_name
 from capsem.store.layout import Layout, SessionDir
 from capsem.supervisor.owned import Names
@@ -115,7 +115,8 @@ def main() -> int:
         # The VM has ended and its record says so; taking the interpreter apart would add a third to the time of a delete.
         logging.shutdown()
         os._exit(status)
-    except CapsemError as error:
+    except (CapsemError, OSError) as caught:
+        error = caught if isinstance(caught, CapsemError) else host_failed("the VM cannot be supervised", caught)
         logging.getLogger("capsem_process").error("%s", error)
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code

@@ -41,7 +41,7 @@ from capsem.api.internal import (
 )
 from capsem.control.channel import Channel, Stream
 from capsem.control.guest import Guest
-from capsem.model.errors import CapsemError, Interrupted, InvalidInput, Unsupported
+from capsem.model.errors import CapsemError, Interrupted, InvalidInput, Unsupported, host_failed
 from capsem.supervisor.activity import Activity
 from capsem.supervisor.jobs import Follower, Job, JobTable
 from capsem.supervisor.recording import Recording
@@ -195,6 +195,9 @@ class _Connection:
         except CapsemError as error:
             job = error.job if isinstance(error, Interrupted) else None
             stream.close(Failed(code=error.code, message=error.message, hint=error.hint, job=job))
+        except OSError as error:
+            failed = host_failed(f"{stream.request.tag} failed", error)
+            stream.close(Failed(code=failed.code, message=failed.message, hint=failed.hint))
         except Exception as error:
             log.exception("%s failed", stream.request.tag)
             stream.close(Failed(code="internal", message=f"{stream.request.tag}: {type(error).__name__}: {error}"))
