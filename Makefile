@@ -3,9 +3,9 @@
 test:
 	./scripts/test
 
-# Many boots, and nothing that they leave behind; figures on standard error.
+# Many boots, and nothing that they leave behind; figures on standard error. A million simulated operations.
 soak:
-	./scripts/test -n 0 -m soak -s tests/vm
+	./scripts/test -n 0 -m soak -s tests/vm tests/simulation
 
 demo:
 	./scripts/demo

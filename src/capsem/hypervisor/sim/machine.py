@@ -77,6 +77,11 @@ class SimMachine:
         await network.attach(control, lambda: self.guest)
         self._console_out = await network.attach(console, asyncio.Protocol)
 
+    @property
+    def gone(self) -> bool:
+        """Whether it has ended."""
+        return self._ended.done()
+
     # -- Board: the guest's side
 
     @property

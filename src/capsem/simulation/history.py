@@ -1,0 +1,159 @@
+"""What clients were told, hence what has to be true.
+
+Each client has in each VM a place of its own, which it alone changes: a tally in the guest's memory, a count in a file,
+and a text in another file. One command adds one to the tally and to the count, and flushes: memory and disk are in
+step. A place is a set of states that are possible by what the client was told; what it sees makes the set smaller, and
+a set that becomes empty is a violation.
+
+An operation of which nobody knows the outcome is pending: a part of every state from there on, it may come to pass once,
+whenever it likes, or never. One that was acknowledged has happened exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+PENDING_MOST = 4
+
+
+class Add(NamedTuple):
+    """The command that adds one to both numbers."""
+
+    id: int
+
+
+class Write(NamedTuple):
+    """A text that is written."""
+
+    id: int
+    text: str
+
+
+class Possible(NamedTuple):
+    """One state that a place may be in."""
+
+    tally: int = 0  # in memory
+    sum: int = 0  # in a file on disk
+    text: str | None = None
+    pending: frozenset[Add | Write] = frozenset()
+
+    def after(self, what: Add | Write) -> list[Possible]:
+        """What it may be while the operation comes to pass, and when it has."""
+        left = self.pending - {what}
+        if isinstance(what, Write):
+            return [self._replace(text=what.text, pending=left)]
+        more = self._replace(tally=self.tally + 1, pending=left)
+        return [more, more._replace(sum=self.sum + 1)]
+
+    def done(self, what: Add | Write) -> Possible:
+        """When it has come to pass."""
+        return self.after(what)[-1]
+
+
+START = frozenset({Possible()})
+States = frozenset[Possible]
+
+
+def closure(states: Iterable[Possible]) -> set[Possible]:
+    """With all that may have come to pass meanwhile."""
+    seen: set[Possible] = set()
+    todo = list(states)
+    while todo:
+        state = todo.pop()
+        if state not in seen:
+            seen.add(state)
+            for what in state.pending:
+                todo += state.after(what)
+    return seen
+
+
+Places = dict[str, States]  # by client
+
+
+@dataclass(eq=False)
+class VmHistory:
+    """What is known of one VM."""
+
+    name: str
+    persistent: bool = True
+    places: Places = field(default_factory=dict)
+    watchers: list[Places] = field(default_factory=list)  # copies in the making: they may be of any instant
+    checkpoints: dict[str, Places] = field(default_factory=dict)  # acknowledged, and not removed
+    sure: bool = True  # it exists; else it may
+    missed: bool = False  # the service said that there is none of that name
+    changes: int = 0  # operations on the whole VM that began, and things done to it
+    under_way: int = 0
+    suspended: bool = False  # acknowledged, and nothing was done to it since
+
+    def get(self, client: str) -> States:
+        """The states of a client's place."""
+        return self.places.get(client, START)
+
+    def put(self, client: str, states: Iterable[Possible]) -> None:
+        """What is possible now. May it be so in copies, too."""
+        self.places[client] = frozenset(states)
+        for copy in self.watchers:
+            copy[client] = copy.get(client, START) | self.places[client]
+
+    def add(self, client: str, states: Iterable[Possible]) -> None:
+        """What is possible beside what was."""
+        self.put(client, self.get(client) | frozenset(states))
+
+    def watch(self, copy: Places | None = None) -> Places:
+        """Begin a copy: of the present, unless one is given."""
+        copy = dict(self.places) if copy is None else dict(copy)
+        self.watchers.append(copy)
+        return copy
+
+    def unwatch(self, copy: Places) -> Places:
+        """It is made, or will not be."""
+        self.watchers = [each for each in self.watchers if each is not copy]
+        return copy
+
+    def may_lose_memory(self) -> None:
+        """Something happened that may have ended its machine."""
+        self.changes += 1
+        self.suspended = False
+        for client in list(self.places):
+            self.add(client, (state._replace(tally=0) for state in closure(self.get(client))))
+
+    def may_be(self, places: Places) -> None:
+        """Something happened that may have taken it to another state."""
+        for client in {*places, *self.places}:
+            self.add(client, places.get(client, START))
+
+    # -- one client's operations
+
+    def begin(self, client: str, what: Add | Write) -> None:
+        """An operation begins; from here on it may come to pass."""
+        self.put(client, (state._replace(pending=state.pending | {what}) for state in self.get(client)))
+
+    def refused(self, client: str, what: Add | Write) -> None:
+        """It is certain that it does not."""
+        self.put(client, (state._replace(pending=state.pending - {what}) for state in self.get(client)))
+
+    def added(self, client: str, what: Add, tally: int, count: int) -> bool:
+        """It was acknowledged, with these sums; False: they cannot be."""
+        before = closure(self.get(client))
+        after = {state.done(what) for state in before if what in state.pending}
+        after = {state for state in after if (state.tally, state.sum) == (tally, count)}
+        if after:
+            self.put(client, after)
+        return bool(after)
+
+    def written(self, client: str, what: Write) -> None:
+        """It was acknowledged."""
+        self.put(client, {state.done(what) for state in closure(self.get(client)) if what in state.pending})
+
+    def seen(self, client: str, text: str | None) -> bool:
+        """That was read; False: it cannot be."""
+        after = {state for state in closure(self.get(client)) if state.text == text}
+        if after:
+            self.put(client, after)
+        return bool(after)
+
+    def too_much_pending(self, client: str) -> bool:
+        """Whether the client had better take another place."""
+        return any(len(state.pending) > PENDING_MOST for state in self.get(client))

@@ -1,0 +1,50 @@
+"""The control plane in a simulated host: a few hundred of its seeds, and whether it notices a product that is broken.
+
+CAPSEM_SIMULATION_SEEDS is how many are played here (200 unless given, of 100 operations each); `make soak` plays 10,000.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PARTS = 4
+SEEDS = int(os.environ.get("CAPSEM_SIMULATION_SEEDS", "200"))
+
+
+def simulate(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "capsem.simulation", "--jobs", "1", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_no_seed_breaks_what_was_promised(part: int) -> None:
+    first, last = 1 + SEEDS * part // PARTS, SEEDS * (part + 1) // PARTS
+    done = simulate("--seeds", f"{first}:{last}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{last - first + 1} seeds, {(last - first + 1) * 100} operations" in done.stdout
+
+
+@pytest.mark.soak
+def test_a_million_operations() -> None:
+    done = simulate("--seeds", "1001:11000", "--jobs", str(os.cpu_count()))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "mutant", ["gate-off", "retry-without-dedup", "ack-before-exit", "ack-before-commit", "goes-on-in-a-frozen-layer"]
+)
+def test_a_broken_product_is_noticed(mutant: str) -> None:
+    done = simulate("--seeds", "1:40", "--mutant", mutant)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"--mutant {mutant}" in done.stdout
+    assert "again: python -m capsem.simulation --seed " in done.stdout
+
+
+def test_a_seed_is_all_that_a_run_depends_on() -> None:
+    first, second = (simulate("--seed", "17").stdout.splitlines()[:-1] for _ in range(2))
+    assert len(first) > 100
+    assert first == second
