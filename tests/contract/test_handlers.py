@@ -461,3 +461,16 @@ def test_create_from_a_persistent_vm(tmp_path: Path) -> None:
         assert (await status(it)).keys() == {"box", "copy", temporary}
 
     play(tmp_path, scene)
+
+
+def test_a_delete_that_waited_leaves_a_vm_alone_that_has_another_name_by_then(tmp_path: Path) -> None:
+    async def scene(it: World) -> None:
+        await it.handlers.provision(ProvisionRequest(name="old"))
+        keeping = asyncio.create_task(it.handlers.persist("old", PersistRequest(name="new")))
+        await asyncio.sleep(0)  # it has the turn
+        with pytest.raises(NotFound):
+            await it.handlers.delete("old")
+        await keeping
+        assert await status(it) == {"new": "Running"}
+
+    play(tmp_path, scene)

@@ -261,7 +261,7 @@ class Lifecycle(Commands):
         """Kill and remove, at once."""
         vm = self._vm("delete", vm_id)
         async with vm.turn:
-            if vm.deleted:
+            if vm.deleted or vm.id != vm_id:  # it got another name meanwhile, and whoever gave it that keeps it
                 raise unknown_vm(vm_id)
             async with self._gate.teardown(vm):
                 vm.deleted = True
