@@ -201,7 +201,7 @@ class Population:
         self.vms[vm.name] = vm
         request = ProvisionRequest(name=vm.name, persistent=vm.persistent, ram_mb=1, cpus=1)
         await self._change(vm, lambda on: on.provision(request))
-        vm.sure = vm.persistent
+        vm.sure = vm.persistent and not vm.doomed
 
     async def _suspend(self, client: str, vm: VmHistory) -> None:
         _, undisturbed = await self._change(vm, lambda on: on.suspend(vm.name))
@@ -300,7 +300,7 @@ class Population:
         trouble, warm = self._troubled(), False
         try:
             await self.ask(lambda on: on.fork(vm.name, request))
-            child.sure, warm = True, live and self._troubled() == trouble
+            child.sure, warm = not child.doomed, live and self._troubled() == trouble
         finally:
             vm.unwatch(copy)
             if not warm:
@@ -310,7 +310,7 @@ class Population:
         await self._fork(client, vm, live=True)
 
     async def _delete(self, client: str, vm: VmHistory) -> None:
-        vm.sure = False
+        vm.sure, vm.doomed = False, True
         checkpoints, vm.checkpoints = vm.checkpoints, {}
         try:
             await self._change(vm, lambda on: on.delete(vm.name), loses=True)
@@ -327,7 +327,7 @@ class Population:
         self.vms[kept.name] = kept
         try:
             await self._change(vm, lambda on: on.persist(vm.name, PersistRequest(name=kept.name)))
-            kept.sure = True
+            kept.sure = not kept.doomed
             self.vms.pop(vm.name, None)
         finally:
             vm.sure = False

@@ -31,21 +31,30 @@ class Write(NamedTuple):
     text: str
 
 
+class Rest(NamedTuple):
+    """What is left of an `Add` that has changed the tally."""
+
+    id: int
+    half: bool = True
+
+
 class Possible(NamedTuple):
     """One state that a place may be in."""
 
     tally: int = 0  # in memory
     sum: int = 0  # in a file on disk
     text: str | None = None
-    pending: frozenset[Add | Write] = frozenset()
+    pending: frozenset[Add | Rest | Write] = frozenset()
 
-    def after(self, what: Add | Write) -> list[Possible]:
+    def after(self, what: Add | Rest | Write) -> list[Possible]:
         """What it may be while the operation comes to pass, and when it has."""
         left = self.pending - {what}
         if isinstance(what, Write):
             return [self._replace(text=what.text, pending=left)]
+        if isinstance(what, Rest):
+            return [self._replace(sum=self.sum + 1, pending=left)]
         more = self._replace(tally=self.tally + 1, pending=left)
-        return [more, more._replace(sum=self.sum + 1)]
+        return [more._replace(pending=left | {Rest(what.id)}), more._replace(sum=self.sum + 1)]
 
     def done(self, what: Add | Write) -> Possible:
         """When it has come to pass."""
@@ -82,6 +91,7 @@ class VmHistory:
     watchers: list[Places] = field(default_factory=list)  # copies in the making: they may be of any instant
     checkpoints: dict[str, Places] = field(default_factory=dict)  # acknowledged, and not removed
     sure: bool = True  # it exists; else it may
+    doomed: bool = False  # somebody has asked for its end, or for another name
     missed: bool = False  # the service said that there is none of that name
     changes: int = 0  # operations on the whole VM that began, and things done to it
     under_way: int = 0
