@@ -103,6 +103,26 @@ def test_a_life(session: Lines, home: Path) -> None:
     assert parsed(session.call("capsem_delete", id="box")) == {"success": True}
 
 
+def test_what_happened(session: Lines) -> None:
+    parsed(session.call("capsem_create", name="told", ramMb=512, cpuCount=1))
+    parsed(session.call("capsem_exec", id="told", command="echo this & that"))
+    schema = session.call("capsem_inspect_schema")["content"][0]["text"]
+    assert "CREATE TABLE exec_events" in schema
+    found = parsed(session.call("capsem_inspect", id="told", sql="SELECT command FROM exec_events"))
+    assert (found["columns"], found["rows"]) == (["command"], [["echo this & that"]])
+    wrong = session.call("capsem_inspect", id="told", sql="DELETE FROM exec_events")
+    assert wrong["isError"] is True
+    assert wrong["content"][0]["text"].startswith("500: ")
+    events = parsed(session.call("capsem_timeline", id="told", since="1h", limit=5, layers="exec"))
+    assert "echo this & that" in json.dumps(events["rows"])
+    assert parsed(session.call("capsem_panics", since="7d", limit=3)) == {"panics": []}
+    assert parsed(session.call("capsem_triage", id="told", since="30m"))["session_id"] == "told"
+    text = session.call("capsem_host_logs", name="mcp", grep="call.capsem_inspect.", tail=1, maxBytes=100_000)
+    assert json.loads(text["content"][0]["text"])["message"] == "call.capsem_inspect.failed"
+    assert session.call("capsem_host_logs", name="../x")["isError"] is True
+    parsed(session.call("capsem_delete", id="told"))
+
+
 def test_commands_in_the_background(session: Lines) -> None:
     parsed(session.call("capsem_create", name="box", ramMb=512, cpuCount=1))
     begun = parsed(session.call("capsem_exec", id="box", command="echo on; sleep 600; echo off", background=True))

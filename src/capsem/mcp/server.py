@@ -17,11 +17,12 @@ from mcp.shared.exceptions import MCPError
 
 from capsem import __version__
 from capsem.api.operations import OPERATIONS
+from capsem.ledger.schema import schema_text
 from capsem.log import trace
 from capsem.mcp import translate
 from capsem.mcp.calls import Service
 from capsem.mcp.schema import input_schema, output_schema
-from capsem.mcp.tools import DESTROY, INSTRUCTIONS, JOB_OUTPUT, READ, TOOLSETS, VERSION, Tool
+from capsem.mcp.tools import DESTROY, INSPECT_SCHEMA, INSTRUCTIONS, JOB_OUTPUT, READ, TOOLSETS, VERSION, Tool
 from capsem.model.errors import CapsemError
 
 NAME: Final = "capsem-mcp"
@@ -81,6 +82,8 @@ class Tools:
         return _result(answer)
 
     async def _do(self, tool: Tool, arguments: dict[str, Any]) -> Any:
+        if tool.name == INSPECT_SCHEMA:
+            return schema_text()
         call = translate.request(tool, arguments)
         if tool.name == VERSION:
             return await self._version(call)
