@@ -1,4 +1,4 @@
-.PHONY: test soak lint demo docs bench lock
+.PHONY: test soak lint demo docs man bench lock
 
 test:
 	./scripts/test
@@ -16,12 +16,17 @@ lint:
 # $(call page,NAME,MODULE): a page that a module prints; it stays as it is when that fails.
 page = .venv/bin/python -m $(2) > docs/.$(1).new && mv docs/.$(1).new docs/$(1).md || { rm -f docs/.$(1).new; exit 1; }
 
-# Regenerates the pages that are made from tables; a test fails when they are out of date.
+# Regenerates the pages that are made from tables, and builds the site of all pages in site/; a test fails when they are out of date.
 docs:
 	$(call page,lifecycle,capsem.model.lifecycle)
 	$(call page,cli,capsem.cli.reference)
 	$(call page,http,capsem.api.reference)
 	$(call page,mcp-tools,capsem.mcp.reference)
+	.venv/bin/python -m mkdocs build --strict -q
+
+# Manual pages, one for each command: MANPATH=build/share/man man capsem-exec
+man:
+	.venv/bin/python -m capsem.cli.man build/share/man/man1
 
 bench:
 	.venv/bin/python -m bench

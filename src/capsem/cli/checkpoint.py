@@ -45,7 +45,7 @@ def checkpoint_command() -> None:
     """
 
 
-@checkpoint_command.command("create")
+@checkpoint_command.command("create", epilog="\b\nExample:\n  capsem checkpoint create box -m 'works'")
 @click.argument("session", type=SESSION)
 @click.option("-m", "--message", metavar="TEXT", help="What it is of.")
 @click.option("--json", "as_json", is_flag=True, help="Everything there is to tell, as JSON.")
