@@ -38,7 +38,7 @@ class SimWorld:
         self.gate = Gate(system.clock, overlap=self.driver.features.transitions_overlap, path=gate)
         self.fleet = Fleet(system, self.layout, 100)
         self.ledgers = Ledgers(self.fleet, home / "sessions" / "main.db")
-        launcher = Launcher(system, self.layout, {}, Path("capsem-process"), "sim")
+        launcher = Launcher(system, self.layout, {}, Path("capsem-process"), "sim", gate=gate)
         self.catalog = OneImage(home)
         maker = Maker(self.fleet, self.driver, self.catalog, launcher, self.gate)  # type: ignore[arg-type]
         settings = load({"CAPSEM_HOME": str(home), "CAPSEM_TEMPLATES": templates})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from sim_world import sim_world
 
 from capsem.model.errors import HostNotReady, Interrupted, Unavailable
 from capsem.service import gate as gates
+from capsem.service.app import build_app
 from capsem.service.gate import VISIT, Gate, Visit
 from capsem.store.gate import default_path
 from capsem.store.locks import try_lock
@@ -269,3 +271,107 @@ def test_who_waits_is_listed_with_the_reason_and_served_in_the_end(tmp_path: Pat
             assert (await world.handlers.info("box")).waiting is None
 
     play(scene)
+
+
+def test_a_guest_that_switches_itself_off_waits_too_unless_somebody_ends_it(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with sim_world(tmp_path) as world:
+            for name in ("box", "other"):
+                await world.create(name)
+                await until(lambda name=name: not world.fleet.get(name).booting)
+            held = try_lock(tmp_path / "gate.lock")
+            assert held is not None
+            for name in ("box", "other"):
+                await world.sh(name, "poweroff")
+            await until(lambda: try_turn(tmp_path / "gate.lock.turn"))
+            await asyncio.sleep(0.2)
+            assert [world.fleet.get(name).running for name in ("box", "other")] == [True, True]
+            held.release()
+            await until(lambda: not world.fleet.get("box").running and not world.fleet.get("other").running)
+            assert (await world.handlers.info("box")).status == "Stopped"
+
+    play(scene)
+
+
+def test_an_answer_tells_how_long_it_waited_and_a_503_when_to_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gates, "LIMIT", 0.3)
+
+    async def scene() -> None:
+        async with sim_world(tmp_path) as world:
+            await world.create("box")
+            await until(lambda: not world.fleet.get("box").booting)
+            app = build_app(world.handlers, "1")
+            held = try_lock(tmp_path / "gate.lock")
+            assert held is not None
+            refused = await call(app, "/suspend/box")
+            assert refused.status == 503
+            assert int(refused.headers["retry-after"]) >= 1
+            assert (await world.handlers.info("box")).status == "Running"
+            waiting = asyncio.create_task(call(app, "/suspend/box"))
+            await until(lambda: world.fleet.get("box").waiting)
+            held.release()
+            assert json.loads((await waiting).body)["waited_ms"] > 0
+
+    play(scene)
+
+
+def test_a_client_that_hangs_up_takes_its_suspend_back_while_it_waits(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with sim_world(tmp_path) as world:
+            await world.create("box")
+            await until(lambda: not world.fleet.get("box").booting)
+            app = build_app(world.handlers, "1")
+            held = try_lock(tmp_path / "gate.lock")
+            assert held is not None
+            gone = asyncio.Event()
+            calling = asyncio.create_task(call(app, "/suspend/box", gone))
+            await until(lambda: world.fleet.get("box").waiting)
+            gone.set()
+            await calling
+            await until(lambda: not app.state.transitions)
+            held.release()
+            box = await world.handlers.info("box")
+            assert (box.status, box.waiting) == ("Running", None)
+
+    play(scene)
+
+
+class Answer:
+    status = 0
+    headers: dict[str, str]
+    body = b""
+
+
+async def call(app: Any, path: str, gone: asyncio.Event | None = None) -> Answer:
+    """POST as an HTTP server would; `gone`: when its client hangs up."""
+    answer, asked = Answer(), False
+
+    async def receive() -> dict[str, Any]:
+        nonlocal asked
+        if not asked:
+            asked = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        await (gone or asyncio.Event()).wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            answer.status = message["status"]
+            answer.headers = {key.decode(): value.decode() for key, value in message["headers"]}
+        else:
+            answer.body += message["body"]
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": [],
+        "root_path": "",
+        "http_version": "1.1",
+    }
+    await app(scope, receive, send)
+    return answer

@@ -57,7 +57,8 @@ class Bootstrap(Message, tag="bootstrap"):
     `vm_id` and `session_dir` are for a spare supervisor, which was started without knowing them. `restore`: from the
     record's checkpoint, whose memory is `ram_file`; `layer` is a new one to put on the volume's top before anything
     runs. `assets` are digests of what the machine boots from. `boot_kind` and `boot_note` are recorded. `ledger`:
-    commands and files are recorded, too. `faults` is for
+    commands and files are recorded, too. `gate`: the host-wide lock
+    (store.gate) to wait for when the VM ends without the service having asked, "" where there is none. `faults` is for
     tests, see capsem.faults.
     """
 
@@ -83,6 +84,7 @@ class Bootstrap(Message, tag="bootstrap"):
     parent_pid: int | None = None
     log_level: str = "info"
     ledger: bool = True
+    gate: str = ""
     faults: str | None = None
 
 
@@ -214,10 +216,14 @@ class PolicySet(Message, tag="policy-set"):
 
 
 class Stop(Message, tag="stop"):
-    """End the machine: power off with `grace` seconds for the guest's processes, or kill it at once if `kill`."""
+    """End the machine: power off with `grace` seconds for the guest's processes, or kill it at once if `kill`.
+
+    `wait`: seconds for the gate, before anything is done; a service that asks has passed it.
+    """
 
     grace: float = 2.0
     kill: bool = False
+    wait: float = 0.0
 
 
 class Stopping(Message, tag="stopping"):

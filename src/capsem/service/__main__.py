@@ -230,6 +230,8 @@ class Service:
 
     def _handlers(self, fleet: Fleet, process_binary: Path, spares: Spares) -> Handlers:
         hypervisor = os.environ.get("CAPSEM_HYPERVISOR") or "qemu"
+        driver = make_driver(hypervisor, fleet.layout.run_dir, fleet.system, os.environ)
+        lock, overlap = default_path(os.environ), driver.features.transitions_overlap
         launcher = Launcher(
             system=fleet.system,
             layout=fleet.layout,
@@ -239,9 +241,9 @@ class Service:
             parent_pid=self.arguments.parent_pid,
             log_level=os.environ.get("RUST_LOG") or "info",
             spares=spares,
+            gate=None if overlap else lock,
         )
-        driver = make_driver(hypervisor, fleet.layout.run_dir, fleet.system, os.environ)
-        gate = Gate(fleet.system.clock, overlap=driver.features.transitions_overlap, path=default_path(os.environ))
+        gate = Gate(fleet.system.clock, overlap=overlap, path=lock)
         catalog = Catalog.from_environment(os.environ, self.arguments.assets_dir)
         catalog.declare(fleet.layout.run_dir)  # it may have been moved here since its VMs were made
         fleet.ledger = self.settings.ledger

@@ -46,6 +46,7 @@ class Fleet:
         self._reserved: set[str] = set()  # names that are being given
         self._starting: set[str] = set()  # those of them whose VMs are about to run
         self.stopping = False
+        self.apart = False  # must VMs not be ended while others are suspended? (Features.transitions_overlap)
         self.on_asked: Callable[[Vm, str], None] = lambda _vm, _action: None  # see Vm
         self.on_gone: Callable[[Vm], Awaitable[None]] = _nothing  # see Vm
         # Awaited when VMs were made of another, before they run.
@@ -445,11 +446,10 @@ class Fleet:
         running = [vm for vm in self._vms.values() if vm.running]
         saved = [vm for vm in running if suspend and vm.record.persistent and vm.link is not None and vm.link.ready]
         suspending = [asyncio.ensure_future(suspend(vm.id)) for vm in saved if suspend is not None]
-        await asyncio.gather(
-            _within(SUSPEND_LIMIT, dict(zip(saved, suspending, strict=True))),
-            _terminate([vm for vm in running if vm not in saved]),
-        )
-        await _terminate([vm for vm in saved if vm.running])
+        saving = _within(SUSPEND_LIMIT, dict(zip(saved, suspending, strict=True)))
+        ending = [] if self.apart else [vm for vm in running if vm not in saved]
+        await asyncio.gather(saving, _terminate(ending))
+        await _terminate([vm for vm in running if vm.running])
         await asyncio.gather(*self._clearing, return_exceptions=True)
 
     def leave_all(self) -> None:

@@ -70,6 +70,7 @@ class Launcher:
     parent_pid: int | None = None
     log_level: str = "info"
     spares: Spares | None = None
+    gate: Path | None = None  # the host-wide lock, where supervisors need it
 
     async def start(
         self, record: VmRecord, session: SessionDir, image: Image, volume: Path, accelerator: Accelerator, boot: Boot
@@ -107,6 +108,7 @@ class Launcher:
             parent_pid=self.system.processes.own_pid() if record.template else self.parent_pid,
             log_level=self.log_level,
             ledger=boot.ledger,
+            gate=str(self.gate or ""),
             faults=self.environ.get(faults.VARIABLE) or None,
         )
         argv = [str(self.process_binary), "--id", record.id, "--session-dir", str(session.path)]

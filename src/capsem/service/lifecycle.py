@@ -70,6 +70,7 @@ class Lifecycle(Commands):
         self._maker = maker
         self._gate = maker.gate
         self._templates = Templates(fleet, maker, lambda: self.settings.templates)
+        fleet.apart = not maker.driver.features.transitions_overlap
         self.settings = settings
         self._boots: set[asyncio.Task[None]] = set()
 

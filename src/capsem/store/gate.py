@@ -48,6 +48,21 @@ class HostLock:
         finally:
             turn.release()
 
+    async def try_for(self, limit: float, unless: asyncio.Event) -> Lock | None:
+        """Share it with others; None when that took longer than `limit` seconds, cannot be, or `unless` was set meanwhile."""
+        taking = asyncio.ensure_future(self.take(shared=True))
+        changed = asyncio.ensure_future(unless.wait())
+        taken = False
+        try:
+            await asyncio.wait((taking, changed), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            taken = taking.done() and taking.exception() is None
+            return taking.result() if taken else None
+        finally:
+            changed.cancel()
+            if not taken:
+                taking.add_done_callback(_let_go)
+                taking.cancel()
+
     async def _poll(self, path: Path, *, shared: bool) -> Lock:
         while True:
             try:
@@ -60,3 +75,9 @@ class HostLock:
             if lock is not None:
                 return lock
             await asyncio.sleep(POLL)
+
+
+def _let_go(taking: asyncio.Future[Lock]) -> None:
+    """Of a lock that came too late."""
+    if not taking.cancelled() and taking.exception() is None:
+        taking.result().release()

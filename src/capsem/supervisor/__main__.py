@@ -30,6 +30,7 @@ from capsem.wire.frames import ProtocolError
 from capsem.wire.messages import decode_message
 
 SIGTERM_GRACE = 1.0  # seconds for the guest's processes: the service allows two in all
+SIGTERM_WAIT = 0.5  # and for the gate
 
 log = logging.getLogger("capsem_process")
 
@@ -81,7 +82,7 @@ async def serve(vm_id: str, session_dir: Path, bootstrap: Bootstrap) -> int:
     supervisor = Supervisor(system, driver, names, bootstrap, announce_bound)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lambda: supervisor.stop(Stop(grace=SIGTERM_GRACE)))
+        loop.add_signal_handler(number, lambda: supervisor.stop(Stop(grace=SIGTERM_GRACE, wait=SIGTERM_WAIT)))
     log.info("supervising %s", vm_id)
     return await supervisor.run()
 

@@ -39,6 +39,7 @@ from capsem.model.lifecycle import Event
 from capsem.model.lifecycle import State as Lifecycle
 from capsem.model.vm import Exit, VmRecord
 from capsem.store import durable, records
+from capsem.store.gate import HostLock
 from capsem.store.jobs import decode
 from capsem.store.layout import CheckpointDir
 from capsem.store.lines import last_lines
@@ -57,6 +58,8 @@ BOOT_LIMIT = 90.0  # seconds from the machine's first instruction to the guest's
 ADMIT_LIMIT = 30.0  # seconds that a command or file operation waits for a guest that is not ready
 POWER_OFF_MARGIN = 3.0  # seconds beyond the guest's grace until the machine is killed
 ENDING_LIMIT = 2.0  # seconds between the loss of the control channel and the VMM's end
+GATE_WAIT = 60.0  # seconds that a guest's own shutdown waits for the gate
+ORPHAN_WAIT = 5.0  # and one because the parent of the family is gone
 ORPHAN_LIMIT = 5.0  # seconds for the VMM of an earlier, killed supervisor to die
 LOG_LINES = 20
 
@@ -316,6 +319,18 @@ class Supervisor(Changes):
                     await self._end(machine)
 
     async def _end(self, machine: Machine) -> None:
+        """End the machine; where the service has not passed the gate for it, as soon as nobody is saved or restored."""
+        request, lock = self._stop_asked, None
+        if request is not None and request.wait and self._bootstrap.gate:
+            self._stop_changed.clear()
+            lock = await HostLock(Path(self._bootstrap.gate)).try_for(request.wait, self._stop_changed)
+        try:
+            await self._end_now(machine)
+        finally:
+            if lock is not None:
+                lock.release()
+
+    async def _end_now(self, machine: Machine) -> None:
         if self._record.state != Lifecycle.STOPPING:
             self._advance(Event.STOP)
         self._names.ready_file.unlink(missing_ok=True)
@@ -346,12 +361,12 @@ class Supervisor(Changes):
     async def _follow_parent(self, pid: int) -> None:
         await self._system.processes.gone(pid)
         log.warning("process %d, whom this family follows, is gone; stopping", pid)
-        self.stop(Stop(grace=1.0))
+        self.stop(Stop(grace=1.0, wait=ORPHAN_WAIT))
 
     def _guest_asked(self, message: Message) -> None:
         if isinstance(message, ShutdownRequest):
             log.info("the guest asked for its shutdown")
-            self.stop(Stop())
+            self.stop(Stop(wait=GATE_WAIT))
         elif self._record.persistent:
             log.info("the guest asked to be suspended")
             self._server.broadcast(ShutdownAsked(action="suspend"))
