@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from sim_world import sim_world
 
-from capsem.model.errors import HostNotReady, Interrupted, Unavailable
+from capsem.model.errors import CapsemError, HostNotReady, Interrupted, Unavailable
 from capsem.service import gate as gates
 from capsem.service.app import build_app
 from capsem.service.gate import VISIT, Gate, Visit
@@ -29,7 +29,6 @@ class Seen:
 
     def __init__(self, vm_id: str = "box") -> None:
         self.id = vm_id
-        self.booting = False
         self.running = True
         self.waiting: str | None = None
 
@@ -78,7 +77,6 @@ def test_alone_is_alone_and_together_is_together(tmp_path: Path) -> None:
         await settle()
         assert "waits to suspend" in waits.waiting
         first.release()
-        first.release()  # again is no second time
         await settle()
         assert not entered.is_set()
         second.release()
@@ -227,11 +225,12 @@ def test_a_vm_that_boots_is_ended_from_inside(tmp_path: Path) -> None:
     async def scene() -> None:
         one, booting = gate(tmp_path / "lock"), vm()
         passed = await one.boot(booting)
-        booting.booting = True
         saving = asyncio.create_task(one.change(vm(), "suspend").__aenter__())
         await settle()
         async with one.teardown(booting):
-            passed.release()
+            passed.release()  # it is ready, just as it is ended
+            await settle()
+            assert not saving.done()
         (await saving).release()
 
     play(scene)
@@ -257,7 +256,7 @@ def test_who_waits_is_listed_with_the_reason_and_served_in_the_end(tmp_path: Pat
     async def scene() -> None:
         async with sim_world(tmp_path) as world:
             await world.create("box")
-            await until(lambda: not world.fleet.get("box").booting)
+            await until(lambda: not world.gate.booting)
             held = try_lock(tmp_path / "gate.lock")
             assert held is not None
             suspending = asyncio.create_task(world.handlers.suspend("box"))
@@ -278,7 +277,7 @@ def test_a_guest_that_switches_itself_off_waits_too_unless_somebody_ends_it(tmp_
         async with sim_world(tmp_path) as world:
             for name in ("box", "other"):
                 await world.create(name)
-                await until(lambda name=name: not world.fleet.get(name).booting)
+                await until(lambda: not world.gate.booting)
             held = try_lock(tmp_path / "gate.lock")
             assert held is not None
             for name in ("box", "other"):
@@ -301,7 +300,7 @@ def test_an_answer_tells_how_long_it_waited_and_a_503_when_to_come_back(
     async def scene() -> None:
         async with sim_world(tmp_path) as world:
             await world.create("box")
-            await until(lambda: not world.fleet.get("box").booting)
+            await until(lambda: not world.gate.booting)
             app = build_app(world.handlers, "1")
             held = try_lock(tmp_path / "gate.lock")
             assert held is not None
@@ -321,7 +320,7 @@ def test_a_client_that_hangs_up_takes_its_suspend_back_while_it_waits(tmp_path: 
     async def scene() -> None:
         async with sim_world(tmp_path) as world:
             await world.create("box")
-            await until(lambda: not world.fleet.get("box").booting)
+            await until(lambda: not world.gate.booting)
             app = build_app(world.handlers, "1")
             held = try_lock(tmp_path / "gate.lock")
             assert held is not None
@@ -334,6 +333,45 @@ def test_a_client_that_hangs_up_takes_its_suspend_back_while_it_waits(tmp_path: 
             held.release()
             box = await world.handlers.info("box")
             assert (box.status, box.waiting) == ("Running", None)
+
+    play(scene)
+
+
+def test_what_a_guest_asks_for_is_no_part_of_the_request_that_started_it(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with sim_world(tmp_path) as world:
+            visit = Visit()
+            VISIT.set(visit)
+            await world.create("box")
+            visit.leave()  # the client that started it hung up
+            VISIT.set(None)
+            await until(lambda: not world.gate.booting)
+            held = try_lock(tmp_path / "gate.lock")
+            assert held is not None
+            await world.sh("box", "suspend")
+            await until(lambda: world.fleet.get("box").waiting)
+            held.release()
+            await until(lambda: not world.fleet.get("box").running)
+            assert (await world.handlers.info("box")).status == "Suspended"
+
+    play(scene)
+
+
+def test_a_guest_that_waits_to_be_off_is_in_nobodys_way(tmp_path: Path) -> None:
+    """Its suspend is inside of the gate, and has to be refused at once: else each would wait for the other."""
+
+    async def scene() -> None:
+        async with sim_world(tmp_path) as world:
+            await world.create("box")
+            await until(lambda: not world.gate.booting)
+            async with world.gate.change(vm(), "suspend"):
+                await world.sh("box", "poweroff")
+                await until(lambda: try_turn(tmp_path / "gate.lock.turn"))
+                suspending = asyncio.create_task(world.handlers.suspend("box"))
+                await until(lambda: world.fleet.get("box").waiting)
+            with pytest.raises(CapsemError):
+                await suspending
+            await until(lambda: not world.fleet.get("box").running)
 
     play(scene)
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from random import Random
 
 import pytest
-from sim_world import churn, sim_world
+from sim_world import RAM_MB, SimWorld, churn, sim_world
 
 from capsem import faults
-from capsem.model.errors import MachineFailed
+from capsem.api.checkpoint_types import CheckpointRequest, RollbackRequest
+from capsem.api.types import ForkRequest, RunRequest
+from capsem.model.errors import MachineFailed, NotFound, NotRunning, Unavailable, WrongState
 
 CYCLES = 6
 
@@ -60,5 +65,46 @@ def test_a_hypervisor_that_does_not_mind_needs_no_gate(tmp_path: Path) -> None:
             await asyncio.gather(*(world.handlers.suspend(name) for name in "abc"))
             resumed = await asyncio.gather(*(world.handlers.resume(name) for name in "abc"))
             assert [each.boot_kind for each in resumed] == ["warm"] * 3
+
+    asyncio.run(run())
+
+
+def test_no_operation_goes_past_the_gate(tmp_path: Path) -> None:
+    """Clients of two services do everything that can be done to a VM, at once: no two operations meet that must not."""
+
+    async def client(world: SimWorld, name: str, random: Random) -> None:
+        handlers = world.handlers
+        await world.create(name)
+        done: list[Callable[[], Awaitable[object]]] = [
+            lambda: handlers.suspend(name),
+            lambda: handlers.resume(name),
+            lambda: handlers.resume(name),
+            lambda: handlers.checkpoint(name, CheckpointRequest()),
+            lambda: back(world, name),
+            lambda: handlers.fork(name, ForkRequest(name=f"{name}-{random.randrange(1 << 30)}", live=True)),
+            lambda: handlers.stop(name),
+            lambda: handlers.run(RunRequest(command="true", ram_mb=RAM_MB, cpus=1)),
+            lambda: world.sh(name, "count n; poweroff"),
+            lambda: recreate(world, name),
+        ]
+        for operation in random.sample(done, len(done)) * 2:
+            with contextlib.suppress(
+                NotRunning, NotFound, WrongState, Unavailable, MachineFailed
+            ):  # a VM that is off, for instance
+                await operation()
+
+    async def back(world: SimWorld, name: str) -> None:
+        for each in (await world.handlers.checkpoints(name)).checkpoints[:1]:
+            await world.handlers.rollback(name, RollbackRequest(checkpoint=each.id))
+
+    async def recreate(world: SimWorld, name: str) -> None:
+        await world.handlers.delete(name)
+        await world.create(name)
+
+    async def run() -> None:
+        async with sim_world(tmp_path, "one") as one, sim_world(tmp_path, "other") as other:
+            pairs = [(world, f"vm{number}") for world in (one, other) for number in range(2)]
+            await asyncio.gather(*(client(*pair, Random(seed)) for seed, pair in enumerate(pairs)))
+        assert [path.read_text() for path in (tmp_path / "host" / "struck").iterdir()] == []
 
     asyncio.run(run())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import click
 
@@ -43,6 +45,7 @@ def resume_command(obj: Context, name: str, cold: bool) -> None:
     with waiting(f"resuming {name}"):
         answer = obj.client().call("resume", vm_id=name, body={"cold": cold})
     click.echo(answer["id"])
+    _tell_wait(answer)
     if note := answer.get("boot_note"):
         click.echo(f"{answer['boot_kind']}: {printable(note)}", err=True)
 
@@ -55,6 +58,7 @@ def suspend_command(obj: Context, session: str) -> None:
     with waiting(f"suspending {session}"):
         answer = obj.client().call("suspend", vm_id=session)
     click.echo("Session suspended.")
+    _tell_wait(answer)
     if warning := answer.get("warning"):
         click.echo(f"warning: {printable(warning)}", err=True)
 
@@ -133,3 +137,9 @@ def purge_command(obj: Context, everything: bool) -> None:
         answer = obj.client().call("purge", body={"all": everything})
     persistent, ephemeral = answer["persistent_purged"], answer["ephemeral_purged"]
     click.echo(f"Purged {answer['purged']} ({persistent} persistent, {ephemeral} not).")
+
+
+def _tell_wait(answer: Mapping[str, Any]) -> None:
+    """That a VM had to wait for its turn, if that could be noticed."""
+    if (waited := answer.get("waited_ms") or 0) >= 1000:
+        click.echo(f"waited {waited / 1000:.1f} s for others to be started, stopped, saved or resumed", err=True)

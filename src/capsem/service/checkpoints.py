@@ -28,6 +28,7 @@ from capsem.model.lifecycle import Event, State, step
 from capsem.service import space
 from capsem.service.create import Maker
 from capsem.service.fleet import Fleet
+from capsem.service.gate import VISIT
 from capsem.service.lifecycle import Lifecycle
 from capsem.service.vm import READY_LIMIT, Vm
 from capsem.store import durable
@@ -77,6 +78,7 @@ class Checkpoints(Lifecycle):
             task.add_done_callback(self._asked.discard)
 
     async def _suspend_quietly(self, vm_id: str) -> None:
+        VISIT.set(None)  # whoever started the VM has no part in this
         try:
             await self.suspend(vm_id)
         except CapsemError as error:

@@ -59,25 +59,25 @@ VISIT: ContextVar[Visit | None] = ContextVar("visit", default=None)  # of the re
 
 
 class Pass:
-    """Leave to go on; let go of by `release`, as often as wanted."""
+    """Leave to go on; `release` it once, and once more for each `share`."""
 
     def __init__(self, gate: Gate, *, alone: bool, lock: Lock | None) -> None:
-        self._gate: Gate | None = gate
+        self._gate = gate
         self._alone = alone
         self._lock = lock
+        self._users = 1
 
-    @property
-    def alone(self) -> bool:
-        """Whether nothing else goes on meanwhile."""
-        return self._alone
+    def share(self) -> None:
+        """One more goes on with it."""
+        self._users += 1
 
     def release(self) -> None:
         """The operation is over."""
-        if self._gate is not None:
-            gate, self._gate = self._gate, None
+        self._users -= 1
+        if not self._users:
             if self._lock is not None:
                 self._lock.release()
-            gate.leave(alone=self._alone)
+            self._gate.leave(self, alone=self._alone)
 
 
 class Gate:
@@ -92,9 +92,15 @@ class Gate:
         self._bound = bound
         self._inside = 0
         self._alone = False  # the one inside goes alone
+        self._boots: dict[Vm, Pass] = {}
         self._line: deque[tuple[bool, asyncio.Future[None]]] = deque()
         if self._off:
             log.warning("the gate is off: operations of this hypervisor that must not overlap may do so")
+
+    @property
+    def booting(self) -> bool:
+        """Whether a VM is in here that is being booted."""
+        return bool(self._boots)
 
     @contextlib.asynccontextmanager
     async def change(self, vm: Vm, what: str) -> AsyncIterator[Pass]:
@@ -107,15 +113,20 @@ class Gate:
 
     async def boot(self, vm: Vm) -> Pass:
         """For a cold boot; the caller lets go of it when the guest is ready. Raises Unavailable, Interrupted."""
-        return await self._enter(vm, "boot", alone=False)
+        passed = self._boots[vm] = await self._enter(vm, "boot", alone=False)
+        return passed
 
     @contextlib.asynccontextmanager
     async def teardown(self, vm: Vm) -> AsyncIterator[None]:
-        """For the end of a VM; one that is still being booted is inside already. Raises Unavailable, Interrupted."""
-        if self._overlap or vm.booting or not vm.running:
+        """For the end of a VM; one that is still being booted is inside, and stays there. Raises Unavailable, Interrupted."""
+        if self._overlap or not vm.running:
             yield
             return
-        passed = await self._enter(vm, "stop", alone=False)
+        passed = self._boots.get(vm)
+        if passed is None:
+            passed = await self._enter(vm, "stop", alone=False)
+        else:
+            passed.share()
         try:
             yield
         finally:
@@ -163,7 +174,7 @@ class Gate:
         try:
             lock = await self._host.take(shared=not alone) if self._host is not None else None
         except BaseException:
-            self.leave(alone=alone)
+            self.leave(None, alone=alone)
             raise
         return Pass(self, alone=alone, lock=lock)
 
@@ -179,7 +190,7 @@ class Gate:
                 self._line.remove(place)
                 self._admit()
             elif not turn.cancelled():
-                self.leave(alone=alone)
+                self.leave(None, alone=alone)
             raise
 
     def _admit(self) -> None:
@@ -196,8 +207,9 @@ class Gate:
             self._alone = alone
             turn.set_result(None)
 
-    def leave(self, *, alone: bool) -> None:
+    def leave(self, passed: Pass | None, *, alone: bool) -> None:
         """For `Pass`: one is out."""
+        self._boots = {vm: each for vm, each in self._boots.items() if each is not passed}
         if not self._off:
             self._inside -= 1
             self._alone = False if alone else self._alone

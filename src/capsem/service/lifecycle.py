@@ -171,10 +171,8 @@ class Lifecycle(Commands):
                 with contextlib.suppress(CapsemError):
                     await vm.ready_link(BOOT_LIMIT)
             finally:
-                vm.booting = False
                 passed.release()
 
-        vm.booting = True
         task = asyncio.create_task(hold(), name=f"boot of {vm.id}")
         self._boots.add(task)
         task.add_done_callback(self._boots.discard)

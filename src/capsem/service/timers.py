@@ -19,6 +19,7 @@ from capsem.model.errors import CapsemError, NotFound
 from capsem.model.lifecycle import State
 from capsem.model.policy import LONGEST, Due
 from capsem.service.fleet import Fleet
+from capsem.service.gate import VISIT
 from capsem.service.vm import Vm
 
 AGAIN = 30.0  # seconds after something could not be done
@@ -87,6 +88,7 @@ class Timers:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _attend(self, vm: Vm) -> None:
+        VISIT.set(None)  # it was begun by somebody's request, and is not part of it
         try:
             while self._wanted(vm):
                 news = self._attendants[vm].news

@@ -54,7 +54,6 @@ class Vm:
         self.on_asked: Callable[[Vm, str], None] = lambda _vm, _action: None  # its guest asks for "suspend"
         self.deleted = False
         self.waiting: str | None = None  # for its turn at the gate, for people
-        self.booting = False  # and hence inside of the gate
         self.obstacle: CapsemError | None = None  # why it can be neither spoken to nor started; `check` raises it
         self._system = system
         self._is_committed = is_committed

@@ -311,26 +311,28 @@ class Supervisor(Changes):
         if self._record.state == Lifecycle.RESUMING:  # it has never run for anybody: it stays suspended
             await machine.kill()
             return
-        if self._stop_asked is not None and self._stop_asked.kill:
-            await self._end(machine)
-        else:
-            async with self._saving:  # to the end: what is being saved is saved, and nothing more
-                if not self._suspended.is_set():
-                    await self._end(machine)
-
-    async def _end(self, machine: Machine) -> None:
-        """End the machine; where the service has not passed the gate for it, as soon as nobody is saved or restored."""
-        request, lock = self._stop_asked, None
-        if request is not None and request.wait and self._bootstrap.gate:
-            self._stop_changed.clear()
-            lock = await HostLock(Path(self._bootstrap.gate)).try_for(request.wait, self._stop_changed)
+        # Not with `_saving` in hand: who waits for that may be inside of the gate.
+        lock = await self._pass_gate()
         try:
-            await self._end_now(machine)
+            if self._stop_asked is not None and self._stop_asked.kill:
+                await self._end(machine)
+            else:
+                async with self._saving:  # to the end: what is being saved is saved, and nothing more
+                    if not self._suspended.is_set():
+                        await self._end(machine)
         finally:
             if lock is not None:
                 lock.release()
 
-    async def _end_now(self, machine: Machine) -> None:
+    async def _pass_gate(self) -> Lock | None:
+        """Where the service has not done it: wait until nobody is saved or restored, or somebody else wants the end."""
+        request = self._stop_asked
+        if request is None or not request.wait or not self._bootstrap.gate:
+            return None
+        self._stop_changed.clear()
+        return await HostLock(Path(self._bootstrap.gate)).try_for(request.wait, self._stop_changed)
+
+    async def _end(self, machine: Machine) -> None:
         if self._record.state != Lifecycle.STOPPING:
             self._advance(Event.STOP)
         self._names.ready_file.unlink(missing_ok=True)

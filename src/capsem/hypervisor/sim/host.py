@@ -80,8 +80,8 @@ class SimHost:
             assert lock is not None
             met = [other for other in others if kind in EXCLUSIVE or other.suffix[1:] in EXCLUSIVE]
             if self.hazard and met:
-                for each in (name, *(other.stem for other in met)):
-                    (self._struck / each).touch(mode=0o600)
+                for each, what in ((name, kind), *((other.stem, other.suffix[1:]) for other in met)):
+                    (self._struck / each).write_text(f"{what}, as a {kind} met {' '.join(m.suffix[1:] for m in met)}")
         return Operation(self, name, kind, lock)
 
     def is_struck(self, name: str) -> bool:
