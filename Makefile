@@ -18,6 +18,7 @@ page = .venv/bin/python -m $(2) > docs/.$(1).new && mv docs/.$(1).new docs/$(1).
 
 # Regenerates the pages that are made from tables, and builds the site of all pages in site/; a test fails when they are out of date.
 docs:
+	$(call page,sdk-reference,capsem.sdk.reference)
 	$(call page,lifecycle,capsem.model.lifecycle)
 	$(call page,cli,capsem.cli.reference)
 	$(call page,http,capsem.api.reference)

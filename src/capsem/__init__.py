@@ -1,13 +1,8 @@
 """Capsem: Linux machines for AI agents, hardware-isolated, persistent by name, suspended and forked at will.
 
 `from capsem import Sandbox, AsyncSandbox`, and the errors they raise. Nothing of that is imported before somebody asks
-for it: the command line starts with this module too.
+for it: the command line starts with this module too, and so does the guest's agent.
 """
-
-from __future__ import annotations
-
-import importlib
-from typing import Any
 
 __version__ = "1.0.0"
 
@@ -29,11 +24,13 @@ _ERRORS = (
 __all__ = [*_SDK, *_ERRORS, "__version__"]  # noqa: PLE0604  all of them are names
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     module = _SDK.get(name) or ("capsem.model.errors" if name in _ERRORS else None)
     if module is None:
         raise AttributeError(f"module 'capsem' has no attribute {name!r}")
-    return getattr(importlib.import_module(module), name)
+    from importlib import import_module
+
+    return getattr(import_module(module), name)
 
 
 def __dir__() -> list[str]:

@@ -14,6 +14,7 @@ from capsem.api import reference as http
 from capsem.cli import reference as cli
 from capsem.mcp import reference as mcp
 from capsem.model import lifecycle
+from capsem.sdk import reference as sdk
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -27,6 +28,7 @@ CAPSEM = Path(sys.executable).parent / "capsem"
         ("cli.md", cli.to_markdown),
         ("http.md", http.to_markdown),
         ("mcp-tools.md", mcp.to_markdown),
+        ("sdk-reference.md", sdk.to_markdown),
     ],
 )
 def test_pages_made_from_tables_are_up_to_date(page: str, generate: Callable[[], str]) -> None:
@@ -60,3 +62,9 @@ def test_packages_of_the_image_builder_are_among_those_installed() -> None:
     essential = {"coreutils", "tar", "util-linux"}  # on every Debian
     optional = {"lz4", "uidmap"}  # for other kernels, and for building without root
     assert set(PACKAGE_OF.values()) <= {*names, *essential, *optional}
+
+
+@pytest.mark.parametrize("name", ["ten_lines", "ten_lines_async"])
+def test_the_guide_to_the_sdk_shows_the_examples_as_they_are(name: str) -> None:
+    page = (ROOT / "docs/sdk.md").read_text()
+    assert f"```python\n{(ROOT / f'examples/{name}.py').read_text()}```" in page
