@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from disk import Disk, PowerCut, every_cut
+from disk import LOST, Disk, PowerCut, every_cut
 
 from capsem.model.errors import Corrupt, NotFound
 from capsem.model.lifecycle import Event, State
@@ -62,7 +62,7 @@ def test_a_commit(tmp_path: Path) -> None:
             assert found == {OLD, ID}
 
     assert every_cut(tmp_path, world, act, judge) >= 12
-    assert len(acknowledged) == 2
+    assert acknowledged
 
 
 def test_a_draft_that_is_given_up(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_the_disk_does_forget(tmp_path: Path) -> None:
         careless_disk = disk.watch(patch)
         careless(disk_root, None)
     assert careless_disk.count >= 4
-    left = disk.after_the_cut(tmp_path / "left", lost=True)
+    left = disk.after_the_cut(tmp_path / "left", LOST)
     assert list(left.rglob("*")) == [left / "run", left / "run/a"]
     cut = Disk(disk_root, 0)
     with pytest.MonkeyPatch.context() as patch:
