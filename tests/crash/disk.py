@@ -25,8 +25,8 @@ from typing import Any
 
 import pytest
 
-
 SECTOR = 512  # bytes, the most that a disk writes or does not write
+LEDGER = "main.db"  # and its journal: SQLite's, which has its own ways through a power cut, and a thread of its own
 KEPT, LOST = "kept", "lost"
 TORN = 2  # how many lots are drawn for each cut
 
@@ -57,7 +57,13 @@ class Disk:
         info = path.lstat()
         self._hold(path)
         if path.is_dir():
-            self._dirs[info.st_ino] = {child.name: self._hold(child) for child in sorted(path.iterdir())}
+            entries = {child.name: self._hold(child) for child in sorted(path.iterdir())}
+            for inode in entries.values():
+                if self._kind[inode]:  # a directory that was moved here is nowhere else
+                    for other in self._dirs.values():
+                        for name in [name for name, each in other.items() if each == inode]:
+                            del other[name]
+            self._dirs[info.st_ino] = entries
         else:
             self._inodes[info.st_ino] = path.read_bytes()
 
@@ -94,7 +100,10 @@ class Disk:
             inode = self._hold(path)
             if path.is_dir():
                 now[inode] = {child.name: self._hold(child) for child in sorted(path.iterdir())}
-        for inode, is_directory in self._kind.items():  # in the order in which they were met, which no inode number decides
+        for (
+            inode,
+            is_directory,
+        ) in self._kind.items():  # in the order in which they were met, which no inode number decides
             if not is_directory:
                 self._inodes[inode] = _torn(self._inodes.get(inode, b""), _content(self._held[inode]), lot)
         added, taken = [], []
@@ -135,7 +144,8 @@ class Disk:
         path = Path(f"/proc/self/fd/{target}").readlink() if isinstance(target, int) else Path(os.fspath(target))
         if dir_fd is not None and not path.is_absolute():
             path = Path(f"/proc/self/fd/{dir_fd}").readlink() / path
-        return path if path.is_relative_to(self.root) else None
+        ours = path.is_relative_to(self.root) and not path.name.startswith(LEDGER)
+        return path if ours else None
 
     def watch(self, patch: pytest.MonkeyPatch) -> Disk:
         """Stand between the program and os."""
@@ -144,7 +154,8 @@ class Disk:
             real: Callable[..., Any] = getattr(os, name)
 
             def call(target: Any, *rest: Any, **options: Any) -> Any:
-                if (path := self.inside(target, options.get("dir_fd"))) is not None:
+                path = self.inside(target, options.get("dir_fd"))
+                if path is not None and not (name == "mkdir" and path.exists()):
                     self.step(f"{name} {path.relative_to(self.root)}")
                 result = real(target, *rest, **options)
                 if sync and path is not None:
@@ -190,10 +201,11 @@ def every_cut(
     judge: Callable[[Path, Any], None],
     *,
     torn: int = TORN,
+    first: int = 0,
 ) -> int:
-    """Do `act` on what `prepare` made, cut short at every operation in turn; `judge` what is left, in every way in which
-    it can be. Returns how many operations there were."""
-    cut_at, at_end = 0, False
+    """Do `act` on what `prepare` made, cut short at every operation from the `first` in turn; `judge` what is left, in every way
+    in which it can be. Returns how many operations there were."""
+    cut_at, at_end = first, False
     while not at_end:
         for how in (KEPT, LOST, *(f"torn {cut_at} {number}" for number in range(torn))):
             root = tmp_path / f"{cut_at}-{how.replace(' ', '-')}"

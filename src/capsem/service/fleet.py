@@ -190,11 +190,14 @@ class Fleet:
         self._changed(vm)
 
     def _remove_session(self, session: SessionDir, record: VmRecord | None) -> None:
-        """The record goes first: without it a directory is no VM, whatever else is still there."""
+        """The record goes first, for good: without it a directory is no VM, whatever else is still there; and were it to
+        come back after a crash, it would name layers that are gone."""
         confined = session.path.resolve().parent in (self.layout.sessions.resolve(), self.layout.persistent.resolve())
         if session.path.is_symlink() or not confined:
             raise Corrupt(f"{session.path} does not lie where VMs lie; it is left alone")
         session.record.unlink(missing_ok=True)
+        if session.path.exists():
+            durable.sync_directory(session.path)
         faults.at("delete.unrecorded")
         durable.remove_tree(session.path)
         faults.at("delete.removed")
