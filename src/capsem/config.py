@@ -169,7 +169,7 @@ def _read(path: str) -> dict[str, Any]:
         return {}
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as exc:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError, OSError) as exc:
         raise InvalidInput(f"{path} cannot be read: {exc}", hint="correct the file, or move it away") from exc
 
 

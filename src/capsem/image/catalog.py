@@ -257,7 +257,7 @@ def read_pointer(directory: Path, name: str) -> Path | None:
 def _target(pointer: Path) -> Path | None:
     try:
         name = json.loads(pointer.read_bytes())["directory"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return pointer.parent / name if isinstance(name, str) and _IMAGE_DIRECTORY.match(name) else None
 

@@ -83,7 +83,7 @@ def read(path: Path) -> Manifest:
         whole = manifest.digest == digest and manifest.files.keys() == ROLES.keys()
         # A manifest can come from elsewhere: its names must not lead out of its directory.
         names_are_plain = all(_PLAIN_NAME.match(each.name) for each in manifest.files.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise Corrupt(f"{path} is no image manifest: {exc!r}", hint="remove the image and make it again") from exc
     if not whole or not names_are_plain:
         raise Corrupt(f"{path} does not agree with itself", hint="remove the image and make it again")

@@ -88,6 +88,6 @@ def decode(content: bytes, *, source: str) -> list[SavedJob]:
             jobs.append(SavedJob(str(each["id"]), str(each["command"]), stdout, stderr, ending))
         if at != len(body):
             raise ValueError(f"{len(body) - at} bytes belong to no job")
-    except (LookupError, TypeError, ValueError, ProtocolError) as error:
+    except (LookupError, TypeError, ValueError, RecursionError, ProtocolError) as error:
         raise Corrupt(f"{source} does not hold jobs: {error!r}") from error
     return jobs

@@ -35,7 +35,7 @@ def check(layer: Path, target: Path) -> None:
     """Hold a layer against its checksum. Raises Corrupt, FileNotFoundError (there is none yet), OSError."""
     try:
         expected = json.loads(target.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Corrupt(f"{target} is no checksum", hint="remove it, if the layer is to be trusted as it is") from error
     if _read(layer) != expected:
         raise Corrupt(f"{layer} is not what was frozen: its data has changed", hint="restore it from a backup")

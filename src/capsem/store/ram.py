@@ -76,7 +76,7 @@ def read_identity(path: Path, size: int) -> RamIdentity:
         if body.pop("format") != 1:
             raise ValueError("unknown format")
         return RamIdentity(**body)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise Corrupt(f"{path} does not say whose memory it is: {error}", hint="the VM can be resumed cold") from error
 
 
