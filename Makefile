@@ -1,4 +1,4 @@
-.PHONY: test soak lint demo docs man bench lock
+.PHONY: test mutants soak lint demo docs man bench lock
 
 test:
 	./scripts/test
@@ -6,6 +6,10 @@ test:
 # Many boots, and nothing that they leave behind; figures on standard error. A million simulated operations.
 soak:
 	./scripts/test -n 0 -m soak -s tests/vm tests/simulation
+
+# Tests of the tests: breaks a copy of the tree in one place at a time, and shows which test notices. Takes minutes.
+mutants:
+	.venv/bin/python tests/mutants.py
 
 demo:
 	./scripts/demo

@@ -118,6 +118,17 @@ def test_the_checkpoints_of_a_vm_go_with_it_but_not_from_under_its_forks(fleet: 
     assert list(fleet.layout.layers.iterdir()) == [], "its checksum too"
 
 
+def test_a_layer_that_a_checkpoint_alone_names_stays_as_long_as_that(fleet: Fleet) -> None:
+    """As after a rollback: the VM has gone on from elsewhere."""
+    add_layer(fleet.layout, LAYER)
+    vm = add(fleet, layers=(TOP,))
+    made = make(fleet.checkpoints, ID, (LAYER,))
+    carried_out(fleet, lambda: fleet.remove_layers((LAYER, TOP)))
+    assert {path.stem for path in fleet.layout.layers.glob("*.qcow2")} == {LAYER, TOP}
+    carried_out(fleet, lambda: fleet.remove_checkpoint(made))
+    assert {path.stem for path in fleet.layout.layers.glob("*.qcow2")} == set(vm.record.layers)
+
+
 def test_nothing_goes_while_a_record_cannot_be_read(fleet: Fleet) -> None:
     """It would say what it needs."""
     vm, spoilt = add(fleet, layers=(LAYER,)), add(fleet, "spoilt")

@@ -12,7 +12,7 @@ import pytest
 
 from capsem.control import guest as guest_module
 from capsem.control import heartbeat as heartbeat_module
-from capsem.control.guest import Guest, Identity
+from capsem.control.guest import Guest, Identity, Restored
 from capsem.control.heartbeat import Heartbeat
 from capsem.model.errors import GuestFailed, Interrupted, TimedOut
 from capsem.wire.frames import FIRST_NONCE, FrameDecoder, answer_to
@@ -182,6 +182,21 @@ async def test_a_handshake(bench: Bench) -> None:
     assert guest.boot_ready.clock_step == 0.25
     assert ready == [True]
     assert guest._watchdog is None
+
+
+@in_loop
+async def test_nobody_gets_into_a_restored_machine_that_is_not_well(bench: Bench) -> None:
+    for problems in ([], ["the volume cannot be written"]):
+        guest = bench.guest = Guest(
+            Identity("box", "box", {}), StoppedClock(), Counter(), Restored(3, FIRST_NONCE, "mark")
+        )
+        guest.channel.connection_made(bench)
+        guest._control(Ready(protocol=PROTOCOL_VERSION, agent="1", boot_id="b"))
+        guest._control(BootReady(epoch=4, clock_step=0.0, problems=problems))
+        assert guest.is_ready is not bool(problems)
+        if problems:
+            with pytest.raises(GuestFailed, match="not well: the volume cannot be written"):
+                await guest.wait_ready(60)
 
 
 @in_loop

@@ -1,0 +1,260 @@
+"""Tests of the tests: Capsem, broken on purpose in one place, and the tests that must notice.
+
+    python tests/mutants.py [NAME ...]        `make mutants` runs all
+
+Each mutant is one exact replacement of text in a copy of the tree. Its tests have to fail there, having passed in a copy
+that nobody broke. An anchor that is gone is an error and no reason to skip: then the mutant is to be written anew, for
+what it stood for is still worth a test. `tests/unit/test_mutants.py` looks after that in every run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+FAILED = 1  # pytest's exit status when tests have failed, and nothing else was wrong
+LIMIT = 900  # seconds for one mutant's tests
+
+
+class Mutant(NamedTuple):
+    """In `file`, below src/capsem, `old` becomes `new`; `tests` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+COMMIT = """        durable.sync_directory(draft.files.path)
+        durable.sync_directory(self._layout.checkpoints)
+        try:
+            durable.write(draft.files.manifest, checkpoint.to_json())
+"""
+MANIFEST_FIRST = """        draft.files.manifest.write_bytes(checkpoint.to_json())
+        durable.sync_directory(draft.files.path)
+        durable.sync_directory(self._layout.checkpoints)
+        try:
+            durable.write(draft.files.manifest, checkpoint.to_json())
+"""
+RECORD_CRASH = "tests/crash/test_checkpoints_crash.py::test_a_record_that_a_cut_left_is_the_old_or_the_new"
+COMMIT_CRASH = "tests/crash/test_checkpoints_crash.py::test_a_commit"
+
+MUTANTS = (
+    Mutant(
+        "gate off",
+        "service/gate.py",
+        "self._off = path is None and not overlap",
+        "self._off = True",
+        "tests/contract/test_hazard.py::test_with_the_gate_nothing_is_ever_lost",
+    ),
+    Mutant(
+        "gate only within one service",
+        "service/gate.py",
+        "self._host = HostLock(path) if path is not None and not overlap else None",
+        "self._host = None",
+        "tests/contract/test_hazard.py::test_with_the_gate_nothing_is_ever_lost",
+    ),
+    Mutant("manifest before data", "store/checkpoints.py", COMMIT, MANIFEST_FIRST, COMMIT_CRASH),
+    Mutant(
+        "missing fsync of a file",
+        "store/durable.py",
+        "                view = view[os.write(fd, view) :]\n            os.fsync(fd)\n",
+        "                view = view[os.write(fd, view) :]\n",
+        RECORD_CRASH,
+    ),
+    Mutant(
+        "rename without directory fsync",
+        "store/durable.py",
+        "        raise\n    sync_directory(path.parent)\n",
+        "        raise\n",
+        COMMIT_CRASH,
+    ),
+    Mutant(
+        "memory not synced", "store/ram.py", "self.size)\n        os.fsync(self._fd)\n", "self.size)\n", COMMIT_CRASH
+    ),
+    Mutant(
+        "merged layer not synced",
+        "hypervisor/qemu/merge.py",
+        "_write_all(fd, start, 0)\n                os.fsync(fd)\n",
+        "_write_all(fd, start, 0)\n",
+        "tests/crash/test_service_crash.py::test_a_merge_of_layers_changes_nothing_that_anybody_can_read",
+    ),
+    Mutant(
+        "removal not made durable",
+        "service/fleet.py",
+        "            durable.sync_directory(session.path)\n",
+        "            pass\n",
+        "tests/crash/test_service_crash.py::test_a_delete",
+    ),
+    Mutant(
+        "guest file acknowledged before it is durable",
+        "guest/files.py",
+        "    def _commit(self) -> None:\n        os.fsync(self._fd)\n",
+        "    def _commit(self) -> None:\n",
+        "tests/unit/test_guest_files.py",
+    ),
+    Mutant(
+        "suspend acknowledged before the machine's exit",
+        "service/checkpoints.py",
+        "                if not await vm.ended(EXIT_LIMIT):\n                    await vm.stop(Stop(kill=True))\n",
+        "",
+        "tests/contract/test_hazard.py::test_with_the_gate_nothing_is_ever_lost tests/contract/test_driver_sim.py",
+    ),
+    Mutant(
+        "no epoch check",
+        "wire/handshake.py",
+        "if message.epoch == self._offered:",
+        "if message.epoch:",
+        "tests/unit/test_wire_handshake.py tests/unit/test_control_guest.py",
+    ),
+    Mutant(
+        "retry without dedup",
+        "guest/jobs.py",
+        "if job in self._started:",
+        "if job in ():",
+        "tests/contract/test_agent_exec.py::test_a_job_is_never_started_twice",
+    ),
+    Mutant(
+        "health check ignored",
+        "control/guest.py",
+        "if self._restored and self.boot_ready.problems:",
+        "if self._restored and not self.boot_ready:",
+        "tests/unit/test_control_guest.py",
+    ),
+    Mutant(
+        "mark not compared",
+        "guest/health.py",
+        "if not mark == self._mark == found:",
+        "if not found:",
+        "tests/unit/test_guest_health.py",
+    ),
+    Mutant(
+        "layer collected while a checkpoint names it",
+        "service/fleet.py",
+        "        used |= {layer for checkpoint in self.checkpoints.all() for layer in checkpoint.layer_ids}\n",
+        "",
+        "tests/contract/test_collect.py",
+    ),
+    Mutant(
+        "written to a layer that a checkpoint holds",
+        "service/create.py",
+        " or self.fleet.is_frozen(vm.record.layers[-1])",
+        "",
+        "tests/contract/test_collect.py",
+    ),
+    Mutant(
+        "page range off by one",
+        "hypervisor/qemu/memory.py",
+        "(found.end() - found.start()) * PAGE",
+        "(found.end() - found.start() - 1) * PAGE",
+        "tests/unit/test_qemu_memory.py",
+    ),
+    Mutant(
+        "digest of a part not compared",
+        "store/checkpoints.py",
+        "if part is not None and describe(path) != part:",
+        "if part is not None and not path.exists():",
+        "tests/unit/test_store_checkpoints.py",
+    ),
+    Mutant(
+        "memory of another VM accepted",
+        "store/checkpoints.py",
+        "if identity != ram.RamIdentity(checkpoint.vm_id, checkpoint.id, checkpoint.memory.size):",
+        "if identity.size != checkpoint.memory.size:",
+        "tests/unit/test_store_checkpoints.py",
+    ),
+    Mutant(
+        "draft swept while somebody works on it",
+        "store/checkpoints.py",
+        "                lock = try_lock(files.draft)\n            except OSError:",
+        '                lock = try_lock(files.draft.with_name("sweep"))\n            except OSError:',
+        "tests/unit/test_store_checkpoints.py",
+    ),
+    Mutant(
+        "import without its digests",
+        "store/archive.py",
+        'if kind in b"EZ" and payload != before:',
+        'if kind in b"EZ" and len(payload) != len(before):',
+        "tests/contract/test_transfer.py",
+    ),
+)
+
+
+def apply(mutant: Mutant, source: Path) -> None:
+    """Break the tree whose package is `source`. Raises LookupError when the anchor is not there exactly once."""
+    path = source / mutant.file
+    text = path.read_text()
+    if text.count(mutant.old) != 1:
+        raise LookupError(f"{mutant.name}: its anchor is {text.count(mutant.old)} times in {mutant.file}")
+    path.write_text(text.replace(mutant.old, mutant.new))
+
+
+def tested(mutant: Mutant | None, tests: list[str]) -> tuple[int, str]:
+    """pytest's exit status, and what it said, in a copy of the tree that is broken in this way."""
+    with tempfile.TemporaryDirectory(prefix="capsem-mutant-") as text:
+        root = Path(text)
+        for name in ("src", "tests"):
+            shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "README.md"):
+            shutil.copy(ROOT / name, root)
+        if mutant is not None:
+            apply(mutant, root / "src/capsem")
+        env = {**os.environ, "PYTHONPATH": str(root / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+        found = subprocess.run(
+            [sys.executable, "-c", "import capsem; print(capsem.__file__)"],
+            cwd=root, env=env, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert Path(found.stdout.strip()).is_relative_to(root), "the tests would see the tree that nobody broke"
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "--tb=no",
+            "-m",
+            "not vm",
+            "-p",
+            "no:cacheprovider",
+            *tests,
+        ]
+        done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=LIMIT)
+        return done.returncode, done.stdout
+
+
+def caught(mutant: Mutant) -> str:
+    """The test that failed, or "" when none did, or the tests did not run."""
+    status, said = tested(mutant, mutant.tests.split())
+    failed = [line.split()[1] for line in said.splitlines() if line.startswith("FAILED ")]
+    return failed[0] if status == FAILED and failed else ""
+
+
+def main(names: list[str]) -> int:
+    """Run the mutants of these names, or all; 0 when each was caught."""
+    mutants = [mutant for mutant in MUTANTS if not names or mutant.name in names]
+    if unknown := set(names) - {mutant.name for mutant in mutants}:
+        print(f"no such mutant: {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
+    tests = sorted({test for mutant in mutants for test in mutant.tests.split()})
+    status, said = tested(None, tests)
+    if status != 0:
+        print(f"the tests fail in a tree that nobody broke:\n{said[-4000:]}", file=sys.stderr)
+        return 2
+    survived = 0
+    for mutant in mutants:
+        test = caught(mutant)
+        survived += not test
+        print(f"{'caught' if test else 'SURVIVED':9} {mutant.name:48} {test}", flush=True)
+    print(f"{len(mutants) - survived} of {len(mutants)} mutants caught")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
