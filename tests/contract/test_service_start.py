@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from capsem.api.types import (
 )
 from capsem.model.errors import Corrupt, Unavailable, Unsupported
 from capsem.service import fleet
+from capsem.service.__main__ import _bind
 from capsem.service.link import Link
 from capsem.store.layout import SessionDir
 from capsem.store.locks import Lock, try_lock
@@ -32,6 +34,12 @@ from service_world import World, play, status
 async def only(it: World) -> SandboxInfo:
     [info] = (await it.handlers.list()).sandboxes
     return info
+
+
+def test_nobody_else_gets_to_the_socket(tmp_path: Path) -> None:
+    path = tmp_path / "service.sock"
+    _bind(path).close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 # -- versions

@@ -50,6 +50,19 @@ def test_commands_in_the_text_exist(page: Path) -> None:
         assert verb in verbs, f"{page.name}: there is no `capsem {verb}`"
 
 
+@pytest.mark.parametrize("name", ["testing.md", "threat-model.md"])
+def test_every_promise_names_a_test_that_there_is(name: str) -> None:
+    text = (ROOT / "docs" / name).read_text()
+    rows = [
+        row for row in text.splitlines() if row.startswith("| ") and not row.startswith(("| promise", "| it cannot"))
+    ]
+    assert rows
+    for row in rows:
+        assert re.search(r"\]\(\.\./tests/", row.split("|")[-2]), f"no test stands beside: {row}"
+    for path in re.findall(r"\]\(\.\./(tests/[^)]+)\)", text):
+        assert (ROOT / path).is_file(), path
+
+
 @pytest.mark.parametrize("script", ["demo", "test", "lint", "setup.sh"])
 def test_scripts_are_plain_shell(script: str) -> None:
     subprocess.run(["sh", "-n", ROOT / "scripts" / script], check=True)
