@@ -58,8 +58,8 @@ def test_every_promise_names_a_test_that_there_is(name: str) -> None:
     ]
     assert rows
     for row in rows:
-        assert re.search(r"\]\(\.\./tests/", row.split("|")[-2]), f"no test stands beside: {row}"
-    for path in re.findall(r"\]\(\.\./(tests/[^)]+)\)", text):
+        assert re.search(r"`tests/", row.split("|")[-2]), f"no test stands beside: {row}"
+    for path in re.findall(r"`(tests/[^`]+)`", text):
         assert (ROOT / path).is_file(), path
 
 
