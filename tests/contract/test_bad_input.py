@@ -98,6 +98,9 @@ _BODIES = {
     "rollback": {"checkpoint": "3f2a"},
     "put_file": b"content",
     "inspect": {"sql": "SELECT 1"},
+    "forward": b"\x03\x00\x00\x00\x0b" + b'{"port":80}',
+    "kill_job": {"job": "one"},
+    "feed_job": b"",
 }
 
 
@@ -105,7 +108,7 @@ _BODIES = {
     "operation", [each for each in OPERATIONS.values() if each.takes_id], ids=lambda each: each.name
 )
 def test_a_vm_that_is_not_there(service: Service, operation: Any) -> None:
-    path = operation.path.replace("{id}", "ghost") + ("?path=a&checkpoint=3f2a" if operation.query else "")
+    path = operation.path.replace("{id}", "ghost") + ("?path=a&checkpoint=3f2a&job=one" if operation.query else "")
     error = refused(ask(service.socket, operation.method, path, _BODIES.get(operation.name)), 404, "not_found")
     assert "ghost" in error["error"]
 

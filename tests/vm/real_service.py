@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import shared_templates
 from capsem.client.sync import Client
 from capsem.image.catalog import Catalog
 from capsem.model.errors import CapsemError
@@ -64,8 +63,8 @@ class Service:
     def status(self, vm_id: str) -> str:
         return str(self.client.call("info", vm_id=vm_id)["status"])
 
-    def restart(self) -> None:
-        self.process = start_process(self.home)
+    def restart(self, **env: str) -> None:
+        self.process = start_process(self.home, **env)
         wait_until_it_answers(self.client)
 
     def stop(self) -> None:
@@ -74,7 +73,13 @@ class Service:
 
 
 def environment(home: Path) -> dict[str, str]:
-    return {**os.environ, "HOME": str(home), "CAPSEM_HOME": str(home), "CAPSEM_RUN_DIR": str(home / "run")}
+    return {
+        **os.environ,
+        "HOME": str(home),
+        "CAPSEM_HOME": str(home),
+        "CAPSEM_RUN_DIR": str(home / "run"),
+        "CAPSEM_TEMPLATES": "off",
+    }
 
 
 def start_process(home: Path, *options: str, **env: str) -> subprocess.Popen[bytes]:
@@ -117,20 +122,16 @@ def children(pid: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def running_service(home: Path | None = None) -> Iterator[Service]:
-    """A service in `home`, else in a fresh one that goes with it. A home that is given is of a special kind, such as a
-    small disk: there VMs boot."""
+def running_service(home: Path | None = None, **env: str) -> Iterator[Service]:
+    """A service in `home`, else in a fresh one that goes with it. VMs boot, unless `env` has it otherwise: what tests count
+    and break is their own VMs'."""
     Catalog.from_environment(os.environ).find()  # says how to make it when it is missing
     # A short path: sockets have to fit.
     with tempfile.TemporaryDirectory(prefix="capsem-vm-") as text:
         place = home or Path(text)
-        if home is None:
-            shared_templates.give(place / "run")
-        service = Service(place, start_process(place, **({} if home is None else {"CAPSEM_TEMPLATES": "off"})))
+        service = Service(place, start_process(place, **env))
         try:
             wait_until_it_answers(service.client)
             yield service
         finally:
             service.stop()
-            if home is None:
-                shared_templates.take(place / "run")

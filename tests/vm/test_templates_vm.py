@@ -6,12 +6,22 @@ import json
 import mmap
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
-from real_service import SMALL, Service, alive, children, wait_for
+import pytest
+
+from real_service import SMALL, Service, alive, children, running_service, wait_for
 
 OWN = "hostname; cat /etc/machine-id /run/capsem/boot-token; head -c 16 /dev/urandom | base64; echo $SECRET"
 SECRET = "s3cr3t-of-the-first-one"
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Service]:
+    """A service that makes templates, as services do."""
+    with running_service(CAPSEM_TEMPLATES="on") as it:
+        yield it
 
 
 def templates(service: Service) -> list[Path]:
@@ -19,8 +29,8 @@ def templates(service: Service) -> list[Path]:
     return [path.parent for path in found if json.loads(path.read_text())["body"]["kind"] == "template"]
 
 
-def test_forks_of_a_template(service: Service) -> None:
-    client, seen = service.client, []
+def test_forks_of_a_template(warm: Service) -> None:
+    service, client, seen = warm, warm.client, []
     for number, secret in enumerate((SECRET, "other")):
         name = f"forked{number}"
         answer = client.call("provision", body={"name": name, "env": {"SECRET": secret}, **SMALL})
@@ -40,8 +50,8 @@ def test_forks_of_a_template(service: Service) -> None:
         client.call("delete", vm_id=name)
 
 
-def test_a_service_killed_while_it_makes_one_leaves_nothing(own_service: Service) -> None:
-    service, size = own_service, {"ram_mb": 320, "cpus": 1}
+def test_a_service_killed_while_it_makes_one_leaves_nothing(warm: Service) -> None:
+    service, size = warm, {"ram_mb": 320, "cpus": 1}
     creating = service.start_cli("create", "-n", "box", "--ram", "0.3125", "--cpu", "1")
     wait_for(lambda: list(service.run_dir.glob("sessions/template-*/process.log")))
     machines = children(service.process.pid)
@@ -49,7 +59,7 @@ def test_a_service_killed_while_it_makes_one_leaves_nothing(own_service: Service
     service.process.wait()
     creating.kill()
     creating.wait()
-    service.restart()
+    service.restart(CAPSEM_TEMPLATES="on")
     wait_for(lambda: not list(service.run_dir.glob("sessions/template-*")))
     wait_for(lambda: not any(alive(pid) for pid in machines))
     assert service.client.call("list")["sandboxes"] == []
