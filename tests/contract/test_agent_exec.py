@@ -476,7 +476,10 @@ def test_a_background_flood_does_not_keep_its_command_alive(with_agent: Run) -> 
 
 def test_a_background_flood_that_is_read_ends_too(with_agent: Run) -> None:
     async def scenario(bench: Bench) -> None:
-        ran = await bench.run("setsid sh -c 'echo $$ >&2; exec cat /dev/zero' &")
+        begun = "begun=$(mktemp -u); mkfifo $begun; "  # it outlives the command, but what it says first comes before its end
+        ran = await bench.run(
+            begun + 'setsid sh -c "echo \\$\\$ >&2; : >$begun; exec cat /dev/zero" & read -r _ <$begun; rm $begun'
+        )
         assert ran.code == 0
         await bench.serves()
         os.kill(int(ran.stderr), signal.SIGKILL)

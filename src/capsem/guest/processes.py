@@ -39,7 +39,7 @@ _PIECES_PER_TURN = 16  # then the rest of the agent gets its turn
 _LINGER = 0.1  # seconds that a background process may hold a pipe open before its command counts as ended
 _FIONREAD = 0x541B  # ioctl: how many bytes a pipe holds
 # Python ignores the first two, the shell that started the agent in the background the others, and that is inherited.
-_RESET_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGQUIT)
+_RESET_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
 _OOM_SCORE = "/proc/self/oom_score_adj"
 
 

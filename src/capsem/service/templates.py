@@ -105,7 +105,8 @@ class Templates:
                         await vm.stop(Stop(kill=True))
         finally:
             if vm.running:
-                await vm.stop(Stop(kill=True))
+                async with self._maker.gate.teardown(vm):
+                    await vm.stop(Stop(kill=True))
             if not vm.deleted:  # it never ran
                 self._fleet.remove(vm)
         assert isinstance(made, CheckpointMade)

@@ -61,6 +61,7 @@ ENDING_LIMIT = 2.0  # seconds between the loss of the control channel and the VM
 GATE_WAIT = 60.0  # seconds that a guest's own shutdown waits for the gate
 ORPHAN_WAIT = 5.0  # and one because the parent of the family is gone
 ORPHAN_LIMIT = 5.0  # seconds for the VMM of an earlier, killed supervisor to die
+LOCK_TURN = 0.05  # seconds between looks at a lock whose holder cannot be found
 LOG_LINES = 20
 
 log = logging.getLogger("capsem_process")
@@ -180,7 +181,10 @@ class Supervisor(Changes):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(ORPHAN_LIMIT):
                 while (lock := try_lock(path)) is None:
-                    for pid in holders(path):
+                    pids = holders(path)
+                    if not pids:  # it has just ended, or is not to be seen from here
+                        await asyncio.sleep(LOCK_TURN)
+                    for pid in pids:
                         log.warning("killing orphaned VMM %d", pid)
                         self._system.processes.signal(pid, 9)
                         await self._system.processes.gone(pid)
