@@ -4,51 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 from capsem.config import load
-from capsem.model.errors import NotFound
 from capsem.service.create import Maker
 from capsem.service.fleet import Fleet
 from capsem.service.gate import Gate
 from capsem.service.handlers import Handlers
 from capsem.service.launch import Launcher
 from capsem.service.ledgers import Ledgers
+from capsem.simulation.world import OneImage
 from capsem.store.layout import Layout
 from process_machine import InProcess, ProcessDriver
-
-
-class OneImage:
-    """A catalogue with one image, of which nothing is read."""
-
-    def __init__(self, directory: Path) -> None:
-        path = directory / "image"
-        self.image = SimpleNamespace(
-            name="default",
-            digest="d" * 64,
-            directory=path,
-            kernel=path / "vmlinux",
-            initrd=path / "initrd.img",
-            root=path / "root.erofs",
-            volume=path / "volume.raw",
-            volume_mb=16384,
-            kernel_command_line="quiet",
-            manifest=SimpleNamespace(files={role: SimpleNamespace(digest="e" * 64) for role in ("kernel", "initrd")}),
-        )
-
-    def find(self, name: str = "default") -> SimpleNamespace:
-        if name != "default":
-            raise NotFound(f"no image {name}")
-        return self.image
-
-    @contextlib.contextmanager
-    def taken(self, name: str, run_dir: Path) -> Iterator[SimpleNamespace]:
-        yield self.find(name)
-
-    def list(self) -> list[SimpleNamespace]:
-        return [self.image]
 
 
 class World:

@@ -18,9 +18,9 @@ from capsem.service.gate import Gate
 from capsem.service.handlers import Handlers
 from capsem.service.launch import Launcher
 from capsem.service.ledgers import Ledgers
+from capsem.simulation.world import OneImage
 from capsem.store.layout import Layout
 from process_machine import InProcess
-from service_world import OneImage
 
 RAM_MB = 256
 
