@@ -53,14 +53,19 @@ class RealTerminal:
     def type(self, text: bytes) -> None:
         os.write(self._fd, text)
 
+    def _readable(self, limit: float) -> bool:
+        poll = select.poll()  # select(2) knows descriptors below 1024 alone
+        poll.register(self._fd, select.POLLIN)
+        return bool(poll.poll(limit * 1000))
+
     def expect(self, text: bytes) -> bytes:
         """Read until `text` is shown; what was shown up to its end is returned, and taken away."""
         deadline = time.monotonic() + LIMIT
         while text not in self.shown:
             left = deadline - time.monotonic()
             assert left > 0, (text, self.shown)
-            assert select.select([self._fd], [], [], min(left, 0.2))[0] or self.process.poll() is None, self.shown
-            if select.select([self._fd], [], [], 0)[0]:
+            assert self._readable(min(left, 0.2)) or self.process.poll() is None, self.shown
+            if self._readable(0):
                 self.shown += os.read(self._fd, 65536)
         end = self.shown.index(text) + len(text)
         taken, self.shown = self.shown[:end], self.shown[end:]
@@ -71,9 +76,9 @@ class RealTerminal:
         deadline = time.monotonic() + LIMIT
         while self.process.poll() is None:
             assert time.monotonic() < deadline, self.shown
-            if select.select([self._fd], [], [], 0.05)[0]:
+            if self._readable(0.05):
                 self.shown += os.read(self._fd, 65536)
-        while select.select([self._fd], [], [], 0)[0]:
+        while self._readable(0):
             self.shown += os.read(self._fd, 65536)
         return self.process.returncode
 

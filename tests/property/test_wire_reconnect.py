@@ -104,6 +104,7 @@ class World:
     def _bury(self) -> None:
         loop = self.agent._loop
         os.close(loop._wake)
+        os.close(self.agent._memory._fd)  # an agent keeps it as long as it lives
         loop._epoll.close()
 
     def close(self) -> None:
