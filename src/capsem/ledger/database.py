@@ -18,11 +18,26 @@ from urllib.parse import quote
 from capsem.model.errors import Corrupt, NotFound
 
 BUSY = 2.0  # seconds to wait for another process's lock
+WAL_TURN = 0.01  # seconds between tries
 CHECKPOINT_PAGES = 256  # 1 MiB of journal, then it goes into the file
 
 
 class Deadline(Exception):
     """A statement took longer than it may."""
+
+
+def _use_wal(connection: sqlite3.Connection) -> None:
+    """SQLite does not wait for another who does the same at that moment: it says at once that the file is locked."""
+    deadline = time.monotonic() + BUSY
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() >= deadline:
+                raise
+            time.sleep(WAL_TURN)
+        else:
+            return
 
 
 def is_damaged(error: sqlite3.Error) -> bool:
@@ -35,7 +50,7 @@ def open_writer(path: Path, migrations: Sequence[Sequence[str]]) -> sqlite3.Conn
     path.touch(mode=0o600)
     connection = sqlite3.connect(path, timeout=BUSY, isolation_level=None, check_same_thread=False)
     try:
-        connection.execute("PRAGMA journal_mode = WAL")
+        _use_wal(connection)
         # What is committed survives the death of any process; after a power cut the newest may be missing.
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")

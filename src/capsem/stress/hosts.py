@@ -42,6 +42,7 @@ class Service:
         self._restarting = threading.Lock()
         self._environ = {
             **environ,
+            "CAPSEM_TEMPLATES": "off",  # nothing may be left, and a template would be
             "CAPSEM_HOME": str(home),
             "CAPSEM_RUN_DIR": str(self.run_dir),
             "CAPSEM_HYPERVISOR": options.hypervisor,
