@@ -39,6 +39,7 @@ from capsem.store.layout import Layout
 from capsem.store.locks import Lock, try_lock
 from capsem.system.process import set_process_name
 from capsem.system.real import real_system
+from capsem.system.unix import bind_private
 
 PROBE_LIMIT = 0.5  # seconds
 START_LOCK_LIMIT = 30.0  # seconds
@@ -134,15 +135,7 @@ async def _acquire(lock: Path, path: Path) -> Lock | int:
 def _bind(path: Path) -> socket.socket:
     """Bind and listen, mode 0600, in place of whatever is there. Raises OSError (a directory is there, path too long)."""
     path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX)
-    before = os.umask(0o177)
-    try:
-        listener.bind(str(path))
-    except BaseException:
-        listener.close()
-        raise
-    finally:
-        os.umask(before)
+    listener = bind_private(path)
     listener.listen(128)
     return listener
 

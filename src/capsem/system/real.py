@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from capsem.system import Child, Listener, ProtocolFactory, System
+from capsem.system.unix import bind_private
 
 _LINE_LIMIT = 1024 * 1024
 _libc = ctypes.CDLL(None)
@@ -94,11 +95,7 @@ class RealNetwork:
 
     async def listen(self, path: Path, factory: ProtocolFactory) -> Listener:
         """See Network; whatever is at `path` was removed by the caller."""
-        before = os.umask(0o177)
-        try:
-            return await asyncio.get_running_loop().create_unix_server(factory, str(path))
-        finally:
-            os.umask(before)
+        return await asyncio.get_running_loop().create_unix_server(factory, sock=bind_private(path))
 
 
 class RealChild:
