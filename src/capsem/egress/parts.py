@@ -1,0 +1,67 @@
+"""What the core of the proxy is handed: who decides, who answers what must be asked, who knows secrets, who listens in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from capsem.egress.facts import Subject, Verdict
+from capsem.egress.heads import Headers, RequestHead, ResponseHead
+
+
+class SecretMisuse(Exception):
+    """A placeholder was about to go where its secret must not: `secret` is its name; the message is for a person."""
+
+    def __init__(self, secret: str, reason: str) -> None:
+        super().__init__(reason)
+        self.secret = secret
+
+
+class Judge(Protocol):
+    """The policy of a VM. It may be another one at the next call: kept connections are judged again at each request."""
+
+    def judge(self, subject: Subject) -> Verdict:
+        """The verdict; pure and quick. The floor is judged when `subject.address` is given, which is what is about to be
+        dialled, or what was asked for by number."""
+
+
+class Asker(Protocol):
+    """Whoever may be asked about what a rule says must be asked."""
+
+    async def ask(self, subject: Subject, verdict: Verdict) -> Verdict:
+        """The final verdict, ALLOW or DENY; at once a denial when nobody listens."""
+
+
+class Broker(Protocol):
+    """Lends secrets: the guest has placeholders, real values are put in on the way out."""
+
+    async def outgoing(self, subject: Subject, head: RequestHead, *, verified: bool) -> RequestHead:
+        """The head with real values. `verified`: it goes over TLS that we have checked against `subject.host`, which is the
+        SNI, too. Raises SecretMisuse."""
+
+    def body(self, subject: Subject, headers: Headers, *, verified: bool) -> Callable[[bytes], bytes] | None:
+        """What a request's body has to pass through, chunk by chunk (b"" is the end), and may get longer or shorter by; None
+        when it can go as it is. The function raises SecretMisuse."""
+
+    def incoming(self, subject: Subject, head: ResponseHead) -> tuple[ResponseHead, Callable[[bytes], bytes] | None]:
+        """An answer that does not repeat a secret to the guest: its head, and what its body passes through (as `body`)."""
+
+
+class Tap(Protocol):
+    """Listens to one request and its answer. It sees chunks of decoded bodies as they pass, may drop what is too much for
+    it, and never raises."""
+
+    def request_body(self, chunk: bytes) -> None:
+        """A piece of the request."""
+
+    def response(self, head: ResponseHead) -> None:
+        """The answer begins."""
+
+    def response_body(self, chunk: bytes) -> None:
+        """A piece of it."""
+
+    def finish(self) -> None:
+        """That was all, or as much as there will be: what was learnt is recorded."""
+
+
+Taps = Callable[[Subject, RequestHead], Tap | None]
