@@ -30,26 +30,20 @@ from capsem.api.checkpoint_types import (
     SuspendResponse,
 )
 from capsem.api.codec import encode
-from capsem.api.operations import OPERATIONS, unknown_vm
-from capsem.api.types import (
+from capsem.api.exec_types import ExecRequest, ExecResponse, ExecResult, RunRequest
+from capsem.api.file_types import ReadFileRequest, ReadFileResponse, WriteFileRequest
+from capsem.api.operation import unknown_vm
+from capsem.api.operations import OPERATIONS
+from capsem.api.usage_types import ImageUsage, UsageResponse, VmUsage
+from capsem.api.vm_types import (
     AssetHealth,
-    ExecRequest,
-    ExecResponse,
-    ExecResult,
-    ImageUsage,
     ListResponse,
     LogsResponse,
     ProvisionRequest,
     ProvisionResponse,
-    ReadFileRequest,
-    ReadFileResponse,
     ResumeRequest,
-    RunRequest,
     SandboxInfo,
     StopResponse,
-    UsageResponse,
-    VmUsage,
-    WriteFileRequest,
 )
 from capsem.model.errors import AlreadyExists, LimitReached, TimedOut, Unavailable
 from capsem.model.lifecycle import State, Status

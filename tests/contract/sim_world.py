@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from capsem.api.types import ExecRequest, ProvisionRequest
+from capsem.api.exec_types import ExecRequest
+from capsem.api.vm_types import ProvisionRequest
 from capsem.config import load
 from capsem.hypervisor.sim.driver import SimDriver
 from capsem.hypervisor.sim.plan import Plan

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from capsem.api.types import ExecRequest, ExecResponse, KillJobRequest, Offsets, ProvisionRequest
+from capsem.api.exec_types import ExecRequest, ExecResponse, KillJobRequest, Offsets
+from capsem.api.vm_types import ProvisionRequest
 from capsem.model.errors import AlreadyExists, InvalidInput, NotFound, NotRunning, TimedOut, WrongState
 from service_world import World, play
 

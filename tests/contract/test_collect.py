@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from capsem.api.types import ProvisionRequest
+from capsem.api.vm_types import ProvisionRequest
 from capsem.model.checkpoint import Kind
 from capsem.model.errors import Corrupt
 from capsem.model.lifecycle import State

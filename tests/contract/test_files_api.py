@@ -22,7 +22,7 @@ from urllib.parse import quote
 import pytest
 import uvicorn
 
-from capsem.api.types import ProvisionRequest
+from capsem.api.vm_types import ProvisionRequest
 from capsem.client.http import Answer, encode_chunk
 from capsem.service.app import build_app
 from service_world import World, world

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from capsem.api.types import ExecRequest, ForkRequest, ProvisionRequest, ResumeRequest
+from capsem.api.exec_types import ExecRequest
+from capsem.api.vm_types import ForkRequest, ProvisionRequest, ResumeRequest
 from capsem.hypervisor.driver import Merged
 from capsem.service.flattening import Flattening
 from capsem.store.flatten import MAX_DEPTH

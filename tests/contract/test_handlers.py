@@ -8,17 +8,9 @@ from typing import Any
 
 import pytest
 
-from capsem.api.types import (
-    ExecRequest,
-    ForkRequest,
-    PersistRequest,
-    ProvisionRequest,
-    PurgeRequest,
-    PurgeResponse,
-    ReadFileRequest,
-    RunRequest,
-    WriteFileRequest,
-)
+from capsem.api.exec_types import ExecRequest, RunRequest
+from capsem.api.file_types import ReadFileRequest, WriteFileRequest
+from capsem.api.vm_types import ForkRequest, PersistRequest, ProvisionRequest, PurgeRequest, PurgeResponse
 from capsem.control import heartbeat
 from capsem.image.catalog import Catalog
 from capsem.model.errors import (

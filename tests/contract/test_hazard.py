@@ -15,7 +15,8 @@ from sim_world import RAM_MB, SimWorld, churn, sim_world
 
 from capsem import faults
 from capsem.api.checkpoint_types import CheckpointRequest, RollbackRequest
-from capsem.api.types import ForkRequest, RunRequest
+from capsem.api.exec_types import RunRequest
+from capsem.api.vm_types import ForkRequest
 from capsem.model.errors import MachineFailed, NotFound, NotRunning, Unavailable, WrongState
 
 CYCLES = 6

@@ -13,8 +13,8 @@ from urllib.parse import quote
 import pytest
 
 from capsem.api import stream
+from capsem.api.file_types import CONTENT_LIMIT
 from capsem.api.operations import OPERATIONS
-from capsem.api.types import CONTENT_LIMIT
 from capsem.client.http import encode_chunk
 from capsem.client.sync import Client
 from capsem.model.errors import InvalidInput, NotFound, NotRunning, TimedOut, Unavailable

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from capsem.api.exec_types import ExecRequest
+from capsem.api.file_types import ReadFileRequest, WriteFileRequest
 from capsem.api.ledger_types import (
     HistoryCountsResponse,
     HistoryQuery,
@@ -23,14 +25,7 @@ from capsem.api.ledger_types import (
     TranscriptResponse,
     TriageQuery,
 )
-from capsem.api.types import (
-    ExecRequest,
-    ForkRequest,
-    PersistRequest,
-    ProvisionRequest,
-    ReadFileRequest,
-    WriteFileRequest,
-)
+from capsem.api.vm_types import ForkRequest, PersistRequest, ProvisionRequest
 from capsem.ledger.database import reader
 from capsem.ledger.schema import iso
 from capsem.model.errors import Corrupt, InvalidInput, NotFound, NotRunning, QueryFailed

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import uvicorn
 
-from capsem.api.types import ProvisionRequest
+from capsem.api.vm_types import ProvisionRequest
 from capsem.client.sync import Client
 from capsem.model.errors import CapsemError, InvalidInput, NotFound, NotRunning, QueryFailed
 from capsem.service.app import build_app

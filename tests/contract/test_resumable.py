@@ -9,7 +9,7 @@ import pytest
 from test_transfer import CHECKPOINT, host, with_checkpoint
 
 from capsem.api.checkpoint_types import CheckpointRequest
-from capsem.api.types import ProvisionRequest, SandboxInfo
+from capsem.api.vm_types import ProvisionRequest, SandboxInfo
 from capsem.model.errors import NotRunning
 from capsem.service import space
 

@@ -11,15 +11,10 @@ from typing import Any
 
 import pytest
 
+from capsem.api.exec_types import ExecRequest
+from capsem.api.file_types import ReadFileRequest
 from capsem.api.internal import PROTOCOL, REQUESTS, Jobs, Stopping
-from capsem.api.types import (
-    ExecRequest,
-    ForkRequest,
-    ProvisionRequest,
-    PurgeRequest,
-    ReadFileRequest,
-    SandboxInfo,
-)
+from capsem.api.vm_types import ForkRequest, ProvisionRequest, PurgeRequest, SandboxInfo
 from capsem.model.errors import Corrupt, Unavailable, Unsupported
 from capsem.service import fleet
 from capsem.service.__main__ import _bind

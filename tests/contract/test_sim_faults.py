@@ -10,7 +10,8 @@ import pytest
 from sim_world import SimWorld, sim_world
 
 from capsem.api.checkpoint_types import CheckpointRequest
-from capsem.api.types import ReadFileRequest, ResumeRequest, WriteFileRequest
+from capsem.api.file_types import ReadFileRequest, WriteFileRequest
+from capsem.api.vm_types import ResumeRequest
 from capsem.hypervisor.sim import plan
 from capsem.hypervisor.sim.plan import FAULTS
 from capsem.model.errors import CapsemError, MachineFailed

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from sim_world import RAM_MB, SimWorld, sim_world
 
-from capsem.api.types import ExecRequest, ProvisionRequest, RunRequest
+from capsem.api.exec_types import ExecRequest, RunRequest
+from capsem.api.vm_types import ProvisionRequest
 from capsem.model.checkpoint import Checkpoint, Kind
 from capsem.model.errors import CapsemError
 from capsem.service import templates

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from capsem.api.types import ExecRequest, ProvisionRequest, VmPolicy
+from capsem.api.exec_types import ExecRequest
+from capsem.api.vm_types import ProvisionRequest, VmPolicy
 from capsem.model.errors import InvalidInput, Unavailable
 from capsem.service.handlers import Handlers
 from capsem.service.timers import Timers

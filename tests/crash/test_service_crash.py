@@ -19,7 +19,7 @@ from disk import Disk as Plate
 from disk import PowerCut, every_cut
 
 from capsem.api.checkpoint_types import OneCheckpointRequest, RollbackRequest
-from capsem.api.types import ForkRequest, VmPolicy
+from capsem.api.vm_types import ForkRequest, VmPolicy
 from capsem.hypervisor.qemu.driver import QemuDriver
 from capsem.model.checkpoint import Kind
 from capsem.model.lifecycle import State

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 
 from capsem import AsyncSandbox, CapsemError, Interrupted, Output, Process, Result, Sandbox
-from capsem.api.types import FileEntry, SandboxInfo
+from capsem.api.file_types import FileEntry
+from capsem.api.vm_types import SandboxInfo
 
 
 def blocking() -> None:

@@ -11,7 +11,8 @@ import schemathesis
 from starlette.routing import Route
 
 from capsem.api.openapi import document
-from capsem.api.operations import JSON, OPERATIONS
+from capsem.api.operation import JSON
+from capsem.api.operations import OPERATIONS
 from capsem.model.errors import BY_CODE
 from capsem.service.app import build_app
 from contract.fake_service import FakeManager

@@ -7,7 +7,8 @@ import typing
 import msgspec
 import pytest
 
-from capsem.api.operations import OPERATIONS, OnDisconnect
+from capsem.api.operation import OnDisconnect
+from capsem.api.operations import OPERATIONS
 from capsem.model.errors import CapsemError, NotFound, NotRunning, Unavailable, WrongState
 from capsem.model.lifecycle import LIVE, PUBLIC_STATUS, State
 from capsem.service.app import HANDLERS

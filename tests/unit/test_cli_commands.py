@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 import capsem
-from capsem.api.types import ExecRequest, ProvisionRequest, RunRequest
+from capsem.api.exec_types import ExecRequest, RunRequest
+from capsem.api.vm_types import ProvisionRequest
 from capsem.cli.main import ALIASES, COMMANDS, main
 from contract.fake_service import FakeService, fake_service
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from capsem.api.types import Body
+from capsem.api.types import Body, Name
 from capsem.model.errors import InvalidInput
+from capsem.model.ids import check_name
 from capsem.model.lifecycle import Status
 
 MESSAGE_LIMIT = 1000  # characters
@@ -45,6 +46,22 @@ class SuspendResponse(Body, frozen=True):
     frozen: bool = False
     warning: str | None = None
     waited_ms: float | None = None
+
+
+class ExportQuery(Body, frozen=True):
+    """Which checkpoint: its id, or its first digits."""
+
+    checkpoint: str
+
+
+class ImportQuery(Body, frozen=True):
+    """What the new VM is called; `trust`: its memory is taken too, as something that its maker could break out with."""
+
+    name: Name
+    trust: bool = False
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
 
 
 class CheckpointInfo(Body, frozen=True):

@@ -15,7 +15,8 @@ from typing import Any, Final
 
 import msgspec
 
-from capsem.api.operations import BYTES, JSON, OPERATIONS, TEXT, Operation
+from capsem.api.operation import BYTES, JSON, TEXT, Operation
+from capsem.api.operations import OPERATIONS
 from capsem.api.types import ErrorBody, OpenApiDocument
 from capsem.model.errors import CapsemError, InvalidInput, MachineFailed, PayloadTooLarge
 from capsem.model.ids import NAME_PATTERN

@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 
 from capsem.api import stream
-from capsem.api.operations import FINISH, JSON, OPERATIONS, Operation
+from capsem.api.operation import FINISH, JSON, Operation
+from capsem.api.operations import OPERATIONS
 from capsem.model.errors import BY_CODE, CapsemError
 from capsem.model.lifecycle import State
 

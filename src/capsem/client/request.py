@@ -10,7 +10,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from capsem.api.operations import OPERATIONS, Operation
+from capsem.api.operation import Operation
+from capsem.api.operations import OPERATIONS
 from capsem.api.stream import CONTENT_TYPE
 from capsem.client.http import encode_head
 from capsem.model.errors import CapsemError, Interrupted, Unavailable, from_dict

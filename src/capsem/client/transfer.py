@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
-from capsem.api.operations import Operation
+from capsem.api.operation import Operation
 from capsem.client import request
 from capsem.client.http import Answer, encode_head
 from capsem.client.sync import Client, receive

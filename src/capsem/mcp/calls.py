@@ -6,7 +6,8 @@ import asyncio
 import json
 from typing import Any, Final
 
-from capsem.api.operations import OPERATIONS, TEXT
+from capsem.api.operation import TEXT
+from capsem.api.operations import OPERATIONS
 from capsem.client.http import Answer, BadAnswer, encode_head
 from capsem.client.request import decode_error, path_of
 from capsem.client.sync import Client

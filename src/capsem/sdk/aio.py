@@ -17,7 +17,9 @@ from types import TracebackType
 from typing import TypeVar
 
 from capsem.api.checkpoint_types import CheckpointInfo, CheckpointResponse, RollbackResponse, SuspendResponse
-from capsem.api.types import FileEntry, JobInfo, LogsResponse, SandboxInfo
+from capsem.api.exec_types import JobInfo
+from capsem.api.file_types import FileEntry
+from capsem.api.vm_types import LogsResponse, SandboxInfo
 from capsem.client.http import Answer, BadAnswer
 from capsem.client.sync import BrokenOff, Client
 from capsem.model.errors import NotFound

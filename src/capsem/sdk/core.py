@@ -25,8 +25,10 @@ from capsem.api.checkpoint_types import (
     RollbackResponse,
     SuspendResponse,
 )
-from capsem.api.operations import JSON
-from capsem.api.types import FileEntry, FilesResponse, JobInfo, JobsResponse, ListResponse, LogsResponse, SandboxInfo
+from capsem.api.exec_types import JobInfo, JobsResponse
+from capsem.api.file_types import FileEntry, FilesResponse
+from capsem.api.operation import JSON
+from capsem.api.vm_types import ListResponse, LogsResponse, SandboxInfo
 from capsem.client import request
 from capsem.client.http import Answer, encode_chunk, encode_head
 from capsem.model.errors import Interrupted, InvalidInput, PayloadTooLarge, from_dict

@@ -26,7 +26,8 @@ from starlette.routing import Route
 
 from capsem.api.codec import decode, decode_query, encode
 from capsem.api.ledger_types import MAIN_ID
-from capsem.api.operations import FINISH, OPERATIONS, TEXT, Operation
+from capsem.api.operation import FINISH, TEXT, Operation
+from capsem.api.operations import OPERATIONS
 from capsem.api.types import SuccessResponse, VersionResponse
 from capsem.model.errors import CapsemError, InvalidInput, NotFound, PayloadTooLarge, TimedOut, Unavailable, host_failed
 from capsem.model.ids import check_name

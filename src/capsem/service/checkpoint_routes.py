@@ -7,9 +7,9 @@ from typing import Final
 from starlette.requests import Request
 from starlette.responses import Response
 
+from capsem.api.checkpoint_types import ExportQuery, ImportQuery
 from capsem.api.codec import decode_query, encode
-from capsem.api.operations import Operation
-from capsem.api.types import ExportQuery, ImportQuery
+from capsem.api.operation import Operation
 from capsem.model.ids import check_name
 from capsem.service.manager import Manager
 from capsem.service.streamed import Endpoint, ErrorResponse, Streamed, pieces_of, streamed_endpoint

@@ -19,8 +19,8 @@ from capsem.api.checkpoint_types import (
     SuspendResponse,
 )
 from capsem.api.internal import CheckpointMade, Save, Stop
-from capsem.api.operations import unknown_vm
-from capsem.api.types import ForkRequest, ForkResponse
+from capsem.api.operation import unknown_vm
+from capsem.api.vm_types import ForkRequest, ForkResponse
 from capsem.config import Settings
 from capsem.model.checkpoint import Checkpoint, Kind
 from capsem.model.errors import CapsemError, InvalidInput, MachineFailed, WrongState, host_failed

@@ -8,10 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 import msgspec
 
-from capsem.api.internal import Attach, Fed, Feed, JobEnded, JobList, Jobs, Kill, Killed, Start, Started
-from capsem.api.operations import OPERATIONS
-from capsem.api.stream import ERROR, RESULT
-from capsem.api.types import (
+from capsem.api.exec_types import (
     ExecRequest,
     ExecResponse,
     ExecResult,
@@ -22,10 +19,11 @@ from capsem.api.types import (
     JobsResponse,
     KillJobRequest,
     KillJobResponse,
-    ReadFileRequest,
-    ReadFileResponse,
-    WriteFileRequest,
 )
+from capsem.api.file_types import ReadFileRequest, ReadFileResponse, WriteFileRequest
+from capsem.api.internal import Attach, Fed, Feed, JobEnded, JobList, Jobs, Kill, Killed, Start, Started
+from capsem.api.operations import OPERATIONS
+from capsem.api.stream import ERROR, RESULT
 from capsem.control.channel import Stream, limited
 from capsem.model.errors import CapsemError, GuestFailed, Interrupted, InvalidInput, TimedOut
 from capsem.service.fleet import Fleet

@@ -20,8 +20,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from capsem.api import stream
 from capsem.api.codec import decode
-from capsem.api.operations import Operation
-from capsem.api.types import ExecRequest, ForwardRequest
+from capsem.api.exec_types import ExecRequest, ForwardRequest
+from capsem.api.operation import Operation
 from capsem.model.errors import Interrupted, InvalidInput, PayloadTooLarge
 from capsem.model.ids import check_name
 from capsem.service.manager import Manager, Resize

@@ -11,8 +11,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from capsem.api.codec import decode_query, encode
-from capsem.api.operations import Operation
-from capsem.api.types import FeedJobQuery, GetFileQuery, ListFilesQuery, PutFileQuery
+from capsem.api.exec_types import FeedJobQuery
+from capsem.api.file_types import GetFileQuery, ListFilesQuery, PutFileQuery
+from capsem.api.operation import Operation
 from capsem.model.ids import check_name
 from capsem.service.manager import Manager
 from capsem.service.streamed import Endpoint, ErrorResponse, Streamed, pieces_of, streamed_endpoint

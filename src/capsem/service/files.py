@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from capsem.api.types import FileEntry, FilesResponse, FileWrittenResponse, ReadFileRequest, ReadFileResponse
+from capsem.api.file_types import FileEntry, FilesResponse, FileWrittenResponse, ReadFileRequest, ReadFileResponse
 from capsem.control.channel import Stream
 from capsem.model.errors import GuestFailed, InvalidInput, NotFound, PayloadTooLarge, PermissionDenied, TimedOut
 from capsem.offline.workspace import GUEST_PATH

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from capsem import faults
-from capsem.api.operations import unknown_vm
+from capsem.api.operation import unknown_vm
 from capsem.model.checkpoint import Checkpoint, Kind
 from capsem.model.errors import AlreadyExists, CapsemError, Corrupt, LimitReached, Unavailable, Unsupported
 from capsem.model.ids import check_name, generate_id

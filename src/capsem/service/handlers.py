@@ -8,7 +8,8 @@ from types import MappingProxyType
 
 import msgspec
 
-from capsem.api.types import AssetHealth, ListResponse, LogsResponse, SandboxInfo, UsageResponse, VmPolicy
+from capsem.api.usage_types import UsageResponse
+from capsem.api.vm_types import AssetHealth, ListResponse, LogsResponse, SandboxInfo, VmPolicy
 from capsem.config import Settings
 from capsem.ledger.queries import Totals
 from capsem.model.errors import CapsemError, Corrupt, HostNotReady, NotFound

@@ -32,7 +32,8 @@ from capsem.api.host_types import (
     SettingsResponse,
     SetupState,
 )
-from capsem.api.types import AssetHealth, ListResponse, SuccessResponse
+from capsem.api.types import SuccessResponse
+from capsem.api.vm_types import AssetHealth, ListResponse
 from capsem.model.errors import InvalidInput, NotFound, PermissionDenied, ToolFailed, Unavailable
 from capsem.model.lifecycle import Status
 from capsem.service.settings_file import changed

@@ -11,11 +11,10 @@ from types import MappingProxyType
 import msgspec
 
 from capsem import faults
+from capsem.api.exec_types import ExecRequest, ExecResponse, RunRequest
 from capsem.api.internal import AddLayer, LayerAdded, Persist, SetPolicy, Stop
-from capsem.api.operations import unknown_vm
-from capsem.api.types import (
-    ExecRequest,
-    ExecResponse,
+from capsem.api.operation import unknown_vm
+from capsem.api.vm_types import (
     ForkRequest,
     ForkResponse,
     PersistRequest,
@@ -25,7 +24,6 @@ from capsem.api.types import (
     PurgeRequest,
     PurgeResponse,
     ResumeRequest,
-    RunRequest,
     StopResponse,
     VmPolicy,
 )

@@ -23,18 +23,27 @@ from capsem.api.checkpoint_types import (
     RollbackResponse,
     SuspendResponse,
 )
-from capsem.api.types import (
+from capsem.api.exec_types import (
     ExecRequest,
     ExecResponse,
     FeedJobResponse,
-    FilesResponse,
-    FileWrittenResponse,
-    ForkRequest,
-    ForkResponse,
     ForwardRequest,
     JobsResponse,
     KillJobRequest,
     KillJobResponse,
+    RunRequest,
+)
+from capsem.api.file_types import (
+    FilesResponse,
+    FileWrittenResponse,
+    ReadFileRequest,
+    ReadFileResponse,
+    WriteFileRequest,
+)
+from capsem.api.usage_types import UsageResponse
+from capsem.api.vm_types import (
+    ForkRequest,
+    ForkResponse,
     ListResponse,
     LogsResponse,
     PersistRequest,
@@ -43,15 +52,10 @@ from capsem.api.types import (
     ProvisionResponse,
     PurgeRequest,
     PurgeResponse,
-    ReadFileRequest,
-    ReadFileResponse,
     ResumeRequest,
-    RunRequest,
     SandboxInfo,
     StopResponse,
-    UsageResponse,
     VmPolicy,
-    WriteFileRequest,
 )
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import AsyncGenerator, Callable
 from typing import IO, Final, TypeVar
 
-from capsem.api.operations import unknown_vm
+from capsem.api.operation import unknown_vm
 from capsem.model.errors import MachineFailed, PayloadTooLarge
 from capsem.offline.workspace import File, Workspace
 from capsem.service.create import Maker

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from capsem.api.operations import Operation
+from capsem.api.operation import Operation
 from capsem.service.unread import leave_unread
 
 ErrorResponse = Callable[[Exception, Operation], Response]

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from capsem.api.types import CheckpointUsage, ImageUsage, UsageResponse, VmUsage
+from capsem.api.usage_types import CheckpointUsage, ImageUsage, UsageResponse, VmUsage
 from capsem.image.catalog import Image
 from capsem.model.checkpoint import Checkpoint
 from capsem.service import space

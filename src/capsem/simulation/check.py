@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from capsem.api.types import ExecRequest
+from capsem.api.exec_types import ExecRequest
 from capsem.model.checkpoint import Kind
 from capsem.model.errors import CapsemError
 from capsem.model.lifecycle import Status

@@ -10,16 +10,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from capsem.api.checkpoint_types import CheckpointRequest, OneCheckpointRequest, RollbackRequest
-from capsem.api.types import (
-    ExecRequest,
-    ForkRequest,
-    PersistRequest,
-    ProvisionRequest,
-    ReadFileRequest,
-    ResumeRequest,
-    RunRequest,
-    WriteFileRequest,
-)
+from capsem.api.exec_types import ExecRequest, RunRequest
+from capsem.api.file_types import ReadFileRequest, WriteFileRequest
+from capsem.api.vm_types import ForkRequest, PersistRequest, ProvisionRequest, ResumeRequest
 from capsem.model.errors import (
     AlreadyExists,
     CapsemError,

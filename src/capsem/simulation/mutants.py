@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from capsem.api.exec_types import ExecRequest, ExecResponse
 from capsem.api.internal import CheckpointMade, Save
-from capsem.api.types import ExecRequest, ExecResponse
 from capsem.model.checkpoint import Checkpoint, Kind
 from capsem.model.errors import CapsemError, Interrupted
 from capsem.service.checkpoints import Checkpoints
