@@ -142,7 +142,7 @@ class Start(Message, tag="start"):
     stdin: bool = False
 
 
-class Started(Message, tag="started"):
+class JobStarted(Message, tag="started"):
     """Closes a Start stream: the guest has been asked, and whatever comes of it is the job's."""
 
     job: str
@@ -304,7 +304,7 @@ REQUESTS: dict[type[Message], type[Message]] = {
     Terminal: JobEnded,
     Forward: Forwarded,
     Attach: JobEnded,
-    Start: Started,
+    Start: JobStarted,
     Feed: Fed,
     Kill: Killed,
     Jobs: JobList,

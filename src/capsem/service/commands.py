@@ -21,7 +21,7 @@ from capsem.api.exec_types import (
     KillJobResponse,
 )
 from capsem.api.file_types import ReadFileRequest, ReadFileResponse, WriteFileRequest
-from capsem.api.internal import Attach, Fed, Feed, JobEnded, JobList, Jobs, Kill, Killed, Start, Started
+from capsem.api.internal import Attach, Fed, Feed, JobEnded, JobList, Jobs, JobStarted, Kill, Killed, Start
 from capsem.api.operations import OPERATIONS
 from capsem.api.stream import ERROR, RESULT
 from capsem.control.channel import Stream, limited
@@ -114,7 +114,7 @@ class Commands:
         if isinstance(order, Start):
             async with limited(stream, "starting the command", START_LIMIT):
                 started = await stream.result()
-            assert isinstance(started, Started)
+            assert isinstance(started, JobStarted)
             yield RESULT, JobEnded(job=started.job, exit_code=0, running=True)
             return
         if isinstance(order, Attach) and request.terminal is not None:

@@ -21,6 +21,7 @@ from capsem.api.internal import (
     Hello,
     JobList,
     Jobs,
+    JobStarted,
     Kill,
     Killed,
     LayerAdded,
@@ -33,7 +34,6 @@ from capsem.api.internal import (
     Save,
     SetPolicy,
     Start,
-    Started,
     State,
     Stop,
     Stopping,
@@ -216,7 +216,7 @@ class _Connection:
             with activity.going_on():
                 return await self._follow(stream, job, request, feed=False)
         if isinstance(request, Start):
-            return Started(job=(await self._start(Exec(**request.__dict__))).id)
+            return JobStarted(job=(await self._start(Exec(**request.__dict__))).id)
         if isinstance(request, Feed):
             with activity.going_on():
                 feeding = jobs.get(request.job).feed(stream, end=request.end)
