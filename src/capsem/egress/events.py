@@ -13,7 +13,8 @@ class NetEvent:
     """One request, or one connection where there are no requests to tell apart. Filled in as it goes on; recorded at its end.
 
     `decision` is "allowed", "denied", "error", or "interrupted" (the VM was suspended or forked meanwhile). Sizes are bytes of
-    bodies (of everything where there is no HTTP); `address` is the one that was dialled, None if none was.
+    bodies (of everything where there is no HTTP); `address` is the one that was dialled, None if none was. `path` is without
+    its query. `secrets` are names: of those that were lent (RequestHead.secrets), or of the one that was misused.
     """
 
     time: float
@@ -33,6 +34,7 @@ class NetEvent:
     address: str | None = None
     tls: TlsMode = TlsMode.NONE
     error: str | None = None
+    secrets: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -62,10 +64,25 @@ class ToolCall:
 
 
 @dataclass(slots=True)
+class ToolResponse:
+    """What a program answered a model that had asked for a tool: the beginning of it."""
+
+    call_id: str | None
+    preview: str
+    is_error: bool | None = None
+
+
+@dataclass(slots=True)
 class ModelCall:
-    """A call of a model's API. What is not known is None, never 0."""
+    """A call of a model's API. What is not known is None, never 0.
+
+    `input_tokens` are all that went in, those of caches included, and `output_tokens` all that came out, thinking included.
+    `price_date` is that of the prices of `cost_usd`. `truncated`: not everything was looked at; `note` says why what is
+    not known is not.
+    """
 
     time: float
+    domain: str
     provider: str
     model: str | None
     method: str
@@ -79,8 +96,11 @@ class ModelCall:
     cache_write_tokens: int | None = None
     thinking_tokens: int | None = None
     cost_usd: float | None = None
+    price_date: str | None = None
     truncated: bool = False
+    note: str | None = None
     tools: list[ToolCall] = field(default_factory=list)
+    responses: list[ToolResponse] = field(default_factory=list)
 
 
 class Recorder(Protocol):

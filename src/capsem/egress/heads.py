@@ -36,12 +36,14 @@ class Headers(tuple[Header, ...]):
 @dataclass(frozen=True, slots=True)
 class RequestHead:
     """`target` in origin form ("/path?query", or "*"), whatever form it came in; `authority` is the host and port that the
-    request names (Host, :authority, absolute form), lower-case, b"" if none."""
+    request names (Host, :authority, absolute form), lower-case, b"" if none. `secrets` are the names of those whose values the
+    broker has put in: for the record, never sent."""
 
     method: bytes
     target: bytes
     headers: Headers
     authority: bytes = b""
+    secrets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

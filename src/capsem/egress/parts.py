@@ -41,15 +41,16 @@ class Broker(Protocol):
 
     def body(self, subject: Subject, headers: Headers, *, verified: bool) -> Callable[[bytes], bytes] | None:
         """What a request's body has to pass through, chunk by chunk (b"" is the end), and may get longer or shorter by; None
-        when it can go as it is. The function raises SecretMisuse."""
+        when it can go as it is. The function raises SecretMisuse. `outgoing` of the same request comes first."""
 
     def incoming(self, subject: Subject, head: ResponseHead) -> tuple[ResponseHead, Callable[[bytes], bytes] | None]:
         """An answer that does not repeat a secret to the guest: its head, and what its body passes through (as `body`)."""
 
 
 class Tap(Protocol):
-    """Listens to one request and its answer. It sees chunks of decoded bodies as they pass, may drop what is too much for
-    it, and never raises."""
+    """Listens to one request and its answer, as the guest has them: before secrets are put in, and after they are taken
+    out. It sees chunks of bodies as they pass, free of their framing (chunked) but as compressed as they are, may drop what
+    is too much for it, and never raises."""
 
     def request_body(self, chunk: bytes) -> None:
         """A piece of the request."""
@@ -64,4 +65,4 @@ class Tap(Protocol):
         """That was all, or as much as there will be: what was learnt is recorded."""
 
 
-Taps = Callable[[Subject, RequestHead], Tap | None]
+Taps = Callable[[Subject, RequestHead], Tap | None]  # for the guest's own head, without secrets
