@@ -22,7 +22,16 @@ class Judge(Protocol):
 
     def judge(self, subject: Subject) -> Verdict:
         """The verdict; pure and quick. The floor is judged when `subject.address` is given, which is what is about to be
-        dialled, or what was asked for by number."""
+        dialled, or what was asked for by number.
+
+        The core asks in this order. For TLS, before there is a request (HTTP, no method): rules for methods and paths count as
+        if those matched; a verdict whose `protocol` is PASSTHROUGH leaves TLS alone, `http2` offers that. For each request, with
+        method and path. For each address that the name has, once more with that. For what is not HTTP, with protocol TCP.
+        """
+
+    def judge_name(self, host: str) -> Verdict:
+        """What to say to a look-up, when neither port nor protocol is known: ALLOW or ASK when that is what some rule could say
+        about something there; DENY when rules deny everything; DENY of the layer DEFAULT when none speaks of that name."""
 
 
 class Asker(Protocol):
