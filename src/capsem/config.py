@@ -80,7 +80,7 @@ SETTINGS: Final = (
         "vm.ledger",
         ON,
         "CAPSEM_LEDGER",
-        "whether commands and files are recorded in each VM's session.db; a VM's own life always is",
+        "whether commands, files and traffic are recorded in each VM's session.db; a VM's own life always is",
         choices=(ON, OFF),
     ),
     Setting(

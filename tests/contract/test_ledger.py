@@ -26,6 +26,7 @@ from capsem.api.ledger_types import (
     TriageQuery,
 )
 from capsem.api.vm_types import ForkRequest, PersistRequest, ProvisionRequest
+from capsem.egress.events import DnsEvent, ModelCall, NetEvent, ToolCall
 from capsem.ledger.database import reader
 from capsem.ledger.schema import iso
 from capsem.model.errors import Corrupt, InvalidInput, NotFound, NotRunning, QueryFailed
@@ -233,6 +234,41 @@ def test_stats_and_info_count_what_is_and_what_was(tmp_path: Path) -> None:
         info = await it.handlers.info("box")
         assert (info.total_file_events, info.total_requests, info.total_estimated_cost) == (1, 0, 0.0)
         assert (stats.top_providers, stats.top_tools, stats.top_mcp_tools) == ([], [], [])
+
+    play(tmp_path, scene)
+
+
+def test_traffic_is_in_the_ledger_the_counts_and_the_index(tmp_path: Path) -> None:
+    async def scene(it: World) -> None:
+        session = await boot(it)
+        (child,) = it.processes.children.values()
+        traffic = child.supervisor.recording.traffic
+        traffic.net(NetEvent(1_700_000_000.0, "a.test", 443, decision="allowed"))
+        traffic.net(NetEvent(1_700_000_000.0, "b.test", 443, decision="denied"))
+        traffic.dns(DnsEvent(1_700_000_000.0, "a.test", "A", "allowed"))
+        call = ModelCall(1_700_000_000.0, "a.test", "anthropic", "m", "POST", "/", stream=False, status_code=200)
+        call.tools.append(ToolCall(0, "c", "bash", "{}"))
+        traffic.model(call)
+        seen = it.handlers.observation
+        rows_seen = (await seen.timeline("box", TimelineQuery(layers="net,model"))).rows
+        assert sorted(row[3] for row in rows_seen) == ["a.test", "anthropic m", "b.test"]
+        await it.handlers.fork("box", ForkRequest(name="child"))
+        for _ in range(2):  # while it runs, and by what the index was told
+            stats = await seen.stats()
+            total = stats.global_
+            assert (total.total_requests, total.total_allowed, total.total_denied) == (2, 1, 1)
+            assert (total.total_model_calls, total.total_unpriced_calls, total.total_tool_calls) == (1, 1, 1)
+            assert [(each.provider, each.call_count) for each in stats.top_providers] == [("anthropic", 1)]
+            assert [(each.tool_name, each.call_count) for each in stats.top_tools] == [("bash", 1)]
+            info = await it.handlers.info("box")
+            assert (info.total_requests, info.denied_requests, info.model_call_count) == (2, 1, 1)
+            assert (info.total_estimated_cost, info.unpriced_model_calls) == (0.0, 1)
+            child_info = await it.handlers.info("child")
+            assert (child_info.total_requests, child_info.unpriced_model_calls) == (0, None)
+            if (await it.handlers.info("box")).pid:
+                await it.handlers.stop("box")
+        assert rows(session, "SELECT domain, decision FROM dns_events") == [("a.test", "allowed")]
+        assert len(rows(session_of(it, "child"), "SELECT id FROM net_events")) == 2
 
     play(tmp_path, scene)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from capsem.egress.events import ModelCall, NetEvent, ToolCall
+from capsem.egress.record import model_rows, net_row
 from capsem.ledger import inspection, queries
-from capsem.ledger.database import open_writer, reader
+from capsem.ledger.database import copy, open_writer, reader
 from capsem.ledger.events import (
     COMMAND,
     PREVIEW,
@@ -18,6 +21,7 @@ from capsem.ledger.events import (
     command_started,
     commands_lost,
     file_event,
+    inherited,
     lifecycle_event,
 )
 from capsem.ledger.inspection import inspect
@@ -103,7 +107,7 @@ def test_history_is_searched_for_what_is_written(ledger: Path, search: str, laye
 def test_counts_and_processes(ledger: Path) -> None:
     assert ask(ledger, queries.counts) == (3, 1)
     assert ask(ledger, queries.processes) == [("/bin/bash", 1, iso(T0 + 1), iso(T0 + 1))]
-    totals = ask(ledger, queries.totals)
+    totals = ask(ledger, queries.work).totals
     assert (totals.exec_count, totals.file_events, totals.requests, totals.estimated_cost) == (3, 1, 0, 0.0)
 
 
@@ -120,6 +124,89 @@ def test_timeline(ledger: Path) -> None:
     assert ask(ledger, queries.timeline, limit=9, trace_id="none") == []
     assert [row[3] for row in ask(ledger, queries.timeline, limit=9, layers=("lifecycle",))] == ["boot"]
     assert len(ask(ledger, queries.timeline, limit=9, layers=queries.LAYERS)) == 5
+
+
+def traffic(*, decision: str, domain: str | None = "a.test", port: int = 443, **more: Any) -> Statement:
+    return net_row(NetEvent(time=T0, domain=domain, port=port, decision=decision, **more))
+
+
+def model(provider: str, cost: float | None = None, *tools: str) -> Statement:
+    call = ModelCall(T0, "h.test", provider, "m", "POST", "/v1", stream=True, status_code=200, cost_usd=cost)
+    call.input_tokens, call.output_tokens = 10, 2
+    call.tools = [ToolCall(index, None, name, "") for index, name in enumerate(tools)]
+    return model_rows(call)
+
+
+def test_traffic_is_counted_and_shown(tmp_path: Path) -> None:
+    path = written(
+        tmp_path / "a.db",
+        traffic(decision="allowed", method="GET", path="/x", rule_layer="user", address="192.0.2.7"),
+        traffic(decision="denied", domain=None, port=22),
+        traffic(decision="interrupted", port=8443),
+        model("anthropic", 0.5, "bash", "bash", "edit"),
+        model("openai"),
+        model("anthropic", 0.25),
+    )
+    done = ask(path, queries.work)
+    totals = done.totals
+    assert (totals.requests, totals.allowed_requests, totals.denied_requests) == (3, 1, 1)
+    assert (totals.model_calls, totals.input_tokens, totals.output_tokens, totals.tool_calls) == (3, 30, 6, 3)
+    assert (totals.estimated_cost, totals.unpriced_calls) == (0.75, 1)
+    assert done.providers == (("anthropic", 2, 20, 4, 0.75), ("openai", 1, 10, 2, 0.0))
+    assert done.tools == (("bash", 2), ("edit", 1))
+    shown = [row[1:5] for row in ask(path, queries.timeline, limit=9, layers=("net", "model"))]
+    assert sorted(shown) == [
+        ("model", "1", "anthropic m, 10 tokens in, 2 out", "200"),
+        ("model", "2", "openai m, 10 tokens in, 2 out", "200"),
+        ("model", "3", "anthropic m, 10 tokens in, 2 out", "200"),
+        ("net", "1", "GET a.test/x", "allowed"),
+        ("net", "2", "?:22", "denied"),
+        ("net", "3", "a.test:8443", "interrupted"),
+    ]
+    log = ask(path, queries.net_log, limit=2, decisions=("allowed", "denied"))
+    assert [(each["domain"], each["rule_layer"], each["address"]) for each in log] == [
+        ("a.test", "user", "192.0.2.7"),
+        (None, None, None),
+    ]
+    assert ask(path, queries.net_log, limit=9, since=iso(T0 + 1)) == []
+
+
+def test_the_newest_of_much_traffic_is_found_by_its_index(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.db", *(traffic(decision="allowed") for _ in range(10)))
+    with reader(path) as connection:
+        steps: list[str] = []
+        connection.set_trace_callback(steps.append)
+        queries.timeline(connection, limit=5, layers=("net", "fs"))
+        (asked,) = steps
+        plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {asked}")]
+    assert any("net_events USING INDEX net_events_timestamp" in step for step in plan), plan
+
+
+def test_a_fork_counts_what_it_has_done_itself(tmp_path: Path) -> None:
+    source = written(tmp_path / "a.db", traffic(decision="allowed"), model("anthropic", 0.5, "bash"), end("j"))
+
+    def mark(connection: sqlite3.Connection) -> None:
+        _execute(connection, inherited(T0, queries.last_ids(connection)))
+
+    assert copy(source, tmp_path / "b.db", mark)
+    fork = written(tmp_path / "b.db", traffic(decision="denied"), model("openai", 0.25))
+    done = ask(fork, queries.work)
+    assert (done.totals.requests, done.totals.denied_requests, done.totals.exec_count) == (1, 1, 0)
+    assert (done.totals.estimated_cost, done.providers, done.tools) == (0.25, (("openai", 1, 10, 2, 0.25),), ())
+    assert len(ask(fork, queries.net_log, limit=9)) == 2  # its history is with that of its source
+
+
+def test_a_ledger_of_before_there_was_traffic(tmp_path: Path) -> None:
+    path = tmp_path / "old.db"
+    connection = open_writer(path, SESSION[:1])
+    connection.execute(
+        "INSERT INTO net_events (timestamp, domain, port, decision) VALUES (?, 'old.test', 443, 'denied')", (iso(T0),)
+    )
+    connection.close()
+    (row,) = ask(path, queries.net_log, limit=9)
+    assert (row["domain"], row["decision"], row["secrets"]) == ("old.test", "denied", None)
+    assert ask(path, queries.work).totals.denied_requests == 1
+    assert [row[3] for row in ask(path, queries.timeline, limit=9, layers=queries.LAYERS)] == ["old.test"]
 
 
 def test_an_end_goes_where_its_beginning_is_but_not_over_another_end(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from capsem.ledger.writer import Statement, Writer
 
 PROMISED = {
     "net_events": "domain port decision process_name method path status_code bytes_sent bytes_received duration_ms "
-    "matched_rule trace_id",
+    "matched_rule trace_id rule_layer policy_version address tls error secrets",
     "model_calls": "provider model method path stream input_tokens output_tokens duration_ms estimated_cost_usd "
     "status_code trace_id",
     "tool_calls": "model_call_id call_index call_id tool_name arguments origin mcp_call_id",
@@ -27,7 +27,7 @@ PROMISED = {
     "fs_events": "action path size",
     "snapshot_events": "slot origin name files_count start_fs_event_id stop_fs_event_id",
     "exec_events": "exec_id command exit_code duration_ms stdout_preview stderr_preview stdout_bytes source pid",
-    "dns_events": "",
+    "dns_events": "domain record_type decision answer matched_rule rule_layer policy_version",
     "audit_events": "pid ppid uid exe comm argv cwd tty parent_exe",
     "policy_hook_events": "",
 }
@@ -76,7 +76,8 @@ def test_the_contracts_tables_and_columns(tmp_path: Path) -> None:
 
 def test_migrations_are_done_once_and_never_taken_back(tmp_path: Path) -> None:
     path, more = tmp_path / "l.db", (*SESSION, ("ALTER TABLE fs_events ADD COLUMN old_path TEXT",))
-    for migrations, version in ((SESSION, 1), (SESSION, 1), (more, 2), (SESSION, 2)):
+    now = len(SESSION)
+    for migrations, version in ((SESSION, now), (SESSION, now), (more, now + 1), (SESSION, now + 1)):
         connection = open_writer(path, migrations)
         assert connection.execute("PRAGMA user_version").fetchone() == (version,)
         connection.execute("INSERT INTO fs_events (timestamp, action, path) VALUES ('t', 'read', '/x')")

@@ -116,7 +116,8 @@ class TranscriptResponse(Body, frozen=True):
 
 
 class Totals(Body, frozen=True):
-    """Sums over all VMs that there ever were."""
+    """Sums over all VMs that there ever were. The cost is in US dollars, of those calls of models whose price is known;
+    `total_unpriced_calls` are the others."""
 
     total_sessions: int
     total_input_tokens: int
@@ -128,6 +129,8 @@ class Totals(Body, frozen=True):
     total_requests: int
     total_allowed: int
     total_denied: int
+    total_model_calls: int = 0
+    total_unpriced_calls: int = 0
 
 
 class SessionStats(Body, frozen=True):
@@ -146,15 +149,33 @@ class SessionStats(Body, frozen=True):
     total_input_tokens: int
     total_output_tokens: int
     total_estimated_cost: float
+    total_unpriced_calls: int = 0
+
+
+class ProviderStats(Body, frozen=True):
+    """Whose models were called, and how often."""
+
+    provider: str
+    call_count: int
+    input_tokens: int
+    output_tokens: int
+    estimated_cost: float
+
+
+class ToolStats(Body, frozen=True):
+    """A tool that models asked for, and how often."""
+
+    tool_name: str
+    call_count: int
 
 
 class StatsResponse(Body, frozen=True):
-    """Sums, and the newest 100 VMs. Nothing is known of providers and tools yet: those lists are empty."""
+    """Sums, the newest 100 VMs, the 20 providers and tools of most calls. Tools of MCP servers are not counted yet."""
 
     global_: Totals = msgspec.field(name="global")
     sessions: list[SessionStats]
-    top_providers: list[Any]
-    top_tools: list[Any]
+    top_providers: list[ProviderStats]
+    top_tools: list[ToolStats]
     top_mcp_tools: list[Any]
 
 

@@ -147,6 +147,9 @@ class SandboxInfo(Body, frozen=True):
 
     `started_from` says how its last run began: template, checkpoint, or disk.
 
+    What it has done so far, a fork since it was one: `total_estimated_cost` is in US dollars, without the
+    `unpriced_model_calls`, whose price is not known.
+
     `can_resume`, of a VM that does not run: whether `resume` would do on this host as it is, and if not,
     `resume_blocked_reason`. `available_actions` are operations; `resume_cold` is `resume` with `cold`.
     """
@@ -187,6 +190,7 @@ class SandboxInfo(Body, frozen=True):
     denied_requests: int | None = None
     total_file_events: int | None = None
     model_call_count: int | None = None
+    unpriced_model_calls: int | None = None
 
 
 class AssetHealth(Body, frozen=True):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -143,8 +143,10 @@ def tidy(path: Path) -> None:
             close_writer(connection)
 
 
-def copy(source: Path, target: Path) -> bool:
+def copy(source: Path, target: Path, finish: Callable[[sqlite3.Connection], None] = lambda _copy: None) -> bool:
     """Copy a ledger as of one instant, whoever is writing to it, to the new file `target`; False: there is none.
+
+    `finish` may write into the copy.
 
     Raises sqlite3.Error, Corrupt, OSError; then there may be a part of the target.
     """
@@ -155,6 +157,7 @@ def copy(source: Path, target: Path) -> bool:
             try:
                 made.execute("PRAGMA synchronous = OFF")  # whoever gives it its name makes it durable first
                 original.backup(made)
+                finish(made)
             finally:
                 made.close()
     except NotFound:

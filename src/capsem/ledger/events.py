@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from capsem.ledger.schema import iso
@@ -13,13 +13,14 @@ PREVIEW: Final = 1024  # bytes of each output
 COMMAND: Final = 16 * 1024  # characters of a command
 PATH: Final = 4096  # characters of a path
 DETAIL: Final = 1024  # characters of a reason
+INHERITED: Final = "inherited"  # a lifecycle event of a fork: what is above it was its source's
 
 
 def command_began(at: float, exec_id: str, command: str, source: str) -> Statement:
     """A command was asked for; `source` is what it came through."""
     return Statement(
         "INSERT INTO exec_events (timestamp, exec_id, command, source) VALUES (?, ?, ?, ?)",
-        (iso(at), exec_id, _text(command, COMMAND), source),
+        (iso(at), exec_id, text(command, COMMAND), source),
     )
 
 
@@ -27,13 +28,13 @@ def command_started(
     at: float, exec_id: str, *, pid: int, ppid: int, uid: int, exe: str, argv: Sequence[str], cwd: str
 ) -> tuple[Statement, Statement]:
     """The guest agent has started a process for a command."""
-    words = json.dumps([_text(word, COMMAND) for word in argv], ensure_ascii=False)
+    words = json.dumps([text(word, COMMAND) for word in argv], ensure_ascii=False)
     return (
         Statement("UPDATE exec_events SET pid = ? WHERE exec_id = ? AND pid IS NULL", (pid, exec_id)),
         Statement(
             "INSERT INTO audit_events (timestamp, pid, ppid, uid, exe, comm, argv, cwd, exec_id) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (iso(at), pid, ppid, uid, _text(exe, PATH), exe.rpartition("/")[2][:15], words, _text(cwd, PATH), exec_id),
+            (iso(at), pid, ppid, uid, text(exe, PATH), exe.rpartition("/")[2][:15], words, text(cwd, PATH), exec_id),
         ),
     )
 
@@ -60,7 +61,7 @@ def command_ended(
         _preview(stderr),
         stdout_bytes,
         stderr_bytes,
-        None if error is None else _text(error, DETAIL),
+        None if error is None else text(error, DETAIL),
     )
     return Statement(
         "UPDATE exec_events SET exit_code = ?, duration_ms = ?, stdout_preview = ?, stderr_preview = ?, "
@@ -69,7 +70,7 @@ def command_ended(
         Statement(
             "INSERT INTO exec_events (exit_code, duration_ms, stdout_preview, stderr_preview, stdout_bytes, "
             "stderr_bytes, error, exec_id, timestamp, command, source) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'resumed')",
-            (*values, exec_id, iso(at), _text(command, COMMAND)),
+            (*values, exec_id, iso(at), text(command, COMMAND)),
         ),
     )
 
@@ -83,7 +84,7 @@ def file_event(at: float, action: str, path: str, size: int | None = None) -> St
     """A file of the guest was created, modified, read or deleted."""
     return Statement(
         "INSERT INTO fs_events (timestamp, action, path, size) VALUES (?, ?, ?, ?)",
-        (iso(at), action, _text(path, PATH), size),
+        (iso(at), action, text(path, PATH), size),
     )
 
 
@@ -91,13 +92,21 @@ def lifecycle_event(at: float, event: str, state: str | None = None, detail: str
     """The VM began, ended, was saved."""
     return Statement(
         "INSERT INTO lifecycle_events (timestamp, event, state, detail) VALUES (?, ?, ?, ?)",
-        (iso(at), event, state, None if detail is None else _text(detail, DETAIL)),
+        (iso(at), event, state, None if detail is None else text(detail, DETAIL)),
     )
 
 
-def _text(text: str, limit: int) -> str:
-    """Text that SQLite takes: no lone surrogates, as in names that are no UTF-8."""
-    return text[:limit].encode("utf-8", "replace").decode()
+def inherited(at: float, last_ids: Mapping[str, int]) -> Statement:
+    """This is the ledger of a fork from here on; rows up to `last_ids`, by table, happened in its source."""
+    return Statement(
+        "INSERT INTO lifecycle_events (timestamp, event, detail) VALUES (?, ?, ?)",
+        (iso(at), INHERITED, json.dumps(last_ids)),
+    )
+
+
+def text(value: str, limit: int) -> str:
+    """The beginning of it, as SQLite takes it: no lone surrogates, as in names that are no UTF-8."""
+    return value[:limit].encode("utf-8", "replace").decode()
 
 
 def _preview(output: bytes) -> str:

@@ -1,10 +1,16 @@
-"""The questions that the service asks of a `session.db`, all on a reader's connection (see database.reader)."""
+"""The questions that the service asks of a `session.db`, all on a reader's connection (see database.reader).
+
+A ledger whose VM has not run since an upgrade has the columns of its time: what is asked here is in all of them, but for what
+`net_log` makes up for.
+"""
 
 from __future__ import annotations
 
 import json
 import sqlite3
 from typing import Any, Final, NamedTuple
+
+from capsem.ledger.events import INHERITED
 
 # Layer -> its rows as (timestamp, layer, ref, summary, status, duration_ms, trace_id).
 _TIMELINE: Final = {
@@ -13,10 +19,12 @@ _TIMELINE: Final = {
     "duration_ms, trace_id FROM exec_events",
     "mcp": "SELECT timestamp, 'mcp', CAST(id AS TEXT), server_name || ' ' || coalesce(tool_name, method, ''), "
     "coalesce(error_message, decision), duration_ms, trace_id FROM mcp_calls",
-    "net": "SELECT timestamp, 'net', CAST(id AS TEXT), coalesce(method || ' ', '') || domain || coalesce(path, ''), "
+    "net": "SELECT timestamp, 'net', CAST(id AS TEXT), coalesce(method || ' ', '') || coalesce(domain, '?') || "
+    "CASE WHEN port IN (80, 443) THEN '' ELSE coalesce(':' || port, '') END || coalesce(path, ''), "
     "decision, duration_ms, trace_id FROM net_events",
     "fs": "SELECT timestamp, 'fs', CAST(id AS TEXT), path, action, NULL, trace_id FROM fs_events",
-    "model": "SELECT timestamp, 'model', CAST(id AS TEXT), coalesce(provider || ' ', '') || coalesce(model, ''), "
+    "model": "SELECT timestamp, 'model', CAST(id AS TEXT), coalesce(provider || ' ', '') || coalesce(model, '') || "
+    "coalesce(', ' || input_tokens || ' tokens in', '') || coalesce(', ' || output_tokens || ' out', ''), "
     "CAST(status_code AS TEXT), duration_ms, trace_id FROM model_calls",
     "lifecycle": "SELECT timestamp, 'lifecycle', CAST(id AS TEXT), event || coalesce(': ' || detail, ''), state, NULL, "
     "NULL FROM lifecycle_events",
@@ -24,6 +32,14 @@ _TIMELINE: Final = {
 LAYERS: Final = tuple(_TIMELINE)
 DEFAULT_LAYERS: Final = ("exec", "mcp", "net", "fs", "model")
 TIMELINE_COLUMNS: Final = ("timestamp", "layer", "ref", "summary", "status", "duration_ms", "trace_id")
+
+NET_COLUMNS: Final = (
+    *("id", "timestamp", "domain", "port", "decision", "process_name", "method", "path", "status_code", "bytes_sent"),
+    *("bytes_received", "duration_ms", "matched_rule", "rule_layer", "policy_version", "address", "tls", "error"),
+    *("secrets", "trace_id"),
+)
+COUNTED: Final = ("exec_events", "fs_events", "net_events", "model_calls", "tool_calls", "mcp_calls")
+TOP: Final = 50  # providers and tools that are counted by name
 
 HISTORY_LAYERS: Final = ("all", "exec", "audit")
 _EXEC: Final = (
@@ -82,6 +98,32 @@ class Totals(NamedTuple):
     input_tokens: int = 0
     output_tokens: int = 0
     estimated_cost: float = 0.0
+    unpriced_calls: int = 0  # of models, whose price is not known: they are not in estimated_cost
+
+
+class Provider(NamedTuple):
+    """Calls of one provider's models. The cost is of those whose price is known."""
+
+    provider: str
+    call_count: int
+    input_tokens: int
+    output_tokens: int
+    estimated_cost: float
+
+
+class Tool(NamedTuple):
+    """How often models asked for a tool."""
+
+    tool_name: str
+    call_count: int
+
+
+class Work(NamedTuple):
+    """What a VM has done so far, with names to it."""
+
+    totals: Totals
+    providers: tuple[Provider, ...] = ()
+    tools: tuple[Tool, ...] = ()
 
 
 def history(
@@ -136,28 +178,94 @@ def timeline(
     layers: tuple[str, ...] = DEFAULT_LAYERS,
 ) -> list[tuple[Any, ...]]:
     """The newest `limit` events of these layers, oldest first, as TIMELINE_COLUMNS; `since` is a ledger's timestamp."""
-    rows = " UNION ALL ".join(_TIMELINE[layer] for layer in dict.fromkeys(layers))
+    # Of each layer its newest, which its index finds: a VM may have made a million requests.
+    newest = " UNION ALL ".join(
+        f"SELECT * FROM ({_TIMELINE[layer]} WHERE (?1 IS NULL OR timestamp >= ?1) "  # noqa: S608  our own text
+        f"AND (?2 IS NULL OR {'NULL' if layer == 'lifecycle' else 'trace_id'} = ?2) ORDER BY timestamp DESC LIMIT ?3)"
+        for layer in dict.fromkeys(layers)
+    )
     found = connection.execute(
-        f"WITH events ({', '.join(TIMELINE_COLUMNS)}) AS ({rows}) SELECT * FROM events "  # noqa: S608  our own text
-        "WHERE (?1 IS NULL OR timestamp >= ?1) AND (?2 IS NULL OR trace_id = ?2) "
+        f"WITH events ({', '.join(TIMELINE_COLUMNS)}) AS ({newest}) SELECT * FROM events "  # noqa: S608
         "ORDER BY timestamp DESC, layer, ref DESC LIMIT ?3",
         (since, trace_id, limit),
     )
     return found.fetchall()[::-1]
 
 
-def totals(connection: sqlite3.Connection) -> Totals:
-    """Everything that is counted."""
+def work(connection: sqlite3.Connection) -> Work:
+    """Everything that is counted, and for whom: since the VM was forked, if it was, as what it inherited is its source's."""
+    since = _inherited(connection)
+    return Work(_totals(connection, since), _providers(connection, since), _tools(connection, since))
+
+
+def last_ids(connection: sqlite3.Connection) -> dict[str, int]:
+    """The newest row of each table that is counted."""
+    return {
+        table: connection.execute(f"SELECT coalesce(max(id), 0) FROM {table}").fetchone()[0]  # noqa: S608  our own text
+        for table in COUNTED
+    }
+
+
+def _inherited(connection: sqlite3.Connection) -> dict[str, int]:
+    """`last_ids` of the source, in the ledger of a fork; 0 where nothing is inherited."""
     row = connection.execute(
-        "SELECT (SELECT count(*) FROM exec_events), (SELECT count(*) FROM fs_events), "
-        "(SELECT count(*) FROM tool_calls), (SELECT count(*) FROM mcp_calls), "
-        "n.requests, n.allowed, n.denied, m.calls, m.input, m.output, m.cost FROM "
+        "SELECT detail FROM lifecycle_events WHERE event = ? ORDER BY id DESC LIMIT 1", (INHERITED,)
+    ).fetchone()
+    told: dict[str, int] = json.loads(row[0]) if row else {}
+    return {table: told.get(table, 0) for table in COUNTED}
+
+
+def _totals(connection: sqlite3.Connection, since: dict[str, int]) -> Totals:
+    row = connection.execute(
+        "SELECT (SELECT count(*) FROM exec_events WHERE id > :exec_events), "
+        "(SELECT count(*) FROM fs_events WHERE id > :fs_events), "
+        "(SELECT count(*) FROM tool_calls WHERE id > :tool_calls), "
+        "(SELECT count(*) FROM mcp_calls WHERE id > :mcp_calls), "
+        "n.requests, n.allowed, n.denied, m.calls, m.input, m.output, m.cost, m.unpriced FROM "
         "(SELECT count(*) AS requests, count(*) FILTER (WHERE decision = 'allowed') AS allowed, "
-        "count(*) FILTER (WHERE decision = 'denied') AS denied FROM net_events) AS n, "
+        "count(*) FILTER (WHERE decision = 'denied') AS denied FROM net_events WHERE id > :net_events) AS n, "
         "(SELECT count(*) AS calls, coalesce(sum(input_tokens), 0) AS input, "
-        "coalesce(sum(output_tokens), 0) AS output, total(estimated_cost_usd) AS cost FROM model_calls) AS m"
+        "coalesce(sum(output_tokens), 0) AS output, total(estimated_cost_usd) AS cost, "
+        "count(*) FILTER (WHERE estimated_cost_usd IS NULL) AS unpriced FROM model_calls WHERE id > :model_calls) AS m",
+        since,
     ).fetchone()
     return Totals(*row)
+
+
+def _providers(connection: sqlite3.Connection, since: dict[str, int]) -> tuple[Provider, ...]:
+    """Whose models were called, those of most calls first."""
+    rows = connection.execute(
+        "SELECT coalesce(provider, 'unknown'), count(*), coalesce(sum(input_tokens), 0), coalesce(sum(output_tokens), 0), "
+        "total(estimated_cost_usd) FROM model_calls WHERE id > ? GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT ?",
+        (since["model_calls"], TOP),
+    )
+    return tuple(Provider(*row) for row in rows)
+
+
+def _tools(connection: sqlite3.Connection, since: dict[str, int]) -> tuple[Tool, ...]:
+    """What models asked for, the most frequent first."""
+    rows = connection.execute(
+        "SELECT tool_name, count(*) FROM tool_calls WHERE tool_name IS NOT NULL AND id > ? "
+        "GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT ?",
+        (since["tool_calls"], TOP),
+    )
+    return tuple(Tool(*row) for row in rows)
+
+
+def net_log(
+    connection: sqlite3.Connection, *, limit: int, since: str | None = None, decisions: tuple[str, ...] = ()
+) -> list[dict[str, Any]]:
+    """The newest `limit` rows of net_events, oldest first, by column; of these decisions alone, if any are given. `since` is
+    a ledger's timestamp. What an older ledger has no column for is None."""
+    present = {row[1] for row in connection.execute("PRAGMA table_info(net_events)")}
+    columns = ", ".join(name if name in present else f"NULL AS {name}" for name in NET_COLUMNS)
+    wanted = f" AND decision IN ({', '.join('?' * len(decisions))})" if decisions else ""
+    rows = connection.execute(
+        f"SELECT {columns} FROM net_events WHERE (? IS NULL OR timestamp >= ?){wanted} "  # noqa: S608  our own text
+        "ORDER BY timestamp DESC, id DESC LIMIT ?",
+        (since, since, *decisions, limit),
+    )
+    return [dict(zip(NET_COLUMNS, row, strict=True)) for row in rows][::-1]
 
 
 def failures(connection: sqlite3.Connection, *, since: str, limit: int) -> list[tuple[Any, ...]]:

@@ -18,6 +18,10 @@ def iso(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
+def _columns(table: str, *columns: str) -> tuple[str, ...]:
+    return tuple(f"ALTER TABLE {table} ADD COLUMN {column}" for column in columns)
+
+
 def _table(name: str, columns: str) -> str:
     return f"CREATE TABLE {name} (id INTEGER PRIMARY KEY AUTOINCREMENT, timestamp TEXT NOT NULL, {columns})"
 
@@ -78,6 +82,37 @@ SESSION: Final = (
             "hook TEXT, subject TEXT, decision TEXT, reason TEXT, duration_ms REAL, trace_id TEXT",
         ),
     ),
+    (
+        # `rule_layer` is where `matched_rule` stands, `address` the one that was dialled, `tls` what became of TLS (none,
+        # intercepted, passthrough), `secrets` names, comma-separated.
+        *_columns(
+            "net_events",
+            "rule_layer TEXT",
+            "policy_version INTEGER",
+            "address TEXT",
+            "tls TEXT",
+            "error TEXT",
+            "secrets TEXT",
+        ),
+        "CREATE INDEX net_events_timestamp ON net_events (timestamp)",
+        "CREATE INDEX net_events_decision ON net_events (decision)",  # a count must not read every row
+        *_columns("dns_events", "rule_layer TEXT", "policy_version INTEGER"),
+        "CREATE INDEX dns_events_timestamp ON dns_events (timestamp)",
+        # input_tokens are with those of caches, output_tokens with thinking; NULL is what is not known, and `note` says why.
+        *_columns(
+            "model_calls",
+            "domain TEXT",
+            "cache_read_tokens INTEGER",
+            "cache_write_tokens INTEGER",
+            "thinking_tokens INTEGER",
+            "price_date TEXT",
+            "truncated INTEGER NOT NULL DEFAULT 0",
+            "note TEXT",
+        ),
+        "CREATE INDEX model_calls_timestamp ON model_calls (timestamp)",
+        "CREATE INDEX tool_calls_model_call ON tool_calls (model_call_id)",
+        "CREATE INDEX tool_responses_model_call ON tool_responses (model_call_id)",
+    ),
 )
 
 MAIN: Final = (
@@ -96,6 +131,11 @@ MAIN: Final = (
             "output_tokens INTEGER NOT NULL DEFAULT 0, estimated_cost REAL NOT NULL DEFAULT 0",
         ),
         "CREATE UNIQUE INDEX sessions_key ON sessions (run_dir, name, created_at)",
+    ),
+    (
+        # Calls of models whose price is not known are not in estimated_cost: `unpriced_calls` counts them. `providers` and
+        # `tools` are JSON arrays of queries.Provider and queries.Tool, as objects.
+        *_columns("sessions", "unpriced_calls INTEGER NOT NULL DEFAULT 0", "providers TEXT", "tools TEXT"),
     ),
 )
 

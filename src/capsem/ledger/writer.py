@@ -27,11 +27,12 @@ log = logging.getLogger("capsem.ledger")
 
 
 class Statement(NamedTuple):
-    """SQL with its parameters. `otherwise` is done when it has changed nothing."""
+    """SQL with its parameters. `otherwise` is done when it has changed nothing; `then` after it, all of them or none."""
 
     sql: str
     parameters: tuple[Any, ...] = ()
     otherwise: Statement | None = None
+    then: tuple[Statement, ...] = ()
 
 
 class _Order(NamedTuple):
@@ -182,3 +183,5 @@ def _execute(connection: sqlite3.Connection, statement: Statement) -> None:
     done = connection.execute(statement.sql, statement.parameters)
     if done.rowcount == 0 and statement.otherwise is not None:
         _execute(connection, statement.otherwise)
+    for each in statement.then:
+        _execute(connection, each)

@@ -50,7 +50,7 @@ def actions(status: Status, record: VmRecord, blocked: CapsemError | None) -> li
 
 
 def _telemetry(totals: Totals) -> dict[str, float]:
-    """The contract's keys."""
+    """The contract's keys, and whether the cost is of all calls."""
     return {
         "total_input_tokens": totals.input_tokens,
         "total_output_tokens": totals.output_tokens,
@@ -62,6 +62,7 @@ def _telemetry(totals: Totals) -> dict[str, float]:
         "denied_requests": totals.denied_requests,
         "total_file_events": totals.file_events,
         "model_call_count": totals.model_calls,
+        **({"unpriced_model_calls": totals.unpriced_calls} if totals.unpriced_calls else {}),
     }
 
 
@@ -107,9 +108,9 @@ class Handlers(Transfer, Files):
         size = None
         if vm.record.persistent and not vm.running:
             size = durable.allocated_bytes(vm.session.path) + self._fleet.chain_bytes(vm.record)
-        totals = await self.ledgers.totals(vm) if vm.running or vm.totals is None else vm.totals
+        work = await self.ledgers.work(vm) if vm.running or vm.work is None else vm.work
         info = await self._info(vm, size)
-        return info if totals is None else msgspec.structs.replace(info, **_telemetry(totals))
+        return info if work is None else msgspec.structs.replace(info, **_telemetry(work.totals))
 
     async def _blocked(self, vm: Vm) -> CapsemError | None:
         """Why a VM that does not run could not be resumed on this host as it is, with the way out."""

@@ -49,7 +49,7 @@ class Boot:
     note: str | None = None
     memory: Path | None = None
     layer: str | None = None
-    ledger: bool = True  # record commands and files
+    ledger: bool = True  # record commands, files and traffic
 
 
 def assets(image: Image) -> dict[str, str]:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from capsem.api.internal import FlushLedger
-from capsem.ledger import database, queries
+from capsem.ledger import database, events, queries
 from capsem.ledger.inspection import Found, inspect
-from capsem.ledger.queries import Totals
+from capsem.ledger.queries import Provider, Tool, Totals, Work
 from capsem.ledger.schema import MAIN, iso
 from capsem.ledger.writer import Statement, Writer
 from capsem.model.errors import CapsemError, NotFound, TimedOut, Unavailable
@@ -93,23 +95,23 @@ class Ledgers:
         await asyncio.wrap_future(self._main.flush())
         return await self._in_thread(lambda: inspect(self._main_path, sql))
 
-    async def totals(self, vm: Vm) -> Totals | None:
+    async def work(self, vm: Vm) -> Work | None:
         """What a VM has done so far; None when its ledger cannot tell."""
         try:
-            return await self._read(vm, lambda path: _ask(path, queries.totals), wait=False)
+            return await self._read(vm, lambda path: _ask(path, queries.work), wait=False)
         except CapsemError:
             return None
 
     async def index(self) -> list[dict[str, Any]]:
-        """Every VM that the index knows, newest first, with what it has done so far."""
+        """Every VM that the index knows, newest first, with what it has done so far; see `_columns`."""
         await asyncio.wrap_future(self._main.flush())
         found = await self._in_thread(lambda: _ask(self._main_path, _index))
         running = {self._key(vm): vm for vm in self._fleet.all() if vm.running}
-        live = {key: await self.totals(vm) for key, vm in running.items()}
+        live = {key: await self.work(vm) for key, vm in running.items()}
         for row in found:
-            totals = live.get((row["run_dir"], row["name"], row["created_at"]))
-            if totals is not None:
-                row.update(totals._asdict())
+            work = live.get((row["run_dir"], row["name"], row["created_at"]))
+            if work is not None:
+                row.update(_columns(work))
         return found
 
     async def _read(self, vm: Vm, read: Callable[[Path], T], *, wait: bool = True) -> T:
@@ -156,7 +158,8 @@ class Ledgers:
             target = child.session.ledger
             temporary = target.with_name(f"{durable.TEMPORARY}{target.name}")
             try:
-                await self._read(source, lambda path: _copy(path, temporary, target))
+                now = self._fleet.system.clock.time()
+                await self._read(source, lambda path: _copy(path, temporary, target, now))
             except (CapsemError, sqlite3.Error, OSError) as error:
                 log.warning("%s begins without the history of %s: %s", child.id, source.id, error)
                 temporary.unlink(missing_ok=True)
@@ -166,7 +169,7 @@ class Ledgers:
     async def _gone(self, vm: Vm) -> None:
         """A VM's supervisor is gone: nobody writes any more."""
         try:
-            vm.totals = await self._in_thread(lambda: _wind_up(vm.session))
+            vm.work = await self._in_thread(lambda: _wind_up(vm.session))
         except (CapsemError, sqlite3.Error, OSError) as error:  # whatever it is, the VM has ended
             log.warning("the ledger of %s: %s", vm.id, error)
 
@@ -187,16 +190,17 @@ class Ledgers:
             None if record.started_at is None else iso(record.started_at),
         )
         reason = None if vm.running or record.last_exit is None else record.last_exit.reason
-        state = (*row, reason, vm.totals)
+        state = (*row, reason, vm.work)
         if state == before:
             return
         now = iso(self._fleet.system.clock.time())
         if before is not None and before[:3] != key:
             self._main.put(Statement(f"UPDATE sessions SET name = ? WHERE {_KEY}", (vm.id, *before[:3])))  # noqa: S608
         self._main.put(Statement(_UPSERT, (now, *row, None if status else now, reason)))
-        if vm.totals is not None:
-            names = ", ".join(f"{name} = ?" for name in Totals._fields)
-            self._main.put(Statement(f"UPDATE sessions SET {names} WHERE {_KEY}", (*vm.totals, *key)))  # noqa: S608
+        if vm.work is not None:
+            columns = _columns(vm.work)
+            names = ", ".join(f"{name} = ?" for name in columns)
+            self._main.put(Statement(f"UPDATE sessions SET {names} WHERE {_KEY}", (*columns.values(), *key)))  # noqa: S608
         if vm.deleted:
             self._indexed.pop(vm, None)
         else:
@@ -226,20 +230,48 @@ def _tidy(session: SessionDir) -> None:
         log.warning("%s stays as it was left: %s", session.ledger, error)
 
 
-def _wind_up(session: SessionDir) -> Totals | None:
+def _wind_up(session: SessionDir) -> Work | None:
     """Remove the journal that a killed supervisor left, and count what there is."""
     _tidy(session)
     if not session.ledger.exists():
         return None
-    totals = _ask(session.ledger, queries.totals)
+    work = _ask(session.ledger, queries.work)
     _tidy(session)
-    return totals
+    return work
 
 
-def _copy(source: Path, temporary: Path, target: Path) -> None:
-    if database.copy(source, temporary):
+def _copy(source: Path, temporary: Path, target: Path, now: float) -> None:
+    def mark(made: sqlite3.Connection) -> None:
+        statement = events.inherited(now, queries.last_ids(made))
+        made.execute(statement.sql, statement.parameters)
+
+    if database.copy(source, temporary, mark):
         durable.sync_file(temporary)
         durable.rename(temporary, target)
+
+
+def _columns(work: Work) -> dict[str, Any]:
+    """It as columns of the index."""
+    return {
+        **work.totals._asdict(),
+        "providers": json.dumps([each._asdict() for each in work.providers]),
+        "tools": json.dumps([each._asdict() for each in work.tools]),
+    }
+
+
+def tops(rows: Sequence[dict[str, Any]]) -> tuple[list[Provider], list[Tool]]:
+    """Whose models all of these have called, and which tools models asked for, the most frequent first."""
+    providers: dict[str, Provider] = {}
+    tools: Counter[str] = Counter()
+    for row in rows:
+        for each in json.loads(row["providers"] or "[]"):
+            before = providers.get(each["provider"], Provider(each["provider"], 0, 0, 0, 0.0))
+            counts = (getattr(before, name) + each[name] for name in Provider._fields[1:])
+            providers[before.provider] = Provider(before.provider, *counts)
+        for each in json.loads(row["tools"] or "[]"):
+            tools[each["tool_name"]] += each["call_count"]
+    ordered = sorted(providers.values(), key=lambda each: (-each.call_count, each.provider))
+    return ordered, [Tool(*each) for each in tools.most_common()]
 
 
 def sums(rows: Sequence[dict[str, Any]]) -> Totals:

@@ -23,11 +23,13 @@ from capsem.api.ledger_types import (
     PanicsResponse,
     ProcessesResponse,
     ProcessInfo,
+    ProviderStats,
     SessionStats,
     SessionTriage,
     StatsResponse,
     TimelineQuery,
     TimelineResponse,
+    ToolStats,
     Totals,
     TranscriptQuery,
     TranscriptResponse,
@@ -42,13 +44,14 @@ from capsem.model.since import parse_since
 from capsem.service import findings
 from capsem.service.findings import Source
 from capsem.service.fleet import Fleet
-from capsem.service.ledgers import Ledgers, sums
+from capsem.service.ledgers import Ledgers, sums, tops
 from capsem.service.vm import Vm
 from capsem.store.lines import read_tail
 
 MOST_ROWS: Final = 2000  # of a timeline or a history
 MOST_FINDINGS: Final = 200
 SESSIONS_SHOWN: Final = 100
+TOPS_SHOWN: Final = 20
 TRANSCRIPT: Final = 4 * 1024 * 1024  # bytes of a transcript in one answer
 LOG_BYTES: Final = 5 * 1024 * 1024
 HOST_LOGS: Final = ("service", "mcp", "gateway", "tray", "app")
@@ -130,7 +133,7 @@ class Observation:
     async def stats(self) -> StatsResponse:
         """Sums over all VMs that there ever were, and the newest of them."""
         rows = await self._ledgers.index()
-        total = sums(rows)
+        total, (providers, tools) = sums(rows), tops(rows)
         return StatsResponse(
             global_=Totals(
                 total_sessions=len(rows),
@@ -143,6 +146,8 @@ class Observation:
                 total_requests=total.requests,
                 total_allowed=total.allowed_requests,
                 total_denied=total.denied_requests,
+                total_model_calls=total.model_calls,
+                total_unpriced_calls=total.unpriced_calls,
             ),
             sessions=[
                 SessionStats(
@@ -159,11 +164,12 @@ class Observation:
                     total_input_tokens=row["input_tokens"],
                     total_output_tokens=row["output_tokens"],
                     total_estimated_cost=row["estimated_cost"],
+                    total_unpriced_calls=row["unpriced_calls"],
                 )
                 for row in rows[:SESSIONS_SHOWN]
             ],
-            top_providers=[],
-            top_tools=[],
+            top_providers=[ProviderStats(**each._asdict()) for each in providers[:TOPS_SHOWN]],
+            top_tools=[ToolStats(**each._asdict()) for each in tools[:TOPS_SHOWN]],
             top_mcp_tools=[],
         )
 

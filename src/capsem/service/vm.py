@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from capsem.api.internal import Stop
-from capsem.ledger.queries import Totals
+from capsem.ledger.queries import Work
 from capsem.model.errors import CapsemError, Corrupt, MachineFailed, NotRunning, TimedOut, Unavailable
 from capsem.model.lifecycle import LIVE, PUBLIC_STATUS, State, Status
 from capsem.model.vm import Exit, VmRecord
@@ -48,7 +48,7 @@ class Vm:
         self.link: Link | None = None
         # Awaited when its supervisor is gone, before anybody may start another.
         self.on_gone: Callable[[Vm], Awaitable[None]] = _nothing
-        self.totals: Totals | None = None  # what it had done by the end of its last run
+        self.work: Work | None = None  # what it had done by the end of its last run
         self.on_ended: Callable[[Vm], None] = lambda _vm: None
         self.on_changed: Callable[[Vm], None] = lambda _vm: None  # its record, or whether it runs or is ready
         self.on_asked: Callable[[Vm, str], None] = lambda _vm, _action: None  # its guest asks for "suspend"

@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from pathlib import Path
 
+from capsem.egress.events import Recorder
+from capsem.egress.record import TrafficRecord
 from capsem.ledger import events
 from capsem.ledger.schema import SESSION
 from capsem.ledger.writer import Statement, Writer
@@ -117,6 +119,11 @@ class Recording:
     def rest(self) -> None:
         """The VM is suspended: what becomes of its commands is told when it is resumed."""
         self._resting = True
+
+    @property
+    def traffic(self) -> Recorder:
+        """Takes what the VM's traffic does; nothing of it is kept where commands are not."""
+        return TrafficRecord(self._put if self._on else lambda _statement: None)
 
     # -- the file
 
