@@ -74,4 +74,4 @@ class Tap(Protocol):
         """That was all, or as much as there will be: what was learnt is recorded."""
 
 
-Taps = Callable[[Subject, RequestHead], Tap | None]  # for the guest's own head, without secrets
+Taps = Callable[[Subject, RequestHead, Verdict], Tap | None]  # for the guest's own head, without secrets
