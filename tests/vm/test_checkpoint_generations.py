@@ -54,23 +54,22 @@ def test_six_generations_deep(service: Service, witness: Witness) -> None:
             assert client.call("suspend", vm_id=now.vm_id)["synced"]
             assert client.call("resume", vm_id=now.vm_id)["boot_kind"] == "warm"
         elif generation in (2, 5):
-            made = client.call("checkpoint", vm_id=now.vm_id, body={})
+            made, then = client.call("checkpoint", vm_id=now.vm_id, body={}), now.twin(now.vm_id)
             now.check()
-            kept = dict(now.files)
             now.write("not-kept", chance, 64)
             now.write("same-name", chance, 64)
             answer = client.call("rollback", vm_id=now.vm_id, body={"checkpoint": made["id"], "save": False})
             assert answer["boot_kind"] == "warm"
-            now.files = kept
+            now = then
             assert service.exec(now.vm_id, "test -e /root/not-kept")[0] == 1
         else:
             if generation == 6:  # from a VM that is suspended
                 client.call("suspend", vm_id=now.vm_id)
             client.call("fork", vm_id=now.vm_id, body={"name": f"fork-{generation}", "live": True})
+            source, now = now, now.twin(f"fork-{generation}")
             if generation == 3:
-                now.check()
-                client.call("delete", vm_id=now.vm_id)  # its layers and memory are still needed
-            now = now.twin(f"fork-{generation}")
+                source.check()
+                client.call("delete", vm_id=source.vm_id)  # its layers and memory are still needed
         now.check(cold_cache=True)
     assert service.output(now.vm_id, "while ! cat /root/slept 2>/dev/null; do sleep 0.2; done") == "slept\n"
     store = CheckpointStore(Layout(service.run_dir))

@@ -148,7 +148,11 @@ class QemuMachine:
 
     async def load(self, state: int) -> None:
         """Take in a device state from an inherited descriptor; the vCPUs stay stopped. Raises MachineFailed."""
-        await self._command(self._monitor.load(f"fd:{state}"))
+        try:
+            await self._command(self._monitor.load(f"fd:{state}"))
+        except MachineFailed as error:
+            # One that takes offence ends: whether it is heard to say so first, or is gone already, is chance.
+            raise MachineFailed(f"QEMU did not take the device state in: {error.message}", hint=error.hint) from error
 
     async def run(self) -> None:
         """See Machine."""

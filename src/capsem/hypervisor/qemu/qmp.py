@@ -121,13 +121,11 @@ class Monitor:
             async with asyncio.timeout(COMMAND_LIMIT):
                 await asyncio.wait((waiting, gone), return_when=asyncio.FIRST_COMPLETED)
         except TimeoutError:
-            raise MachineFailed(
-                f"QEMU did not take the device state in within {COMMAND_LIMIT:g} s", hint=HINT
-            ) from None
+            raise MachineFailed(f"it is not done after {COMMAND_LIMIT:g} s", hint=HINT) from None
         finally:
             gone.cancel()
         if not waiting.done() or waiting.result() != "completed":
-            raise MachineFailed("QEMU did not take the device state in", hint=HINT)
+            raise MachineFailed(f"it {waiting.result() if waiting.done() else 'has ended'}", hint=HINT)
 
     async def quit(self) -> None:
         """Ask QEMU to end. It may be gone before it answers: that is no error."""
