@@ -43,6 +43,7 @@ WARM = dataclasses.replace(
     jobs=Part(17, "c" * 64),
     guest=GuestState("boot", 7, "ab" * 16, "token", synced=False),
     pause=0.054321,
+    network=MappingProxyType({"preset": "off", "rule": [{"name": "a", "action": "allow", "host": ["a.test"]}]}),
     owner_epoch=3,
 )
 

@@ -39,6 +39,8 @@ FULL = dataclasses.replace(
     kept=("4" * 32, "5" * 32),
     machine_id="6" * 32,
     policy=Policy(idle_secs=900.0, checkpoint_keep=3),
+    network=MappingProxyType({"preset": "off", "rule": [{"name": "a", "action": "allow", "host": ["a.test"]}]}),
+    learning_since=1e9 + 2,
     attached=("7" * 32,),
     template=True,
     last_exit=Exit("failed", "the VMM ended", "last line"),

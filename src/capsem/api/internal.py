@@ -21,6 +21,7 @@ refused on its stream (`Unsupported`), and the connection goes on.
 
 from __future__ import annotations
 
+from capsem.api.network_messages import NETWORK_MESSAGES, NETWORK_REQUESTS
 from capsem.wire.messages import (
     DirListed,
     Exec,
@@ -57,9 +58,9 @@ class Bootstrap(Message, tag="bootstrap"):
     `vm_id` and `session_dir` are for a spare supervisor, which was started without knowing them. `restore`: from the
     record's checkpoint, whose memory is `ram_file`; `layer` is a new one to put on the volume's top before anything
     runs. `assets` are digests of what the machine boots from. `boot_kind` and `boot_note` are recorded. `ledger`:
-    commands and files are recorded, too. `gate`: the host-wide lock
-    (store.gate) to wait for when the VM ends without the service having asked, "" where there is none. `faults` is for
-    tests, see capsem.faults.
+    commands, files and traffic are recorded, too. `network`: the layers of its policy (egress.compose.Layers), but for its
+    own. `gate`: the host-wide lock (store.gate) to wait for when the VM ends without the service having asked, "" where there
+    is none. `faults` is for tests, see capsem.faults.
     """
 
     protocol: int
@@ -84,6 +85,7 @@ class Bootstrap(Message, tag="bootstrap"):
     parent_pid: int | None = None
     log_level: str = "info"
     ledger: bool = True
+    network: str = ""
     gate: str = ""
     faults: str | None = None
 
@@ -318,6 +320,7 @@ REQUESTS: dict[type[Message], type[Message]] = {
     SetPolicy: PolicySet,
     Save: CheckpointMade,
     FlushLedger: LedgerFlushed,
+    **NETWORK_REQUESTS,
 }
 _ALL: tuple[type[Message], ...] = (
     Hello,
@@ -328,6 +331,7 @@ _ALL: tuple[type[Message], ...] = (
     FileFound,
     Failed,
     Exited,
+    *NETWORK_MESSAGES,
     *REQUESTS,
     *REQUESTS.values(),
 )

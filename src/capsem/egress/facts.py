@@ -77,8 +77,9 @@ class Verdict:
     """A decision, with what a record and a reader need to know of it.
 
     `rule` is its name; `reason` one sentence for a person. `http2`: the rule asks for it. `certificate` names the client
-    certificate to show upstream. `model` is the API of models that is spoken there, by the rule's word: "anthropic", "openai",
-    "gemini"; None where the rule says nothing of it. `remedy` is the command that would allow it, None where the user cannot.
+    certificate to show upstream; `ech`: pass through even a hello that may hide its true name. `model` is the API of models
+    that is spoken there, by the rule's word: "anthropic", "openai", "gemini"; None where the rule says nothing of it. `remedy`
+    is the command that would allow it, None where the user cannot.
     `policy_version` counts reloads.
     """
 
@@ -90,6 +91,7 @@ class Verdict:
     protocol: Protocol = Protocol.HTTP
     http2: bool = False
     certificate: str | None = None
+    ech: bool = False
     model: str | None = None
     remedy: str | None = None
 

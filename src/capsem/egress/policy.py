@@ -28,6 +28,7 @@ Address = IPv4Address | IPv6Address
 
 PAST_THE_FLOOR: Final = frozenset({Layer.CORPORATE, Layer.VM})
 NO_RULE: Final = "default"
+WEB_PORTS: Final = (80, 443)  # what is meant where a host alone is allowed
 
 
 class FloorHit(NamedTuple):
@@ -155,6 +156,8 @@ class Policy:
                 protocol=rule.protocol or Protocol.HTTP,
                 http2=rule.http2,
                 certificate=rule.certificate,
+                ech=rule.ech,
+                model=rule.model,
             )
         verb = "denies" if rule.action is Action.DENY else "asks about"
         reason = f"rule {rule.name} of the {rule.layer} layer {verb} {_what(subject)}"
@@ -178,8 +181,18 @@ class Policy:
             reason,
             policy_version=self.version,
             protocol=protocol or subject.protocol,
-            remedy=None if final else f"capsem net allow {self.vm} {subject.host or subject.address}",
+            remedy=None if final else f"capsem net allow {self.vm} {_destination(subject)}",
         )
+
+
+def _destination(subject: Subject) -> str:
+    """What to give to `capsem net allow`."""
+    name = subject.host or subject.address or ""
+    if subject.host is None and ":" in name:
+        name = f"[{name}]"
+    if subject.port in {ANY_PORT, *WEB_PORTS} and subject.protocol is not Protocol.TCP:
+        return name
+    return f"{name}:{subject.port}" + (" --tcp" if subject.protocol is Protocol.TCP else "")
 
 
 def _what(subject: Subject) -> str:

@@ -48,6 +48,7 @@ class Rule:
 
     `hosts`: lower-case names in punycode, "*.example.com" for all below (never example.com itself), "*" for every name.
     `cidrs` is about the address that is dialled, or was asked for by number. `protocol` None (of a denial only): all.
+    `ech`: what is passed through may hide its true name. `model`: the API of models that is spoken there (see facts.Verdict).
     `until`: when it ends, in seconds since 1970. `where` says where it was written, for people: "policy.toml, line 7".
     """
 
@@ -62,6 +63,8 @@ class Rule:
     protocol: Protocol | None = Protocol.HTTP
     http2: bool = False
     certificate: str | None = None
+    ech: bool = False
+    model: str | None = None
     until: float | None = None
     where: str = field(default="", compare=False)
 
@@ -145,6 +148,10 @@ class Rule:
             said["http2"] = True
         if self.certificate:
             said["client_certificate"] = self.certificate
+        if self.ech:
+            said["ech"] = True
+        if self.model:
+            said["model"] = self.model
         if self.until is not None:
             said["until"] = self.until
         return said

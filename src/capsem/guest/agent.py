@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 
-from capsem.guest.capture import Capture
 from capsem.guest.files import Lister, Reader, Refused, Writer, refusal
 from capsem.guest.forward import Forwarder
 from capsem.guest.freeze import Freezer
@@ -37,7 +36,6 @@ from capsem.wire.messages import (
     Hold,
     ListDir,
     Message,
-    Network,
     Ping,
     Pong,
     PowerOff,
@@ -53,7 +51,6 @@ from capsem.wire.messages import (
     WriteFile,
 )
 from capsem.wire.streams import (
-    Closed,
     CreditReceived,
     DataReceived,
     EndReceived,
@@ -68,10 +65,8 @@ from capsem.wire.streams import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
 
 VERSION = "1"
-_NETWORK_TURN, _NETWORK_LIMIT = 0.02, 8.0  # seconds between looks whether connections are redirected, and of patience
 # Seconds that the clock may differ from a Ping's before it is stepped. A ping may come late and so make the clock look
 # ahead; one that is behind a time that has passed is wrong for sure.
 _MAY_BE_AHEAD, _MAY_BE_BEHIND = 0.5, 0.05
@@ -102,9 +97,7 @@ class Agent:
         self._env = dict(BASE_ENV)
         self._servants: dict[int, Servant] = {}
         self._jobs = Jobs()
-        self._awaiting_network: Timer | None = None
-        self._capture = Capture(self._loop, self._mux, system, self._servants.__setitem__, self._finished)
-        self._connections_reset = 0
+        self._expected: Timer | None = None
         decoder = self._mux.decoder
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             self._boot_id = file.read().strip()
@@ -114,17 +107,12 @@ class Agent:
 
     def run(self) -> int:
         """Serve until told to power off; returns the exit status for PID 1."""
-        return self._loop.run(self._turn)
-
-    def _turn(self) -> None:
-        self._port.flush()
-        self._capture.turn()
+        return self._loop.run(self._port.flush)
 
     # -- epochs
 
     def _begin_epoch(self) -> None:
         self._mux.begin_epoch(self._memory.next_nonce)
-        self._abandon_connections()
         self._expect_handshake()
         self._send_ready()
 
@@ -141,12 +129,8 @@ class Agent:
 
     def _expect_handshake(self) -> None:
         self._handshake = GuestHandshake()
-        if self._awaiting_network is not None:
-            self._awaiting_network.cancel()
-            self._awaiting_network = None
 
     def _epoch_started(self, event: EpochStarted) -> None:
-        self._abandon_connections()
         for servant in self._servants.values():
             servant.orphaned()
         self._servants.clear()
@@ -154,10 +138,6 @@ class Agent:
         self._expect_handshake()
         if not event.answer:
             self._send_ready()
-
-    def _abandon_connections(self) -> None:
-        """Of the epoch that is over: before anything else, so that no program waits for what will not come."""
-        self._connections_reset += self._capture.abandon()
 
     def _configured(self) -> None:
         """The handshake's data is complete: become what it says."""
@@ -181,7 +161,8 @@ class Agent:
         self._mux.decoder.arm(self._handshake.next_nonce)
         if not config.resumed:
             self._let_go()
-            self._report(step, {}, until=began + _NETWORK_LIMIT)
+            timings = {"ready": time.monotonic()}
+            self._mux.control(BootReady(epoch=config.epoch, clock_step=step, timings=timings, written=self._written()))
             return
         # On the loop's thread, though a volume that is not well may never answer: then this machine is of no use, the
         # host has a limit, and nothing but this handshake is to be answered.
@@ -189,32 +170,18 @@ class Agent:
         problems, warnings = self._health.examine(config.mark)
         ready = time.monotonic()
         held = self._let_go()
-        timings = {"configured": began, "taken": taken, "ready": ready, "released": time.monotonic()}
-        self._report(step, timings, problems=problems, warnings=warnings, reseeded=reseeded, held=held)
-
-    def _report(self, step: float, timings: dict[str, float], *, until: float = 0.0, **health: Any) -> None:
-        """Say that everything is in place. The first time after a boot, redirection of connections may be about to be, and
-        what is run now could not connect: then a little later, but not after `until`."""
-        config, now = self._handshake.config, time.monotonic()
-        assert config is not None
-        if config.network and now < until and not self._system.network_ready():
-            self._awaiting_network = self._loop.after(
-                _NETWORK_TURN, lambda: self._report(step, timings, until=until, **health)
-            )
-            return
-        reset, self._connections_reset = self._connections_reset, 0
         self._mux.control(
             BootReady(
                 epoch=config.epoch,
                 clock_step=step,
-                timings=timings or {"ready": now},
+                timings={"configured": began, "taken": taken, "ready": ready, "released": time.monotonic()},
+                problems=problems,
+                warnings=warnings,
+                reseeded=reseeded,
+                held=held,
                 written=self._written(),
-                captures=self._system.captures,
-                reset=reset,
-                **health,
             )
         )
-        self._capture.set_open(config.network and self._system.captures)
 
     def _written(self) -> dict[str, float]:
         written, self._system.written = self._system.written, {}
@@ -245,12 +212,8 @@ class Agent:
             self._open(event.stream, event.message)
         else:
             servant = self._servants.get(event.stream)
-            if servant is None:
-                pass
-            elif event.stream % 2:
+            if servant is not None:
                 self._guarded(event.stream, lambda: self._serve(servant, event))
-            else:  # ours: there is nobody to tell of what goes wrong but the program, which is told by the connection
-                self._serve(servant, event)
 
     def _serve(self, servant: Servant, event: Event) -> None:
         if isinstance(event, DataReceived):
@@ -262,9 +225,6 @@ class Agent:
         elif isinstance(event, ResetReceived):
             self._servants.pop(event.stream, None)
             servant.cancelled()
-        elif isinstance(event, Closed):
-            self._servants.pop(event.stream, None)
-            servant.closed(event.message)
         elif isinstance(event, MessageReceived):
             servant.message(event.message)
 
@@ -289,8 +249,6 @@ class Agent:
         elif isinstance(message, Rename) and self._handshake.state == DONE:
             self._system.set_hostname(message.hostname)
             self._env |= {"CAPSEM_VM_ID": message.vm_id, "CAPSEM_VM_NAME": message.vm_id}
-        elif isinstance(message, Network) and self._handshake.state == DONE:
-            self._capture.set_open(message.on and self._system.captures)
         elif isinstance(message, GoOn):
             self._let_go()
         elif isinstance(message, PowerOff) and self._handshake.state == DONE:

@@ -105,6 +105,8 @@ class Checkpoint:
     jobs: Part | None = None
     guest: GuestState | None = None
     pause: float | None = None  # seconds that the vCPUs stood still
+    # The VM's own network policy at that time, for forks; None: made by a Capsem that knew none.
+    network: Mapping[str, Any] | None = None
     owner_epoch: int = THIS_HOST
 
     @classmethod
@@ -120,6 +122,7 @@ class Checkpoint:
             ram_mb=record.spec.ram_mb,
             parent=record.current,
             owner_epoch=record.owner_epoch,
+            network=record.network,
             **facts,
         )
 
@@ -163,7 +166,8 @@ class Checkpoint:
 
     def to_json(self) -> bytes:
         """The file's content: the body, and its own digest."""
-        plain = asdict(replace(self, machine=dict(self.machine)))
+        network = None if self.network is None else dict(self.network)
+        plain = asdict(replace(self, machine=dict(self.machine), network=network))
         body = {name: value for name, value in plain.items() if value is not None}
         return json.dumps({"format": FORMAT, "digest": _digest(body), "body": body}, indent=1).encode() + b"\n"
 
@@ -208,6 +212,7 @@ def _from_body(body: dict[str, Any]) -> Checkpoint:
             "layers": tuple(FrozenLayer(check_object_id(each["id"]), each["head"]) for each in known["layers"]),
             "parent": check_object_id(known["parent"]) if known.get("parent") else None,
             "machine": MappingProxyType(dict(known["machine"])),
+            "network": MappingProxyType(dict(known["network"])) if known.get("network") is not None else None,
             "memory": Memory(**{**memory, "runs": tuple((at, count) for at, count in memory["runs"])})
             if memory
             else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Final
@@ -57,6 +58,9 @@ class VmRecord:
     machine_id: str = ""  # of the guest, 32 hexadecimal digits; a fork's is its own
     last_exit: Exit | None = None
     policy: Policy = OFF
+    # Its own network policy, the table [network] of a policy file (egress.document), and since when it has been learning.
+    network: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    learning_since: float | None = None  # seconds since 1970
     template: bool = False  # nobody's: it becomes the template that others are forks of
     extra: MappingProxyType[str, Any] = field(default_factory=lambda: MappingProxyType({}))  # keys of a newer version
 
@@ -96,7 +100,8 @@ class VmRecord:
         body = {
             name: value
             for name in self.__dataclass_fields__
-            if name not in ("spec", "extra", "last_exit", "policy") and (value := getattr(self, name)) is not None
+            if name not in ("spec", "extra", "last_exit", "policy", "network")
+            and (value := getattr(self, name)) is not None
         }
         spec = {
             "cpus": self.spec.cpus,
@@ -109,6 +114,8 @@ class VmRecord:
             body["last_exit"] = asdict(self.last_exit)
         if policy := self.policy.to_dict():
             body["policy"] = policy
+        if self.network:
+            body["network"] = dict(self.network)
         return json.dumps(body, indent=1, sort_keys=True).encode()
 
 
@@ -135,6 +142,7 @@ def record_from_json(data: bytes, *, source: str) -> VmRecord:
                 "spec": VmSpec(spec["cpus"], spec["ram_mb"], spec["disk_mb"], MappingProxyType(dict(spec["env"]))),
                 "last_exit": Exit(**last_exit) if last_exit else None,
                 "policy": Policy.from_dict(policy),
+                "network": MappingProxyType(dict(known.get("network", {}))),
                 "extra": MappingProxyType(body),
             }
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,12 +24,10 @@ from capsem.store.checkpoints import CheckpointStore
 from capsem.store.layout import Layout, SessionDir
 from capsem.supervisor.activity import Activity
 from capsem.supervisor.console import Console, Transcript
-from capsem.supervisor.gateway import Gateway
 from capsem.supervisor.jobs import JobTable
 from capsem.supervisor.recording import Recording
 from capsem.supervisor.saving import Saver
 from capsem.supervisor.server import Server
-from capsem.supervisor.trial import Trial
 from capsem.system import Listener, System
 
 ENDS = frozenset({Event.STOP, Event.EXITED, Event.LOST})
@@ -73,7 +70,6 @@ class Owned:
         self.pid = system.processes.own_pid()
         self.recording: Recording
         self._server: Server
-        self._gateway = Gateway(Trial(os.environ.get("CAPSEM_EGRESS_TRIAL", "")))
         self._listener: Listener | None = None
         self._console: Console
         self._store = CheckpointStore(names.layout)
