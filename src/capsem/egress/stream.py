@@ -12,7 +12,8 @@ class ByteStream(Protocol):
     other side, or the epoch of the VM that it belongs to, is gone."""
 
     async def read(self) -> bytes:
-        """The next bytes, at most 64 KiB or so; b"" when no more will come. Not reading is what holds a sender back."""
+        """The next bytes, at most 64 KiB or so; b"" when no more will come. Not reading is what holds a sender back. There is one
+        reader at a time; cancelling it loses nothing."""
 
     async def write(self, data: bytes | memoryview) -> None:
         """Send all of it; waits while the other side takes no more."""

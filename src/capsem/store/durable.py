@@ -38,6 +38,23 @@ def write(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     sync_directory(path.parent)
 
 
+def create(path: Path, data: bytes, *, mode: int = 0o600) -> bool:
+    """Make a file that is not there yet, atomically and durably; False, and nothing done, when there is one.
+
+    Of several who do so at once, one is first, and the others find its file whole. Raises OSError.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{path.name}.{os.getpid()}")
+    write(temporary, data, mode=mode)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    sync_directory(path.parent)
+    return True
+
+
 def sync_directory(path: Path) -> None:
     """Make additions, renames and removals in a directory durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

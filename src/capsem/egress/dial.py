@@ -1,0 +1,196 @@
+"""Connections from the host to origins: to the very address that was checked, or to the proxy that the host is told to use."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+from capsem.egress import hosts
+from capsem.egress.http1 import BadHead, parse_response
+from capsem.egress.peer import Peer
+from capsem.egress.proxies import HostProxies, HostProxy
+from capsem.egress.sockets import SocketStream
+from capsem.egress.stream import ByteStream
+from capsem.egress.tls import TlsStream
+
+_CONNECT: Final = 10.0  # seconds for one address
+_HANDSHAKE: Final = 15.0
+
+
+class DialError(Exception):
+    """No connection: what happened, for a person. `status` is what to answer an HTTP request."""
+
+    def __init__(self, message: str, status: int = 502) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where to: `host` is a name or an address, `certificate` the name of the client certificate to show; `http2`: to be
+    offered."""
+
+    host: str
+    port: int
+    tls: bool
+    certificate: str | None = None
+    http2: bool = False
+
+
+class Trust:
+    """What the host takes for a true certificate: its own store, and the authorities in the files of `extra`. `certificates`
+    are those that it can show itself: by name, the files of a chain and of its key.
+
+    Loading the store takes tens of milliseconds: a context is made once for each client certificate.
+    """
+
+    def __init__(
+        self, extra: Sequence[Path] = (), certificates: Mapping[str, tuple[Path, Path]] = MappingProxyType({})
+    ) -> None:
+        self._extra = tuple(extra)
+        self._certificates = certificates
+        self._contexts: dict[tuple[str | None, bool], ssl.SSLContext] = {}
+
+    def context(self, certificate: str | None = None, *, http2: bool = False) -> ssl.SSLContext:
+        """For the client's side. Raises DialError for a file that cannot be used."""
+        context = self._contexts.get((certificate, http2))
+        if context is None:
+            context = self._contexts[certificate, http2] = self._make(certificate, http2=http2)
+        return context
+
+    def _make(self, certificate: str | None, *, http2: bool) -> ssl.SSLContext:
+        context = ssl.create_default_context()
+        # Later Pythons set it; many companies' own authorities do not live up to it, and curl takes those.
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        context.set_alpn_protocols(["h2"] if http2 else ["http/1.1"])
+        for path in self._extra:
+            try:
+                context.load_verify_locations(path)
+            except (OSError, ssl.SSLError) as error:
+                raise DialError(f"the authority's file {path} cannot be read: {error}") from error
+        if certificate is not None:
+            if certificate not in self._certificates:
+                raise DialError(f"there is no client certificate named {certificate}")
+            try:
+                context.load_cert_chain(*self._certificates[certificate])
+            except (OSError, ssl.SSLError) as error:
+                raise DialError(f"the client certificate {certificate} cannot be used: {error}") from error
+        return context
+
+
+@dataclass(frozen=True, slots=True)
+class Dialled:
+    """A connection: `stream` to speak on, `socket` below it. `address` is what was dialled. `relayed`: plain HTTP by way of
+    this proxy, which wants to be asked in absolute form. `alpn`: what TLS has agreed upon."""
+
+    stream: ByteStream
+    socket: SocketStream
+    address: str
+    relayed: HostProxy | None = None
+    alpn: str | None = None
+
+
+class Dialer:
+    """Makes connections."""
+
+    def __init__(self, trust: Trust, proxies: HostProxies = HostProxies()) -> None:  # noqa: B008 - a frozen value
+        self._trust = trust
+        self._proxies = proxies
+
+    def proxy(self, target: Target, *, http: bool) -> HostProxy | None:
+        """The proxy on the way there; then names may be known to it alone. `http`: HTTP is what will be spoken."""
+        return self._proxies.to(target.host, target.port, plain=http and not target.tls)
+
+    def looks_names_up(self, host: str) -> bool:
+        """Whether a proxy of the host's stands on the way to a name, so that it need not be known here."""
+        return any(self._proxies.to(host, port, plain=plain) for port, plain in ((443, False), (80, True)))
+
+    async def dial(self, target: Target, addresses: Sequence[str], *, http: bool = True) -> Dialled:
+        """A connection to the first of `addresses` that answers; they have been checked. Raises DialError."""
+        proxy = self.proxy(target, http=http)
+        if proxy is None:
+            socket, address = await self._first(target, addresses)
+            stream: ByteStream = socket
+        else:
+            socket, address = await connect(proxy.host, proxy.port), proxy.host
+            stream = await self._through(proxy, socket, target, tunnel=target.tls or not http)
+            if not target.tls and http:
+                return Dialled(stream, socket, address, relayed=proxy)
+        if not target.tls:
+            return Dialled(stream, socket, address)
+        tls = await self._secure(stream, self._trust.context(target.certificate, http2=target.http2), target.host)
+        return Dialled(tls, socket, address, alpn=tls.alpn)
+
+    async def _first(self, target: Target, addresses: Sequence[str]) -> tuple[SocketStream, str]:
+        failure: DialError | None = None
+        for address in addresses:
+            try:
+                return await connect(address, target.port), address
+            except DialError as error:
+                failure = failure or error
+        raise failure or DialError(f"{target.host} has no address")
+
+    async def _secure(self, stream: ByteStream, context: ssl.SSLContext, name: str) -> TlsStream:
+        tls = TlsStream(stream, context, server_hostname=name)
+        try:
+            async with asyncio.timeout(_HANDSHAKE):
+                await tls.handshake()
+        except TimeoutError as error:
+            tls.abort()
+            raise DialError(f"{name} did not finish the TLS handshake within {_HANDSHAKE:.0f} s", 504) from error
+        except ConnectionError as error:
+            tls.abort()
+            raise DialError(f"no TLS with {name}: {error}") from error
+        except BaseException:
+            tls.abort()
+            raise
+        return tls
+
+    async def _through(self, proxy: HostProxy, socket: SocketStream, target: Target, *, tunnel: bool) -> ByteStream:
+        """The stream that leads through a proxy."""
+        stream: ByteStream = socket
+        if proxy.tls:
+            stream = await self._secure(socket, self._trust.context(), proxy.host)
+        if not tunnel:
+            return stream
+        authority = hosts.join_authority(target.host, target.port, 0).encode()
+        lines = [b"CONNECT %b HTTP/1.1" % authority, b"Host: " + authority]
+        if proxy.authorization:
+            lines.append(b"Proxy-Authorization: " + proxy.authorization)
+        peer = Peer(stream)
+        try:
+            async with asyncio.timeout(_HANDSHAKE):
+                await stream.write(b"\r\n".join((*lines, b"", b"")))
+                block = await peer.head()
+            if block is None:
+                raise DialError(f"the host's proxy {proxy.host} hung up")
+            status = parse_response(block, b"CONNECT").head.status
+            if not 200 <= status < 300:
+                raise DialError(f"the host's proxy {proxy.host} refuses {authority.decode()} with status {status}")
+            if peer.rest():
+                raise DialError(f"the host's proxy {proxy.host} says more than that the tunnel is there")
+        except (ConnectionError, BadHead, TimeoutError) as error:
+            stream.abort()
+            raise DialError(f"the host's proxy {proxy.host} made no tunnel: {error or 'no answer in time'}") from error
+        except BaseException:
+            stream.abort()
+            raise
+        return stream
+
+
+async def connect(address: str, port: int) -> SocketStream:
+    """A TCP connection. Raises DialError."""
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(_CONNECT):
+            _, stream = await loop.create_connection(SocketStream, address, port)
+    except TimeoutError as error:
+        raise DialError(f"{address} port {port} did not answer within {_CONNECT:.0f} s", 504) from error
+    except OSError as error:
+        raise DialError(f"{address} port {port}: {error.strerror or error}") from error
+    return stream

@@ -1,0 +1,86 @@
+"""The proxies that the host itself has to go through, as its environment names them (HTTPS_PROXY and so on). Pure."""
+
+from __future__ import annotations
+
+import base64
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import unquote, urlsplit
+
+from capsem.egress import hosts
+
+
+class BadProxy(ValueError):
+    """A setting that names no proxy that can be used; the message says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostProxy:
+    """One proxy. `tls`: it is spoken to in TLS itself; `authorization` is the value of its header, b"" for none."""
+
+    host: str
+    port: int
+    tls: bool = False
+    authorization: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class HostProxies:
+    """For plain HTTP, for everything else, and where to go directly."""
+
+    http: HostProxy | None = None
+    https: HostProxy | None = None
+    direct: tuple[str, ...] = ()
+
+    def to(self, host: str, port: int, *, plain: bool) -> HostProxy | None:
+        """The proxy on the way to a host or address, None if there is none. `plain`: it is plain HTTP."""
+        proxy = self.http if plain else self.https
+        return None if proxy is None or any(_covers(entry, host, port) for entry in self.direct) else proxy
+
+
+def from_environment(environment: Mapping[str, str]) -> HostProxies:
+    """As HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY say; the lower-case names come first, as with curl. Raises BadProxy."""
+
+    def value(name: str) -> str:
+        return environment.get(name.lower()) or environment.get(name) or ""
+
+    everything = value("ALL_PROXY")
+    no_proxy = (entry.strip().lower() for entry in value("NO_PROXY").replace(" ", ",").split(","))
+    return HostProxies(
+        _parse("HTTP_PROXY", value("HTTP_PROXY") or everything),
+        _parse("HTTPS_PROXY", value("HTTPS_PROXY") or everything),
+        tuple(entry for entry in no_proxy if entry),
+    )
+
+
+def _parse(variable: str, text: str) -> HostProxy | None:
+    if not text:
+        return None
+    try:
+        url = urlsplit(text if "://" in text else f"http://{text}")
+        host, port = url.hostname or "", url.port
+    except ValueError as error:
+        raise BadProxy(f"{variable} is no URL ({error})") from error
+    if url.scheme not in ("http", "https") or not (hosts.host_name(host) or hosts.address(host)):
+        # Its password, if it has one, is not repeated.
+        raise BadProxy(f"{variable} must name an http:// or https:// proxy; {url.scheme}://{host} is none")
+    login = b""
+    if url.username is not None:
+        user, password = unquote(url.username), unquote(url.password or "")
+        login = b"Basic " + base64.b64encode(f"{user}:{password}".encode())
+    return HostProxy(host, port or (443 if url.scheme == "https" else 80), url.scheme == "https", login)
+
+
+def _covers(entry: str, host: str, port: int) -> bool:
+    """Whether an entry of NO_PROXY means that host: a name and all below it, an address or network, each with a port or not."""
+    if entry == "*":
+        return True
+    try:
+        return "/" in entry and ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False)
+    except ValueError:
+        pass
+    split = hosts.split_authority(entry.removeprefix("*").removeprefix(".").encode("latin-1", "replace"))
+    if split is None or split[1] not in (None, port):
+        return False
+    return host == split[0] or (hosts.address(host) is None and host.endswith(f".{split[0]}"))
