@@ -274,6 +274,7 @@ class Population:
         finally:
             vm.unwatch(there)
             vm.unwatch(present)
+            vm.may_be(there)  # what was under way may have been acknowledged before it was taken back
         if answer.saved is not None:
             vm.checkpoints[answer.saved] = present
         if undisturbed:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import itertools
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextvars import Context, ContextVar
 from typing import Any, Protocol
 
@@ -41,16 +42,31 @@ class SimLoop(asyncio.BaseEventLoop):
         super().__init__()
         self._dice = dice
         self._now = 0.0
-        self._timers: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []  # of one instant: in the order of their numbers
+        self._numbers = itertools.count()
         self._queues: dict[Owner | None, deque[asyncio.Handle]] = {}
         self._able: list[Owner | None] = []  # those with something to do
         self._asleep: set[Owner] = set()
-        self.remains: list[object] = []  # of dead processes: an object that nobody held any more would be finalized
+        self.remains: list[object] = []  # of processes: what nobody held any more would be finalized, dead or not
         self.steps = 0
 
     def time(self) -> float:
         """Seconds of virtual time."""
         return self._now
+
+    def create_task(self, coro: Coroutine[Any, Any, Any], **options: Any) -> asyncio.Task[Any]:  # type: ignore[override]
+        """See asyncio.AbstractEventLoop. Whose process dies must not have its `finally` run, so the task stays."""
+        task: asyncio.Task[Any] = super().create_task(coro, **options)
+        self.remains.append(task)
+        return task
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        """See asyncio.AbstractEventLoop."""
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        heapq.heappush(self._timers, (when, next(self._numbers), timer))
+        return timer
 
     def _call_soon(self, callback: Callable[..., object], args: Any, context: Context | None) -> asyncio.Handle:
         handle = asyncio.Handle(callback, args, self, context)
@@ -89,21 +105,19 @@ class SimLoop(asyncio.BaseEventLoop):
     def _advance(self, *, to_next: bool) -> None:
         """Hand out the timers that are due, those of the next instant at which there are any if so asked."""
         timers = self._timers
-        while timers and timers[0].cancelled():
-            heapq.heappop(timers)._scheduled = False  # type: ignore[attr-defined]  # noqa: SLF001
+        while timers and timers[0][-1].cancelled():
+            heapq.heappop(timers)
         if to_next:
             if not timers:
                 raise Stuck("nothing will ever happen again")
-            self._now = max(self._now, timers[0].when())
-        while timers and timers[0].when() <= self._now:
-            timer = heapq.heappop(timers)
-            timer._scheduled = False  # type: ignore[attr-defined]  # noqa: SLF001
+            self._now = max(self._now, timers[0][0])
+        while timers and timers[0][0] <= self._now:
+            *_, timer = heapq.heappop(timers)
             if not timer.cancelled():
                 self._put(timer)
 
     def forget(self, owner: Owner) -> None:
         """A process has died: what it had to do stays undone."""
-        self.remains.extend(asyncio.all_tasks(self))
         self.remains.extend(self._queues.pop(owner, ()))
         if owner in self._able:
             self._able.remove(owner)

@@ -72,7 +72,8 @@ def play(order: Order) -> Outcome:
     dice = random.Random(order.seed)  # noqa: S311 - to be repeated, not to be secret
     outcome = Outcome(order.seed)
     loop = SimLoop(dice)
-    directory = Path(tempfile.mkdtemp(prefix="capsem-sim-", dir=MEMORY if MEMORY.is_dir() else None))
+    tempfile.tempdir = str(MEMORY) if MEMORY.is_dir() else None
+    directory = Path(tempfile.mkdtemp(prefix="capsem-sim-"))
     try:
         host = Host(loop, Guard(), dice)
         loop.run_until_complete(_play(outcome, order, host, directory))

@@ -24,6 +24,7 @@ import hashlib
 import os
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 SOCKET_PATH_LIMIT = 90  # bytes; sockaddr_un has 108, and the contract promises less
@@ -118,53 +119,53 @@ class CheckpointDir:
         return self.path / "draft"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layout:
     """The files of one run directory (canonical, absolute)."""
 
     run_dir: Path
 
-    @property
+    @cached_property
     def socket(self) -> Path:
         """Default socket of the service."""
         return self.run_dir / "service.sock"
 
-    @property
+    @cached_property
     def registry(self) -> Path:
         """Index of the persistent VMs."""
         return self.run_dir / "persistent_registry.json"
 
-    @property
+    @cached_property
     def instances(self) -> Path:
         """Directory of sockets and ready files."""
         return self.run_dir / "instances"
 
-    @property
+    @cached_property
     def sessions(self) -> Path:
         """Directory of ephemeral VMs."""
         return self.run_dir / "sessions"
 
-    @property
+    @cached_property
     def persistent(self) -> Path:
         """Directory of persistent VMs."""
         return self.run_dir / "persistent"
 
-    @property
+    @cached_property
     def layers(self) -> Path:
         """Directory of volume layers."""
         return self.run_dir / "store" / "layers"
 
-    @property
+    @cached_property
     def volumes(self) -> Path:
         """Directory of empty volumes."""
         return self.run_dir / "store" / "volumes"
 
-    @property
+    @cached_property
     def ram(self) -> Path:
         """Directory of RAM files."""
         return self.run_dir / "store" / "ram"
 
-    @property
+    @cached_property
     def checkpoints(self) -> Path:
         """Directory of checkpoints."""
         return self.run_dir / "store" / "checkpoints"

@@ -128,8 +128,8 @@ class SimDriver:
             )
             await machine.connect(self._pair)
         except BaseException:
+            os.close(lock)  # first: a host may not let us change a file any more
             operation.end()
-            os.close(lock)
             raise
         self.machines.append(machine)
         return machine

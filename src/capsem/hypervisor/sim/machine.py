@@ -253,5 +253,5 @@ class SimMachine:
         if self._console_out is not None:
             self._console_out.close()
         self._disk.close()
-        self._operation.end()
         os.close(self._lock)
+        self._operation.end()  # last: a host may not let us change a file any more

@@ -28,6 +28,8 @@ from capsem.store import durable
 
 HEADER: Final = 4096
 MAGIC: Final = "capsem simulated layer 1"
+LEAST: Final = 8 * 1024 * 1024  # bytes of a file system without files
+PER_FILE: Final = 16 * 1024
 _RECORD: Final = struct.Struct(">II")
 WORKSPACE: Final = "/root/"
 
@@ -215,7 +217,9 @@ class Ext4Image:
                     place.write_bytes(file.data)
                     place.chmod(file.mode)
                     os.utime(place, (file.mtime, file.mtime))
-            subprocess.run([program, "-q", "-t", "ext4", "-d", tree, image, "64M"], check=True, capture_output=True)
+            size = LEAST + sum(PER_FILE + 2 * len(file.data) for file in files.values() if file is not None)
+            options = ("-q", "-t", "ext4", "-J", "size=1", "-d", tree)
+            subprocess.run([program, *options, image, f"{size // 1024}k"], check=True, capture_output=True)
             self._fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
 
     def read(self, offset: int, size: int) -> bytes:
