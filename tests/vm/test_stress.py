@@ -44,7 +44,8 @@ def processes(place: Path) -> list[str]:
     "options",
     [
         ("--vms", "2", "--cycles", "6", "--clients", "4", "--seed", "7"),
-        pytest.param(("--vms", "3", "--cycles", "1000", "--clients", "6"), marks=pytest.mark.soak),
+        ("--vms", "3", "--cycles", "34", "--clients", "3", "--light"),
+        pytest.param(("--vms", "3", "--cycles", "1000", "--clients", "3", "--light"), marks=pytest.mark.soak),
         pytest.param(("--vms", "3", "--duration", "20m", "--clients", "6", "--faults"), marks=pytest.mark.soak),
     ],
 )

@@ -47,6 +47,7 @@ class _Span(click.ParamType[float]):
 @click.option("--clients", type=click.IntRange(1, 64), default=6, show_default=True, help="Clients at once.")
 @click.option("--duration", type=_Span(), help="End after so long, such as 90s, 10m, 8h.")
 @click.option("--faults", is_flag=True, help="Kill services, supervisors and VMMs, and fill the disk, at named steps.")
+@click.option("--light", is_flag=True, help="Only write, suspend, resume and check: the most cycles in an hour.")
 @click.option("--seed", type=click.IntRange(0), help="Choose what is done as in the run that reported this seed.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
 @click.pass_context

@@ -25,7 +25,8 @@ SIMULATED: Final = 48 << 20  # bytes of memory for a simulated VM
 @dataclass(frozen=True, slots=True)
 class Options:
     """`services` with `vms` each; `clients` that use all of them; until so many `cycles` of suspend, resume and check are
-    done, by all together, or for `duration` seconds, whichever comes first."""
+    done, by all together, or for `duration` seconds, whichever comes first. `light`: a cycle is a write, a suspend, a
+    resume and a check, and nothing else."""
 
     hypervisor: str = QEMU
     gate: bool = True
@@ -35,6 +36,7 @@ class Options:
     clients: int = 6
     duration: float | None = None
     faults: bool = False
+    light: bool = False
     seed: int = field(default_factory=lambda: random.randrange(1 << 32))
 
     def __post_init__(self) -> None:
