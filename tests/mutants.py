@@ -61,6 +61,13 @@ MUTANTS = (
         "self._host = None",
         "tests/contract/test_hazard.py::test_with_the_gate_nothing_is_ever_lost",
     ),
+    Mutant(
+        "nobody waits for the supervisor of a service that was killed",
+        "store/gate.py",
+        "(await self._poll(self._work, shared=shared)).release()",
+        "pass",
+        "tests/contract/test_gate.py::test_who_is_at_work_for_a_service_that_died_keeps_others_out",
+    ),
     Mutant("manifest before data", "store/checkpoints.py", COMMIT, MANIFEST_FIRST, COMMIT_CRASH),
     Mutant(
         "missing fsync of a file",

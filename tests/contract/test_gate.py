@@ -19,7 +19,7 @@ from capsem.model.errors import CapsemError, HostNotReady, Interrupted, Unavaila
 from capsem.service import gate as gates
 from capsem.service.app import build_app
 from capsem.service.gate import VISIT, Gate, Visit
-from capsem.store.gate import default_path
+from capsem.store.gate import HostLock, default_path
 from capsem.store.locks import try_lock
 from capsem.system.real import RealClock
 
@@ -143,6 +143,36 @@ def test_another_process_that_dies_frees_it(tmp_path: Path) -> None:
             (await entering).release()
 
         play(scene)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_who_is_at_work_for_a_service_that_died_keeps_others_out(tmp_path: Path, *, alone: bool) -> None:
+    async def scene() -> None:
+        service = HostLock(tmp_path / "lock")
+        passed = await service.take(shared=not alone)
+        supervisor = await service.work(shared=not alone, limit=1)
+        passed.release()
+        if not alone:
+            (await gate(tmp_path / "lock").boot(vm())).release()
+        waiting = vm()
+        entering = asyncio.create_task(gate(tmp_path / "lock").change(waiting, "suspend").__aenter__())
+        await until(lambda: waiting.waiting)
+        await asyncio.sleep(0.1)
+        assert not entering.done()
+        supervisor.release()
+        (await entering).release()
+
+    play(scene)
+
+
+def test_one_at_work_does_not_wait_for_another_for_ever(tmp_path: Path) -> None:
+    async def scene() -> None:
+        held = await HostLock(tmp_path / "lock").work(shared=False, limit=1)
+        with pytest.raises(Unavailable, match="another VM"):
+            await HostLock(tmp_path / "lock").work(shared=True, limit=0.1)
+        held.release()
+
+    play(scene)
 
 
 def test_waiting_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

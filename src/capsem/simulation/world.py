@@ -96,9 +96,11 @@ class Service:
             await asyncio.sleep(0.05)
         self._owner: Lock = owner
         self.fleet = fleet = Fleet(system, world.layout, MOST)
-        launcher = Launcher(system, world.layout, {}, Path("capsem-process"), "sim")
         driver = world.driver()
-        gate = Gate(system.clock, overlap=driver.features.transitions_overlap, path=world.gate)
+        overlap = driver.features.transitions_overlap
+        lock = None if overlap else world.gate
+        launcher = Launcher(system, world.layout, {}, Path("capsem-process"), "sim", gate=lock)
+        gate = Gate(system.clock, overlap=overlap, path=world.gate)
         maker = Maker(fleet, driver, world.catalog, launcher, gate)  # type: ignore[arg-type]
         ledgers = Ledgers(fleet, world.layout.run_dir.parent / "main.db")
         self.handlers = Handlers(fleet, maker, SETTINGS, {}, ledgers)

@@ -1,12 +1,14 @@
-"""The host-wide part of the gate: one flock for all services of a user, and a second one that keeps it fair.
+"""The host-wide part of the gate: a flock for all services of a user, one that keeps it fair, and one for those at work.
 
-    <path>        held while an operation goes on: alone by one that must not overlap, shared by those that may
+    <path>        held by a service while an operation goes on: alone by one that must not overlap, shared by others
     <path>.turn   held while somebody waits for <path>, hence by one at a time
+    <path>.work   held by the supervisor that carries the operation out, in the same way
 
 Whoever wants the first takes the second before, waits with it in hand, and lets go of it then. So those that share
-cannot keep out for ever one that wants to be alone: from when it waits, nobody gets past it.
+cannot keep out for ever one that wants to be alone: from when it waits, nobody gets past it. A service may be killed
+while its supervisor is at work: so whoever has got the first waits until the third is free, too.
 
-Both are freed by the kernel when their process dies. The path lies outside of CAPSEM_HOME: services with homes of their
+All are freed by the kernel when their process dies. The path lies outside of CAPSEM_HOME: services with homes of their
 own (two checkouts, the workers of a test) run on the same hypervisor.
 """
 
@@ -18,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from capsem.model.errors import HostNotReady
+from capsem.model.errors import HostNotReady, Unavailable
 from capsem.store.locks import Lock, try_lock
 
 POLL: Final = 0.05  # seconds between two looks at a lock of another process
@@ -34,19 +36,39 @@ def default_path(environ: Mapping[str, str]) -> Path | None:
 
 
 class HostLock:
-    """The pair of locks."""
+    """The three of them."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._turn = path.with_name(f"{path.name}.turn")
+        self._work = path.with_name(f"{path.name}.work")
 
     async def take(self, *, shared: bool) -> Lock:
         """Wait for as long as it takes; a caller that is cancelled holds nothing. Raises HostNotReady."""
         turn = await self._poll(self._turn, shared=False)
         try:
-            return await self._poll(self._path, shared=shared)
+            lock = await self._poll(self._path, shared=shared)
+            try:
+                (await self._poll(self._work, shared=shared)).release()
+            except BaseException:
+                lock.release()
+                raise
+            return lock
         finally:
             turn.release()
+
+    async def work(self, *, shared: bool, limit: float) -> Lock:
+        """For who carries out what a service has taken the lock for. It is free then, unless that service was killed
+        meanwhile and somebody else is at work. Raises HostNotReady, Unavailable after so many seconds.
+        """
+        try:
+            async with asyncio.timeout(limit):
+                return await self._poll(self._work, shared=shared)
+        except TimeoutError:
+            raise Unavailable(
+                "another VM of this host is being started, stopped, saved or resumed",
+                hint="nothing was done; try again",
+            ) from None
 
     async def try_for(self, limit: float, unless: asyncio.Event) -> Lock | None:
         """Share it with others; None when that took longer than `limit` seconds, cannot be, or `unless` was set meanwhile."""

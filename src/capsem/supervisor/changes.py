@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,7 +125,7 @@ class Changes(Owned):
 
     async def save(self, request: Save) -> CheckpointMade:
         """Make a checkpoint, and go on or be suspended. A save that fails leaves the VM running."""
-        async with self._saving:
+        async with self._saving, self._saves():
             saver, machine, before = self._saver, self._machine, self._record
             assert saver is not None
             assert machine is not None
@@ -170,6 +171,16 @@ class Changes(Owned):
         return CheckpointMade(
             checkpoint=checkpoint.id, pause=pause, written=memory.written, synced=guest.synced, frozen=guest.frozen
         )
+
+    @contextlib.asynccontextmanager
+    async def _saves(self) -> AsyncIterator[None]:
+        """At work, until the machine goes on, or else to the end of this process."""
+        await self._at_work(shared=False)
+        try:
+            yield
+        finally:
+            if not self._suspended.is_set():
+                self._work_done()
 
     def _note_current(self, checkpoint: Checkpoint) -> None:
         self._record = replace(self._record, current=checkpoint.id)

@@ -21,7 +21,9 @@ from capsem.model.lifecycle import State as Lifecycle
 from capsem.model.vm import VmRecord
 from capsem.store import records
 from capsem.store.checkpoints import CheckpointStore
+from capsem.store.gate import HostLock
 from capsem.store.layout import Layout, SessionDir
+from capsem.store.locks import Lock
 from capsem.supervisor.activity import Activity
 from capsem.supervisor.console import Console, Transcript
 from capsem.supervisor.jobs import JobTable
@@ -30,6 +32,7 @@ from capsem.supervisor.saving import Saver
 from capsem.supervisor.server import Server
 from capsem.system import Listener, System
 
+WORK_WAIT = 10.0  # seconds for an operation of a service that was killed to be over
 ENDS = frozenset({Event.STOP, Event.EXITED, Event.LOST})
 
 log = logging.getLogger("capsem_process")
@@ -76,6 +79,7 @@ class Owned:
         self._saver: Saver | None = None
         self._saving = asyncio.Lock()  # a checkpoint, a new layer, a stop: one at a time
         self._suspended = asyncio.Event()
+        self._work: Lock | None = None  # see `_at_work`
 
     def state(self) -> State:
         """Where the VM is now."""
@@ -103,6 +107,18 @@ class Owned:
     async def _listen(self) -> Listener:
         self._names.socket.unlink(missing_ok=True)
         return await self._system.network.listen(self._names.socket, self._server.connection)
+
+    async def _at_work(self, *, shared: bool) -> None:
+        """From here on no other operation of this host goes on that must not, though the service that let this one pass
+        may be killed (store.gate). Raises HostNotReady, Unavailable."""
+        if self._work is None and self._bootstrap.gate:
+            self._work = await HostLock(Path(self._bootstrap.gate)).work(shared=shared, limit=WORK_WAIT)
+
+    def _work_done(self) -> None:
+        """The operation is over; again is no error."""
+        if self._work is not None:
+            self._work.release()
+            self._work = None
 
     def _rewrite(self, **changes: object) -> None:
         """Change the record, durably, but for the VM's state. Raises OSError; then nothing was changed."""

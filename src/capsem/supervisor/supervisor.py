@@ -113,6 +113,7 @@ class Supervisor(Changes):
             finally:
                 await self.recording.close()
         finally:
+            self._work_done()
             claim.release()
 
     def _recovered(self, record: VmRecord) -> VmRecord:
@@ -156,6 +157,7 @@ class Supervisor(Changes):
 
     async def _run_claimed(self) -> int:
         try:
+            await self._at_work(shared=not self._bootstrap.restore)
             vmm_lock = await self._take_vmm_lock()
             self._listener = await self._listen()
             self._bound()
@@ -298,6 +300,7 @@ class Supervisor(Changes):
 
     async def _become_ready(self, began: float) -> None:
         await self.guest.wait_ready(BOOT_LIMIT)
+        self._work_done()
         await self.recording.opened()
         if self._stop_asked is None:
             self._at("ready")
@@ -331,7 +334,11 @@ class Supervisor(Changes):
     async def _pass_gate(self) -> Lock | None:
         """Where the service has not done it: wait until nobody is saved or restored, or somebody else wants the end."""
         request = self._stop_asked
-        if request is None or not request.wait or not self._bootstrap.gate:
+        if request is None or not self._bootstrap.gate:
+            return None
+        if not request.wait:
+            with contextlib.suppress(Unavailable):  # the end comes all the same
+                await self._at_work(shared=True)
             return None
         self._stop_changed.clear()
         return await HostLock(Path(self._bootstrap.gate)).try_for(request.wait, self._stop_changed)
