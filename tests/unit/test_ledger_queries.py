@@ -146,19 +146,21 @@ def test_traffic_is_counted_and_shown(tmp_path: Path) -> None:
         model("anthropic", 0.5, "bash", "bash", "edit"),
         model("openai"),
         model("anthropic", 0.25),
+        model("openai")._replace(parameters=tuple(429 if each == 200 else each for each in model("openai").parameters)),
     )
     done = ask(path, queries.work)
     totals = done.totals
     assert (totals.requests, totals.allowed_requests, totals.denied_requests) == (3, 1, 1)
-    assert (totals.model_calls, totals.input_tokens, totals.output_tokens, totals.tool_calls) == (3, 30, 6, 3)
+    assert (totals.model_calls, totals.input_tokens, totals.output_tokens, totals.tool_calls) == (4, 40, 8, 3)
     assert (totals.estimated_cost, totals.unpriced_calls) == (0.75, 1)
-    assert done.providers == (("anthropic", 2, 20, 4, 0.75), ("openai", 1, 10, 2, 0.0))
+    assert done.providers == (("anthropic", 2, 20, 4, 0.75), ("openai", 2, 20, 4, 0.0))
     assert done.tools == (("bash", 2), ("edit", 1))
     shown = [row[1:5] for row in ask(path, queries.timeline, limit=9, layers=("net", "model"))]
     assert sorted(shown) == [
         ("model", "1", "anthropic m, 10 tokens in, 2 out", "200"),
         ("model", "2", "openai m, 10 tokens in, 2 out", "200"),
         ("model", "3", "anthropic m, 10 tokens in, 2 out", "200"),
+        ("model", "4", "openai m, 10 tokens in, 2 out", "429"),
         ("net", "1", "GET a.test/x", "allowed"),
         ("net", "2", "?:22", "denied"),
         ("net", "3", "a.test:8443", "interrupted"),

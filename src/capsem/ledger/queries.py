@@ -226,7 +226,8 @@ def _totals(connection: sqlite3.Connection, since: dict[str, int]) -> Totals:
         "count(*) FILTER (WHERE decision = 'denied') AS denied FROM net_events WHERE id > :net_events) AS n, "
         "(SELECT count(*) AS calls, coalesce(sum(input_tokens), 0) AS input, "
         "coalesce(sum(output_tokens), 0) AS output, total(estimated_cost_usd) AS cost, "
-        "count(*) FILTER (WHERE estimated_cost_usd IS NULL) AS unpriced FROM model_calls WHERE id > :model_calls) AS m",
+        "count(*) FILTER (WHERE estimated_cost_usd IS NULL AND status_code BETWEEN 200 AND 299) AS unpriced "
+        "FROM model_calls WHERE id > :model_calls) AS m",
         since,
     ).fetchone()
     return Totals(*row)
