@@ -90,6 +90,14 @@ SETTINGS: Final = (
         "whether a new VM is a fork of a machine of its size that has booted before; the first of a size then boots that",
         choices=(ON, OFF),
     ),
+    Setting(
+        "pool.size",
+        0,
+        "CAPSEM_POOL_SIZE",
+        "how many VMs of the default size run ahead of need, for creates to take; each holds memory while it waits",
+        0,
+        64,
+    ),
 )
 
 
@@ -126,6 +134,11 @@ class Settings(NamedTuple):
     def templates(self) -> bool:
         """Whether new VMs are forks of templates."""
         return bool(self.values["vm.templates"] == ON)
+
+    @property
+    def pool_size(self) -> int:
+        """How many VMs wait for somebody to create them."""
+        return int(self.values["pool.size"])
 
     @property
     def on_service_stop(self) -> str:

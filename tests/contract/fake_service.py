@@ -34,7 +34,7 @@ from capsem.api.exec_types import ExecRequest, ExecResponse, ExecResult, RunRequ
 from capsem.api.file_types import ReadFileRequest, ReadFileResponse, WriteFileRequest
 from capsem.api.operation import unknown_vm
 from capsem.api.operations import OPERATIONS
-from capsem.api.usage_types import ImageUsage, UsageResponse, VmUsage
+from capsem.api.usage_types import ImageUsage, PoolUsage, UsageResponse, VmUsage
 from capsem.api.vm_types import (
     AssetHealth,
     ListResponse,
@@ -58,6 +58,7 @@ class FakeManager:
         self.host = Host({"CAPSEM_HOME": tempfile.gettempdir()}, Path(tempfile.gettempdir()), self)
         self.states: dict[str, State] = {"box": State.RUNNING, "off": State.STOPPED, "broken": State.FAILED}
         self.requests: list[object] = []
+        self.pool: PoolUsage | None = None
         self.files: dict[str, str] = {}
         self.started = threading.Event()
         self.cancelled = threading.Event()
@@ -100,6 +101,7 @@ class FakeManager:
             unreferenced_bytes=1 << 20,
             failed_bytes=0,
             total_bytes=197 << 20,
+            pool=self.pool,
         )
 
     async def info(self, vm_id: str) -> SandboxInfo:

@@ -20,6 +20,7 @@ import pytest
 
 import capsem
 from capsem.api.exec_types import ExecRequest, RunRequest
+from capsem.api.usage_types import PoolUsage
 from capsem.api.vm_types import ProvisionRequest
 from capsem.cli.main import ALIASES, COMMANDS, main
 from contract.fake_service import FakeService, fake_service
@@ -267,6 +268,14 @@ def test_df(service: FakeService) -> None:
         ["free", "0B"],
     ]
     assert json.loads(run(service, "df", "--json")[1])["vms"][0]["id"] == "box"
+
+
+def test_the_pool_is_shown_where_memory_is(service: FakeService) -> None:
+    line = "pool: 1 of 3 ready, 130M of memory"
+    for short, more in ((False, ""), (True, "; the host has too little memory for more")):
+        service.manager.pool = PoolUsage(wanted=3, ready=1, memory_bytes=130 << 20, short=short)
+        assert run(service, "df")[1].splitlines()[-1] == line + more
+        assert run(service, "top")[1].splitlines()[-1] == line + more
 
 
 def test_the_state_of_the_service(service: FakeService) -> None:

@@ -245,6 +245,28 @@ class Persisted(Message, tag="persisted"):
     """Closes a Persist stream: record and directory are durable under the new name, the new socket is bound."""
 
 
+class Assign(Message, tag="assign"):
+    """A VM of the pool is somebody's from here on: it gets a name, an environment and a policy, and may be persistent.
+
+    The session directory moves, the socket gets another path. `ledger`: commands and files are recorded from here on;
+    `parent_pid` is what a supervisor is told in its Bootstrap otherwise: one of the pool follows its service.
+    """
+
+    name: str
+    persistent: bool
+    session_dir: str
+    socket: str
+    ready_file: str
+    env: dict[str, str] = {}
+    policy: dict[str, float] = {}
+    ledger: bool = True
+    parent_pid: int | None = None
+
+
+class Assigned(Message, tag="assigned"):
+    """Closes an Assign stream: the guest has taken its new identity; record and directory are durable, as with Persist."""
+
+
 class FlushLedger(Message, tag="flush-ledger"):
     """Somebody is about to read the VM's ledger."""
 
@@ -315,6 +337,7 @@ REQUESTS: dict[type[Message], type[Message]] = {
     ListDir: DirListed,
     Stop: Stopping,
     Persist: Persisted,
+    Assign: Assigned,
     AddLayer: LayerAdded,
     ReplaceLayers: LayersReplaced,
     SetPolicy: PolicySet,

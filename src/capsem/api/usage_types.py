@@ -38,12 +38,23 @@ class ImageUsage(Body, frozen=True):
     vms: list[str]
 
 
+class PoolUsage(Body, frozen=True):
+    """VMs that run and wait for somebody to create them: how many there are to be, and how many are ready, with what they
+    and their supervisors take of the host's memory. `short`: the host has too little of it, so there are none."""
+
+    wanted: int
+    ready: int
+    memory_bytes: int
+    short: bool = False
+
+
 class UsageResponse(Body, frozen=True):
     """Disk space, holes not counted. A layer counts once in `layers_bytes`, however many VMs name it.
 
     `unreferenced_bytes` are layers that nothing names; `failed_bytes` the kept logs of ephemeral VMs that failed;
     `checkpoints` are all, hidden ones too, `memory_bytes` their RAM; `draft_bytes` checkpoints and layers in the making;
-    `total_bytes` is all of it, with everything else in the run directory's store, and `free_bytes` are left.
+    `total_bytes` is all of it, with everything else in the run directory's store, and `free_bytes` are left. `pool` is
+    there when there is one.
     """
 
     vms: list[VmUsage]
@@ -56,3 +67,4 @@ class UsageResponse(Body, frozen=True):
     memory_bytes: int = 0
     draft_bytes: int = 0
     free_bytes: int = 0
+    pool: PoolUsage | None = None

@@ -126,7 +126,7 @@ class ResumeRequest(Body, frozen=True):
 class ProvisionResponse(Body, frozen=True):
     """A VM that runs; `uds_path` is its control socket, a path that no client may compute itself.
 
-    `boot_kind` is cold, warm, forked, template or cold-after-failure, `boot_note` why it was not what could be expected. It
+    `boot_kind` is cold, warm, forked, template, pool or cold-after-failure, `boot_note` why it was not what could be expected. It
     waited `waited_ms` until its turn came, because of what happened to other VMs.
     """
 
@@ -145,7 +145,7 @@ class SandboxInfo(Body, frozen=True):
     there may be no room to suspend it. `waiting`: what it waits for to begin, while others of this host are being
     started, stopped, saved or resumed.
 
-    `started_from` says how its last run began: template, checkpoint, or disk.
+    `started_from` says how its last run began: pool, template, checkpoint, or disk.
 
     What it has done so far, a fork since it was one: `total_estimated_cost` is in US dollars, without the
     `unpriced_model_calls`, whose price is not known.

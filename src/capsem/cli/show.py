@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from capsem.cli.context import SESSION, Context
-from capsem.cli.terminal import duration, memory, printable, size_text, table
+from capsem.cli.terminal import duration, memory, pool_line, printable, size_text, table
 from capsem.model.errors import Interrupted, NotFound, Unavailable
 
 LOGS = {"logs": "console", "process_logs": "process.log"}
@@ -144,6 +144,8 @@ def df_command(obj: Context, as_json: bool) -> None:
     ]
     for line in table(totals[0], totals[1:]):
         click.echo(line)
+    if waiting := pool_line(answer.get("pool")):
+        click.echo(f"\n{waiting}")
 
 
 def _follow(obj: Context, session: str, answer: Mapping[str, Any], tail: int | None) -> None:

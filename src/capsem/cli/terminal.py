@@ -9,8 +9,8 @@ import contextlib
 import re
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
 
 PATIENCE: Final = 1.0  # seconds until there is a word about waiting
 
@@ -32,6 +32,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in everything
     ]
+
+
+def pool_line(pool: Mapping[str, Any] | None) -> str | None:
+    """What there is to say of VMs that wait to be created, as `df` tells of them."""
+    if pool is None:
+        return None
+    why = "; the host has too little memory for more" if pool.get("short") else ""
+    return f"pool: {pool['ready']} of {pool['wanted']} ready, {size_text(pool['memory_bytes'])} of memory{why}"
 
 
 def duration(seconds: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Final
 import click
 
 from capsem.cli.context import SECONDS, Context
-from capsem.cli.terminal import duration, memory, printable, size_text, table
+from capsem.cli.terminal import duration, memory, pool_line, printable, size_text, table
 from capsem.model.errors import CapsemError
 
 _SAMPLE: Final = 0.5  # seconds over which a single table counts CPU time
@@ -59,11 +59,12 @@ def top_command(obj: Context, as_json: bool, interval: float) -> None:
     before = _times(obj)
     time.sleep(_SAMPLE)
     while True:
-        rows, before = _look(obj, before)
+        rows, pool, before = _look(obj, before)
         if as_json:
             click.echo(json.dumps(rows, indent=2))
             return
         lines = table(_HEADER, [_row(row) for row in rows]) if rows else ["No sessions."]
+        lines += [pool] if pool else []
         if not live:
             click.echo("\n".join(lines))
             return
@@ -80,10 +81,11 @@ def _times(obj: Context) -> Times:
     return time.monotonic(), {box["id"]: usage(box["pid"])[0] for box in boxes}
 
 
-def _look(obj: Context, before: Times) -> tuple[list[dict[str, Any]], Times]:
+def _look(obj: Context, before: Times) -> tuple[list[dict[str, Any]], str | None, Times]:
+    """A row for each VM, what there is to say of the pool, and the times to hold the next look against."""
     client = obj.client()
-    boxes, disk = client.call("list")["sandboxes"], client.call("df")["vms"]
-    sizes = {vm["id"]: vm["own_bytes"] + vm["session_bytes"] for vm in disk}
+    boxes, disk = client.call("list")["sandboxes"], client.call("df")
+    sizes = {vm["id"]: vm["own_bytes"] + vm["session_bytes"] for vm in disk["vms"]}
     now, seconds, rows = time.monotonic(), {}, []
     for box in boxes:
         vm = box["id"]
@@ -102,7 +104,8 @@ def _look(obj: Context, before: Times) -> tuple[list[dict[str, Any]], Times]:
                 jobs = client.call("jobs", vm_id=vm)["details"]
                 row["commands"] = [job["command"] for job in jobs if job["running"]]
         rows.append(row)
-    return sorted(rows, key=lambda row: -row.get("cpu_percent", -1)), (now, seconds)
+    rows.sort(key=lambda row: -row.get("cpu_percent", -1))
+    return rows, pool_line(disk.get("pool")), (now, seconds)
 
 
 def _row(row: dict[str, Any]) -> tuple[str, ...]:

@@ -283,6 +283,16 @@ class Guest:
         self.identity = identity
         self.channel.control(Rename(vm_id=identity.vm_id, hostname=identity.hostname))
 
+    async def become(self, identity: Identity, limit: float) -> None:
+        """Be another VM from here on: identity and environment are handed over in a new epoch, which ends all streams.
+
+        Raises TimedOut, Interrupted: who the guest thinks it is, is not known then.
+        """
+        self.identity = identity
+        self._set_ready(False)
+        self._begin_epoch()
+        await self.wait_ready(limit)
+
     @contextlib.asynccontextmanager
     async def frozen(self, limit: float) -> AsyncIterator[None]:
         """All writes to the volume are held inside. Raises GuestFailed when the guest did not hold them to the end."""

@@ -47,7 +47,7 @@ class VmRecord:
     description: str | None = None
     started_at: float | None = None
     host_boot_id: str | None = None  # of the run that `state` speaks of
-    boot_kind: str | None = None  # cold, warm, forked, template, cold-after-failure
+    boot_kind: str | None = None  # cold, warm, forked, template, pool, cold-after-failure
     boot_note: str | None = None  # why it was not warm though it could have been
     checkpoint: str | None = None  # suspended in; resuming from; while it runs: last resumed from
     saving: str | None = None  # while suspending: the checkpoint that is being made
@@ -62,6 +62,7 @@ class VmRecord:
     network: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     learning_since: float | None = None  # seconds since 1970
     template: bool = False  # nobody's: it becomes the template that others are forks of
+    pooled: bool = False  # nobody's yet: it runs, and waits for somebody to create it
     extra: MappingProxyType[str, Any] = field(default_factory=lambda: MappingProxyType({}))  # keys of a newer version
 
     def after(self, event: Event, **changes: Any) -> VmRecord:
@@ -82,6 +83,11 @@ class VmRecord:
         # What was to be written to next lies on top of what the checkpoint holds, and goes.
         checkpoint = self.saving or self.checkpoint
         return replace(self, state=state, saving=None, checkpoint=checkpoint, layers=self.layers[:-1])
+
+    @property
+    def nobodys(self) -> bool:
+        """Whether it is the service's own, and no client can see or address it."""
+        return self.template or self.pooled
 
     @property
     def last_error(self) -> str | None:

@@ -188,6 +188,7 @@ class Service:
         log.info("capsem_service %s serves %s", __version__, path)
         await fleet.reconcile()
         handlers.flattening.begin()
+        handlers.pool.begin()
         await server.startup(sockets=[listener])
         spares.prepare()
         watching = asyncio.create_task(_watch_parent(arguments.parent_pid, stop))
@@ -195,6 +196,7 @@ class Service:
         log.info("stopping")
         fleet.stopping = True
         await timers.close()
+        await handlers.pool.close()
         await spares.close()
         await handlers.flattening.close()
         for each in server.servers:

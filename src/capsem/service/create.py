@@ -52,11 +52,12 @@ class Maker:
         policy: Policy = OFF,
         template: Checkpoint | None = None,
         is_template: bool = False,
+        pooled: bool = False,
     ) -> Vm:
         """Volume, session directory and record of a new VM; what was begun is removed when it fails.
 
         With a `template` it is suspended there, and its first start makes it a machine of its own. `is_template`: it is
-        to become one.
+        to become one. `pooled`: it is to wait for somebody.
 
         Raises NotFound (no image), OSError (disk full).
         """
@@ -74,6 +75,7 @@ class Maker:
                 state=State.SUSPENDED if template else State.CREATED,
                 policy=policy,
                 template=is_template,
+                pooled=pooled,
             )
             return self._write(record)
 
@@ -204,7 +206,7 @@ class Maker:
             raise HostNotReady("the service is stopping", hint="try again when it is back")
         if vm.record.state == State.SUSPENDED or self.fleet.is_frozen(vm.record.layers[-1]):
             boot = replace(boot, layer=self.new_layer(vm.record))
-        boot = replace(boot, ledger=self.fleet.ledger)
+        boot = replace(boot, ledger=self.fleet.ledger and not vm.record.nobodys)
         faults.at("start.layered")
         try:
             child, link = await self.launcher.start(vm.record, vm.session, image, volume, accelerator, boot)

@@ -27,6 +27,7 @@ from capsem.store.locks import holders, is_locked
 from capsem.system import System
 
 FAILED_KEPT = 32
+POOLED = "pool-"  # how names of VMs of the pool begin
 SUM_AFTER = 10.0  # seconds from a checkpoint to the checksums of its layers: others want the disk first
 ADOPT_LIMIT = 10.0  # seconds for a living supervisor to answer
 SUSPEND_LIMIT = 8.0  # seconds for all VMs together to be suspended when the service stops
@@ -66,9 +67,7 @@ class Fleet:
 
     def all(self) -> list[Vm]:
         """Every VM that has a status and an owner, oldest first."""
-        listed = [
-            vm for vm in self._vms.values() if vm.status is not None and not vm.deleted and not vm.record.template
-        ]
+        listed = [vm for vm in self._vms.values() if vm.status is not None and not vm.deleted and not vm.record.nobodys]
         return sorted(listed, key=lambda vm: (vm.record.created_at, vm.id))
 
     def known(self) -> list[Vm]:
@@ -78,7 +77,7 @@ class Fleet:
     def get(self, vm_id: str) -> Vm:
         """Raises NotFound."""
         vm = self._vms.get(vm_id)
-        if vm is None or vm.deleted or vm.status is None or vm.record.template:
+        if vm is None or vm.deleted or vm.status is None or vm.record.nobodys:
             raise unknown_vm(vm_id)
         return vm
 
@@ -138,7 +137,7 @@ class Fleet:
     def renamed(self, vm: Vm, session: SessionDir) -> None:
         """A VM lies elsewhere under another name."""
         self._vms.pop(vm.id, None)
-        vm.session = session
+        vm.session, vm.moving = session, False
         vm.reload()
         self._vms[vm.id] = vm
         self.write_index()
@@ -170,7 +169,7 @@ class Fleet:
             return
         log.info("%s ended: %s", vm.id, vm.record.state)
         if not vm.record.persistent:
-            if vm.record.state == State.FAILED and not vm.record.template:
+            if vm.record.state == State.FAILED and not vm.record.nobodys:
                 self.keep_failed(vm)
             else:
                 self.remove(vm)
@@ -184,10 +183,18 @@ class Fleet:
         vm.deleted = True
         self._vms.pop(vm.id, None)
         self._remove_session(vm.session, vm.record)
-        self.layout.instance_socket(vm.id).unlink(missing_ok=True)
-        self.layout.ready_file(vm.id).unlink(missing_ok=True)
+        self._remove_instance(vm.id)
         self.write_index()
         self._changed(vm)
+
+    def remove_remains(self, name: str, session: SessionDir) -> None:
+        """Remove what is left of a VM that was removed, and had begun to be another one. The name is reserved."""
+        self._remove_session(session, None)
+        self._remove_instance(name)
+
+    def _remove_instance(self, name: str) -> None:
+        self.layout.instance_socket(name).unlink(missing_ok=True)
+        self.layout.ready_file(name).unlink(missing_ok=True)
 
     def _remove_session(self, session: SessionDir, record: VmRecord | None) -> None:
         """The record goes first, for good: without it a directory is no VM, whatever else is still there; and were it to
@@ -363,9 +370,10 @@ class Fleet:
         persistent = session.path.parent == self.layout.persistent
         try:
             record = records.read(session)
-            if record.persistent and not persistent:
-                # Its supervisor ended between the record and the move (Supervisor.persist).
-                target = self.layout.session(record.id, persistent=True)
+            assigned = name.startswith(POOLED) and record.id != name and not record.nobodys
+            if assigned or (record.persistent and not persistent):
+                # Its supervisor ended between the record and the move (Changes.persist, Changes.assign).
+                target = self.layout.session(record.id, persistent=record.persistent)
                 durable.rename(session.path, target.path)
                 return self.add(target, record)
             if (record.id, record.persistent) != (name, persistent):

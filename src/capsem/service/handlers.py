@@ -31,7 +31,14 @@ from capsem.store.lines import read_tail
 
 LOG_LIMIT = 1024 * 1024  # bytes of each log in one answer
 STARTED_FROM = MappingProxyType(
-    {"template": "template", "warm": "checkpoint", "forked": "checkpoint", "cold": "disk", "cold-after-failure": "disk"}
+    {
+        "template": "template",
+        "pool": "pool",
+        "warm": "checkpoint",
+        "forked": "checkpoint",
+        "cold": "disk",
+        "cold-after-failure": "disk",
+    }
 )  # by boot kind
 MAY_BE_SUSPENDED = frozenset({Status.RUNNING, Status.SUSPENDED})
 
@@ -83,6 +90,7 @@ class Handlers(Transfer, Files):
         self.settings = settings
         self._fleet.limit = settings.max_concurrent_vms
         self._fleet.ledger = settings.ledger
+        self.pool.look_anew()
 
     async def list(self) -> ListResponse:
         """Every VM, and whether there is an image to make more, of no profile in particular."""
@@ -100,7 +108,8 @@ class Handlers(Transfer, Files):
         ]
         found = Found(vms, self._store.all(), frozenset(self._fleet.spare))
         # Every file is looked at, of images too: that is not for the event loop.
-        return await asyncio.to_thread(usage, self._fleet.layout, found, self._maker.catalog)
+        disk = await asyncio.to_thread(usage, self._fleet.layout, found, self._maker.catalog)
+        return msgspec.structs.replace(disk, pool=await asyncio.to_thread(self.pool.usage))
 
     async def info(self, vm_id: str) -> SandboxInfo:
         """One VM; a persistent one that does not run also tells its size."""

@@ -104,8 +104,8 @@ class Launcher:
             layer=boot.layer,
             boot_kind=boot.kind,
             boot_note=boot.note,
-            # A machine that is to become a template is nobody's: no other service takes it over.
-            parent_pid=self.system.processes.own_pid() if record.template else self.parent_pid,
+            # What is nobody's is its service's: no other one takes it over.
+            parent_pid=self.system.processes.own_pid() if record.nobodys else self.parent_pid,
             log_level=self.log_level,
             ledger=boot.ledger,
             gate=str(self.gate or ""),

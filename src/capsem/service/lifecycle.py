@@ -48,6 +48,7 @@ from capsem.service.create import COLD, Maker
 from capsem.service.fleet import Fleet
 from capsem.service.gate import Pass
 from capsem.service.launch import Boot
+from capsem.service.pool import Order, Pool
 from capsem.service.templates import Templates
 from capsem.service.vm import READY_LIMIT, Vm
 from capsem.store.layout import CheckpointDir
@@ -68,6 +69,7 @@ class Lifecycle(Commands):
         self._maker = maker
         self._gate = maker.gate
         self._templates = Templates(fleet, maker, lambda: self.settings.templates)
+        self.pool = Pool(fleet, maker, self._templates, self._begin, self._pooled)  # not begun
         fleet.apart = not maker.driver.features.transitions_overlap
         self.settings = settings
         self._boots: set[asyncio.Task[None]] = set()
@@ -80,6 +82,11 @@ class Lifecycle(Commands):
         except TimedOut:
             log.info("%s is still booting after %.0f s", vm.id, PROVISION_WAIT)
         return self._provisioned(vm)
+
+    def _pooled(self) -> tuple[int, VmSpec]:
+        """How many VMs are to wait for somebody, and of what size: that of a VM that is created without any."""
+        settings = self.settings
+        return settings.pool_size if settings.templates else 0, VmSpec(settings.cpu_count, settings.ram_mb)
 
     def _spec(self, request: ProvisionRequest | RunRequest) -> VmSpec:
         return VmSpec(
@@ -106,6 +113,10 @@ class Lifecycle(Commands):
         try:
             if source is None:
                 profile = request.profile or DEFAULT_PROFILE
+                if not request.cold:
+                    pooled = await self.pool.take(Order(name, spec, profile, persistent, policy))
+                    if pooled is not None:
+                        return pooled
                 template = None if request.cold else await self._templates.get(profile, spec)
                 vm = self._maker.make(
                     name, spec, persistent=persistent, profile=profile, policy=policy, template=template

@@ -53,6 +53,7 @@ class Vm:
         self.on_changed: Callable[[Vm], None] = lambda _vm: None  # its record, or whether it runs or is ready
         self.on_asked: Callable[[Vm, str], None] = lambda _vm, _action: None  # its guest asks for "suspend"
         self.deleted = False
+        self.moving = False  # its directory is about to be another one: the record is not read meanwhile
         self.waiting: str | None = None  # for its turn at the gate, for people
         self.obstacle: CapsemError | None = None  # why it can be neither spoken to nor started; `check` raises it
         self._system = system
@@ -72,6 +73,11 @@ class Vm:
     def pid(self) -> int:
         """The supervisor's process id, 0 when there is none."""
         return self._pid
+
+    @property
+    def vmm_pid(self) -> int:
+        """Its VMM's process id, 0 when there is none."""
+        return self.link.state.vmm_pid if self.link is not None and self.link.state is not None else 0
 
     @property
     def running(self) -> bool:
@@ -243,6 +249,8 @@ class Vm:
 
     def reload(self) -> None:
         """Read the record again, which the supervisor may have changed. One that cannot be read leaves what we had."""
+        if self.moving:
+            return
         try:
             self.record = records.read(self.session)
         except (OSError, CapsemError) as error:

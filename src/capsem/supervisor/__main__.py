@@ -61,12 +61,16 @@ def announce_bound() -> None:
     os.close(null)
 
 
-def stand_in(vm_id: str, session_dir: Path) -> None:
-    """For a spare: be, to whoever looks, the supervisor that was started for this VM."""
+def show(vm_id: str, session_dir: Path) -> None:
+    """Be, to whoever looks, the supervisor that was started for this VM; where there is no room for that, stay as it is."""
     program = command_line()
-    options = program.index(b"--spare")
-    named = [b"--id", vm_id.encode(), b"--session-dir", os.fsencode(session_dir)]
-    set_command_line([*program[:options], *named])
+    options = next(place for place, word in enumerate(program) if word in (b"--spare", b"--id"))
+    set_command_line([*program[:options], b"--id", vm_id.encode(), b"--session-dir", os.fsencode(session_dir)])
+
+
+def stand_in(vm_id: str, session_dir: Path) -> None:
+    """For a spare: be the supervisor that was started for this VM, and log where it would have logged."""
+    show(vm_id, session_dir)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
     fd = os.open(SessionDir(session_dir).process_log, flags, 0o600)
     os.dup2(fd, 2)
@@ -79,7 +83,14 @@ async def serve(vm_id: str, session_dir: Path, bootstrap: Bootstrap) -> int:
     names = Names(SessionDir(session_dir), layout, Path(bootstrap.socket), Path(bootstrap.ready_file))
     system = real_system()
     driver = make_driver(bootstrap.hypervisor, layout.run_dir, system, os.environ)
-    supervisor = Supervisor(system, driver, names, bootstrap, announce_bound)
+    supervisor = Supervisor(
+        system,
+        driver,
+        names,
+        bootstrap,
+        announce_bound,
+        lambda now: show(now.session.path.name, now.session.path),
+    )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: supervisor.stop(Stop(grace=SIGTERM_GRACE, wait=SIGTERM_WAIT)))

@@ -5,15 +5,19 @@ Each is one write of the record, in the order that leaves the truth behind whene
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from capsem import faults
 from capsem.api.internal import (
     AddLayer,
+    Assign,
+    Assigned,
     CheckpointMade,
     LayerAdded,
     LayersReplaced,
@@ -24,6 +28,7 @@ from capsem.api.internal import (
     Save,
     SetPolicy,
 )
+from capsem.control.guest import Identity
 from capsem.hypervisor.driver import Layer
 from capsem.model.checkpoint import Checkpoint, Kind
 from capsem.model.errors import (
@@ -44,6 +49,7 @@ from capsem.store.layout import SessionDir
 from capsem.supervisor.owned import Owned
 from capsem.supervisor.saving import Order
 
+ASSIGN_LIMIT = 3.0  # seconds for a guest that waits to take its identity
 FREEZE_LIMIT = 2.0  # seconds that the guest holds its writes for a new layer
 SAVE_HINT = "the VM goes on; `capsem df` shows what takes room"
 
@@ -54,12 +60,63 @@ class Changes(Owned):
     """One VM whose machine runs. Changes of layers, checkpoints and the end are made one at a time."""
 
     async def persist(self, request: Persist) -> Persisted:
-        """Take another name. The record goes first: from then on a service that finds the old directory moves it."""
-        old, session = self._names, SessionDir(Path(request.session_dir))
+        """Take another name."""
+        former = self._record.id
+        await self._move(request, persistent=True)
+        self.guest.rename(self._identity())
+        self.recording.lifecycle("persisted", self._record.state, f"{former} is {request.name}")
+        log.info("%s is persistent as %s", former, request.name)
+        return Persisted()
+
+    async def assign(self, request: Assign) -> Assigned:
+        """Become somebody's. What was done while the VM waited for that, was done for nobody, and is told to nobody.
+
+        The guest learns who it is while the record is written. Where this is cut off in between, the VM is still nobody's
+        and is removed, or is who its record says with a guest that is told so by the next supervisor.
+
+        Raises WrongState, TimedOut, Interrupted, OSError.
+        """
+        record = self._record
+        if not record.pooled or record.state != Lifecycle.RUNNING or self._stop_asked is not None:
+            raise WrongState(f"{record.id} is not in the pool any more", hint="create another VM")
+        env = MappingProxyType(dict(request.env))
+        identity = Identity(request.name, request.name, env, record.machine_id, self._token)
+        becoming = asyncio.create_task(self.guest.become(identity, ASSIGN_LIMIT), name="assign")
+        try:
+            await asyncio.sleep(0)  # let it speak to the guest first
+            with self.activity.going_on():
+                await self._move(
+                    request,
+                    persistent=request.persistent,
+                    pooled=False,
+                    spec=replace(record.spec, env=env),
+                    policy=Policy.from_dict(request.policy),
+                    boot_kind="pool",
+                    created_at=self._system.clock.time(),
+                    started_at=self._system.clock.time(),
+                )
+                self.jobs.forget_ended()
+                await becoming
+        finally:
+            becoming.cancel()
+            await asyncio.gather(becoming, return_exceptions=True)
+        if request.ledger:
+            self.recording.begin()
+        self.recording.lifecycle("assigned", self._record.state, f"from the pool, as {request.name}")
+        self._follow(request.parent_pid)
+        if self._saver is not None and request.persistent:
+            self._saver.prepare_soon()
+        log.info("%s of the pool is %s", record.id, request.name)
+        return Assigned()
+
+    async def _move(self, to: Persist | Assign, **changes: object) -> None:
+        """Take another name and directory. The record goes first: from then on a service that finds the old directory
+        moves it."""
+        old, session = self._names, SessionDir(Path(to.session_dir))
         async with self.recording.set_aside(session.ledger):
-            self._rewrite(id=request.name, persistent=True)
+            self._rewrite(id=to.name, **changes)
             durable.rename(old.session.path, session.path)
-        self._names = replace(old, session=session, socket=Path(request.socket), ready_file=Path(request.ready_file))
+        self._names = replace(old, session=session, socket=Path(to.socket), ready_file=Path(to.ready_file))
         self._console.move(session.serial_log)
         self.transcript.move(session.pty_log)
         former = self._listener
@@ -70,10 +127,7 @@ class Changes(Owned):
             self._names.ready_file.touch(mode=0o600)
         old.ready_file.unlink(missing_ok=True)
         old.socket.unlink(missing_ok=True)
-        self.guest.rename(self._identity())
-        self.recording.lifecycle("persisted", self._record.state, f"{old.session.path.name} is {request.name}")
-        log.info("%s is persistent as %s", old.session.path.name, request.name)
-        return Persisted()
+        self._renamed(self._names)
 
     async def add_layer(self, request: AddLayer) -> LayerAdded:
         """Freeze the volume's top layer and go on in a new one, with the guest's file system held still if it can be.

@@ -381,6 +381,12 @@ class JobTable:
             if job.ended is None:
                 job.go_on(guest)
 
+    def forget_ended(self) -> None:
+        """Those that have ended were of no interest to anybody."""
+        for job in self:
+            if job.ended is not None:
+                del self._jobs[job.id]
+
     def cut(self, reason: Callable[[str], Interrupted]) -> None:
         """Those who follow a job are told the reason, and no more."""
         for job in self._jobs.values():

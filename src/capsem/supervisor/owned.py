@@ -52,13 +52,23 @@ class Owned:
     """One VM, from the claim on."""
 
     def __init__(
-        self, system: System, driver: Driver, names: Names, bootstrap: Bootstrap, bound: Callable[[], None]
+        self,
+        system: System,
+        driver: Driver,
+        names: Names,
+        bootstrap: Bootstrap,
+        bound: Callable[[], None],
+        renamed: Callable[[Names], None] = lambda _names: None,
     ) -> None:
+        """`bound` and `renamed` are called when the socket is there, and when the VM has another name."""
         self._system = system
         self._driver = driver
         self._names = names
         self._bootstrap = bootstrap
         self._bound = bound
+        self._renamed = renamed
+        self._followed = bootstrap.parent_pid  # the process that this one ends with
+        self._follows_other = asyncio.Event()
         self._record: VmRecord
         self._machine: Machine | None = None
         self._warning: str | None = None
@@ -95,6 +105,11 @@ class Owned:
             reason=reason,
             warning=self._warning,
         )
+
+    def _follow(self, pid: int | None) -> None:
+        """End with another process from here on, or with none."""
+        self._followed = pid
+        self._follows_other.set()
 
     def _warn(self, warning: str | None) -> None:
         self._warning = warning

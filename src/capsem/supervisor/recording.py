@@ -116,6 +116,10 @@ class Recording:
             full = posixpath.normpath(posixpath.join(WORKSPACE, path))
             self._put(events.file_event(self._clock.time(), action, full, size))
 
+    def begin(self) -> None:
+        """Commands and files are recorded from here on."""
+        self._on = True
+
     def rest(self) -> None:
         """The VM is suspended: what becomes of its commands is told when it is resumed."""
         self._resting = True

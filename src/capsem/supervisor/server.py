@@ -13,6 +13,8 @@ from capsem.api.internal import (
     PROTOCOL,
     REQUESTS,
     AddLayer,
+    Assign,
+    Assigned,
     Attach,
     CheckpointMade,
     Fed,
@@ -91,6 +93,9 @@ class Supervised(Protocol):
 
     async def persist(self, request: Persist) -> Persisted:
         """Take another name."""
+
+    async def assign(self, request: Assign) -> Assigned:
+        """Leave the pool, and be somebody's."""
 
     async def add_layer(self, request: AddLayer) -> LayerAdded:
         """Freeze the volume's top layer."""
@@ -239,6 +244,8 @@ class _Connection:
             return Stopping()
         if isinstance(request, Persist):
             return await self._supervised.persist(request)
+        if isinstance(request, Assign):
+            return await self._supervised.assign(request)
         if isinstance(request, AddLayer):
             await self._supervised.admit()
             return await self._supervised.add_layer(request)

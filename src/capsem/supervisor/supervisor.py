@@ -17,6 +17,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from capsem import faults
 from capsem.api.internal import (
@@ -71,9 +72,15 @@ class Supervisor(Changes):
     """Owns one machine and speaks with its guest."""
 
     def __init__(
-        self, system: System, driver: Driver, names: Names, bootstrap: Bootstrap, bound: Callable[[], None]
+        self,
+        system: System,
+        driver: Driver,
+        names: Names,
+        bootstrap: Bootstrap,
+        bound: Callable[[], None],
+        renamed: Callable[[Names], None] = lambda _names: None,
     ) -> None:
-        super().__init__(system, driver, names, bootstrap, bound)
+        super().__init__(system, driver, names, bootstrap, bound, renamed)
         self._server = Server(self)
 
     # -- for the server
@@ -253,9 +260,8 @@ class Supervisor(Changes):
             asyncio.create_task(heartbeat.run(), name="heartbeat"),
             asyncio.create_task(room.keep_going(machine, self._names.layout.layers, self._warn), name="room"),
             asyncio.create_task(self._end_when_suspended(machine), name="suspend"),
+            asyncio.create_task(self._follow_family(), name="parent"),
         ]
-        if self._bootstrap.parent_pid is not None:
-            others.append(asyncio.create_task(self._follow_parent(self._bootstrap.parent_pid), name="parent"))
         boot = others[0]
         try:
             await asyncio.wait((ended, boot), return_when=asyncio.FIRST_COMPLETED)
@@ -371,8 +377,22 @@ class Supervisor(Changes):
         await self._suspended.wait()
         await machine.kill()
 
-    async def _follow_parent(self, pid: int) -> None:
-        await self._system.processes.gone(pid)
+    async def _follow_family(self) -> None:
+        """Stop when the process to follow is gone; which one that is may change."""
+        pid, other = None, self._follows_other
+        while pid is None:
+            other.clear()
+            changed = asyncio.ensure_future(other.wait())
+            waits: set[asyncio.Future[Any]] = {changed}
+            if (followed := self._followed) is not None:
+                waits.add(asyncio.ensure_future(self._system.processes.gone(followed)))
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                if not changed.done():
+                    pid = followed
+            finally:
+                for each in waits:
+                    each.cancel()
         log.warning("process %d, whom this family follows, is gone; stopping", pid)
         self.stop(Stop(grace=1.0, wait=ORPHAN_WAIT))
 

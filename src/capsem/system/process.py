@@ -23,12 +23,14 @@ def command_line() -> list[bytes]:
 
 
 def set_command_line(arguments: Sequence[bytes]) -> None:
-    """Show other arguments in process listings. They are written over those that the kernel has put into our memory, and
-    are cut off where those end: a process that will want more starts with that much room.
+    """Show other arguments in process listings. They are written over those that the kernel has put into our memory: a
+    process that will want more starts with that much room. Where there is too little, nothing is changed.
     """
     fields = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()
     start, end = int(fields[_ARG_START]), int(fields[_ARG_END])
-    text = b"".join(each + b"\0" for each in arguments)[: end - start - 1]
+    text = b"".join(each + b"\0" for each in arguments)
+    if len(text) >= end - start:
+        return
     fd = os.open("/proc/self/mem", os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.pwrite(fd, text.ljust(end - start, b"\0"), start)
