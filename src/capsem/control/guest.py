@@ -27,6 +27,7 @@ from capsem.wire.messages import (
     Held,
     Hold,
     Message,
+    Network,
     Ping,
     Pong,
     PowerOff,
@@ -102,6 +103,7 @@ class Guest:
         self.boot_ready: BootReady | None = None
         self.channel = Channel(Mux(FrameDecoder(self._nonce), initiator=True))
         self.channel.on_control = self._control
+        self._network = False
         self.channel.on_epoch = self._epoch_started
         self.channel.on_garbage = self._garbage
         self.channel.on_lost = self._connection_lost
@@ -169,6 +171,7 @@ class Guest:
             resumed=self._restored is not None,
             mark=self._restored.mark if self._restored else None,
             entropy=self._entropy.token_bytes(_ENTROPY).hex() if self._restored else None,
+            network=self._network,
         )
         for message in self._handshake.offer(config, dict(self.identity.env)):
             self.channel.mux.control(message)
@@ -292,6 +295,21 @@ class Guest:
         self._set_ready(False)
         self._begin_epoch()
         await self.wait_ready(limit)
+
+    def serve_streams(self, opened: Callable[[Stream], None]) -> None:
+        """Hand every stream that the guest opens to `opened`; until then they are reset."""
+        self.channel.on_open = opened
+
+    def set_network(self, *, on: bool) -> None:
+        """Have the guest carry connections of its programs, or refuse them; now, and in every handshake to come."""
+        self._network = on
+        if self.is_ready and self.captures:
+            self.channel.control(Network(on=on))
+
+    @property
+    def captures(self) -> bool:
+        """Whether its agent can carry connections: those of older images cannot."""
+        return self.boot_ready is not None and self.boot_ready.captures
 
     @contextlib.asynccontextmanager
     async def frozen(self, limit: float) -> AsyncIterator[None]:

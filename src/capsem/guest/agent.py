@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 
+from capsem.guest.capture import Capture
 from capsem.guest.files import Lister, Reader, Refused, Writer, refusal
 from capsem.guest.forward import Forwarder
 from capsem.guest.freeze import Freezer
@@ -36,6 +37,7 @@ from capsem.wire.messages import (
     Hold,
     ListDir,
     Message,
+    Network,
     Ping,
     Pong,
     PowerOff,
@@ -51,6 +53,7 @@ from capsem.wire.messages import (
     WriteFile,
 )
 from capsem.wire.streams import (
+    Closed,
     CreditReceived,
     DataReceived,
     EndReceived,
@@ -65,8 +68,10 @@ from capsem.wire.streams import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
 VERSION = "1"
+_NETWORK_TURN, _NETWORK_LIMIT = 0.02, 8.0  # seconds between looks whether connections are redirected, and of patience
 # Seconds that the clock may differ from a Ping's before it is stepped. A ping may come late and so make the clock look
 # ahead; one that is behind a time that has passed is wrong for sure.
 _MAY_BE_AHEAD, _MAY_BE_BEHIND = 0.5, 0.05
@@ -97,7 +102,9 @@ class Agent:
         self._env = dict(BASE_ENV)
         self._servants: dict[int, Servant] = {}
         self._jobs = Jobs()
-        self._expected: Timer | None = None
+        self._awaiting_network: Timer | None = None
+        self._capture = Capture(self._loop, self._mux, system, self._servants.__setitem__, self._finished)
+        self._connections_reset = 0
         decoder = self._mux.decoder
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             self._boot_id = file.read().strip()
@@ -107,12 +114,17 @@ class Agent:
 
     def run(self) -> int:
         """Serve until told to power off; returns the exit status for PID 1."""
-        return self._loop.run(self._port.flush)
+        return self._loop.run(self._turn)
+
+    def _turn(self) -> None:
+        self._port.flush()
+        self._capture.turn()
 
     # -- epochs
 
     def _begin_epoch(self) -> None:
         self._mux.begin_epoch(self._memory.next_nonce)
+        self._abandon_connections()
         self._expect_handshake()
         self._send_ready()
 
@@ -129,8 +141,12 @@ class Agent:
 
     def _expect_handshake(self) -> None:
         self._handshake = GuestHandshake()
+        if self._awaiting_network is not None:
+            self._awaiting_network.cancel()
+            self._awaiting_network = None
 
     def _epoch_started(self, event: EpochStarted) -> None:
+        self._abandon_connections()
         for servant in self._servants.values():
             servant.orphaned()
         self._servants.clear()
@@ -138,6 +154,10 @@ class Agent:
         self._expect_handshake()
         if not event.answer:
             self._send_ready()
+
+    def _abandon_connections(self) -> None:
+        """Of the epoch that is over: before anything else, so that no program waits for what will not come."""
+        self._connections_reset += self._capture.abandon()
 
     def _configured(self) -> None:
         """The handshake's data is complete: become what it says."""
@@ -161,8 +181,7 @@ class Agent:
         self._mux.decoder.arm(self._handshake.next_nonce)
         if not config.resumed:
             self._let_go()
-            timings = {"ready": time.monotonic()}
-            self._mux.control(BootReady(epoch=config.epoch, clock_step=step, timings=timings, written=self._written()))
+            self._report(step, {}, until=began + _NETWORK_LIMIT)
             return
         # On the loop's thread, though a volume that is not well may never answer: then this machine is of no use, the
         # host has a limit, and nothing but this handshake is to be answered.
@@ -170,18 +189,32 @@ class Agent:
         problems, warnings = self._health.examine(config.mark)
         ready = time.monotonic()
         held = self._let_go()
+        timings = {"configured": began, "taken": taken, "ready": ready, "released": time.monotonic()}
+        self._report(step, timings, problems=problems, warnings=warnings, reseeded=reseeded, held=held)
+
+    def _report(self, step: float, timings: dict[str, float], *, until: float = 0.0, **health: Any) -> None:
+        """Say that everything is in place. The first time after a boot, redirection of connections may be about to be, and
+        what is run now could not connect: then a little later, but not after `until`."""
+        config, now = self._handshake.config, time.monotonic()
+        assert config is not None
+        if config.network and now < until and not self._system.network_ready():
+            self._awaiting_network = self._loop.after(
+                _NETWORK_TURN, lambda: self._report(step, timings, until=until, **health)
+            )
+            return
+        reset, self._connections_reset = self._connections_reset, 0
         self._mux.control(
             BootReady(
                 epoch=config.epoch,
                 clock_step=step,
-                timings={"configured": began, "taken": taken, "ready": ready, "released": time.monotonic()},
-                problems=problems,
-                warnings=warnings,
-                reseeded=reseeded,
-                held=held,
+                timings=timings or {"ready": now},
                 written=self._written(),
+                captures=self._system.captures,
+                reset=reset,
+                **health,
             )
         )
+        self._capture.set_open(config.network and self._system.captures)
 
     def _written(self) -> dict[str, float]:
         written, self._system.written = self._system.written, {}
@@ -212,8 +245,12 @@ class Agent:
             self._open(event.stream, event.message)
         else:
             servant = self._servants.get(event.stream)
-            if servant is not None:
+            if servant is None:
+                pass
+            elif event.stream % 2:
                 self._guarded(event.stream, lambda: self._serve(servant, event))
+            else:  # ours: there is nobody to tell of what goes wrong but the program, which is told by the connection
+                self._serve(servant, event)
 
     def _serve(self, servant: Servant, event: Event) -> None:
         if isinstance(event, DataReceived):
@@ -225,6 +262,9 @@ class Agent:
         elif isinstance(event, ResetReceived):
             self._servants.pop(event.stream, None)
             servant.cancelled()
+        elif isinstance(event, Closed):
+            self._servants.pop(event.stream, None)
+            servant.closed(event.message)
         elif isinstance(event, MessageReceived):
             servant.message(event.message)
 
@@ -249,6 +289,8 @@ class Agent:
         elif isinstance(message, Rename) and self._handshake.state == DONE:
             self._system.set_hostname(message.hostname)
             self._env |= {"CAPSEM_VM_ID": message.vm_id, "CAPSEM_VM_NAME": message.vm_id}
+        elif isinstance(message, Network) and self._handshake.state == DONE:
+            self._capture.set_open(message.on and self._system.captures)
         elif isinstance(message, GoOn):
             self._let_go()
         elif isinstance(message, PowerOff) and self._handshake.state == DONE:

@@ -1,4 +1,4 @@
-"""What serves one stream that the host opened."""
+"""What serves one stream."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ class Servant:
 
     def message(self, message: Message) -> None:
         """A message from the host."""
+
+    def closed(self, result: Message) -> None:
+        """The host has closed a stream that this end opened."""
 
     def cancelled(self) -> None:
         """The host gave the stream up: stop."""

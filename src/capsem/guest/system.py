@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _socket
 import fcntl
 import os
 import signal
@@ -19,6 +20,15 @@ SYSUTIL = "/run/capsem-sysutil"
 _TURN = 0.02
 _RNDADDENTROPY, _RNDRESEEDCRNG = 0x40085203, 0x5207
 _CLOCK_TOLERANCE = 0.05
+
+_LOCAL = "127.0.0.1"
+# Where the packet filter redirects to (interface.md 7.2), and the proxy that programs ask for by themselves.
+_TLS_PORT, _HTTP_PORT, _PROXY_PORT, _DNS_PORT = 10443, 10080, 3128, 1053
+_BACKLOG = 1024
+_SO_ORIGINAL_DST = 80  # linux/netfilter_ipv4.h
+_NETWORK_READY = "/run/capsem/network"  # made by init-late once connections are redirected
+
+Listeners = tuple[list[_socket.socket], _socket.socket, _socket.socket, _socket.socket]
 
 _SYSUTIL_TEXT = """#!/bin/sh
 # Asks the host to stop or suspend this machine. Linked as shutdown, halt, poweroff, reboot and suspend.
@@ -41,6 +51,7 @@ echo "$request" > /run/capsem/lifecycle
 class Bystander:
     """An agent that is a plain process on somebody's computer leaves that computer alone."""
 
+    captures = False  # whether connections of programs come to us
     volume = ""  # where the VM's own file system is mounted; "": there is none
     groups = ""  # where control groups are; "": none for us
 
@@ -64,14 +75,50 @@ class Bystander:
     def install(self, loop: Loop, request: Callable[[str], None]) -> None:
         """Nothing."""
 
+    def network_ready(self) -> bool:
+        """Whether connections are redirected."""
+        return True
+
+    def listen(self) -> Listeners:
+        """The sockets to which connections are redirected, the explicit proxy's, and the name server's two. Raises OSError."""
+        raise NotImplementedError
+
+    def destination(self, sock: _socket.socket) -> tuple[str, int]:
+        """Where a redirected connection was going; port 0: it was not redirected."""
+        raise NotImplementedError
+
     def power_off(self, loop: Loop, grace: float) -> None:
         """Only the agent ends."""
         loop.exit(POWER_OFF_STATUS)
 
 
+def accept(listener: _socket.socket) -> _socket.socket | None:
+    """The next who has connected, None if there is none now."""
+    try:
+        fd, _ = listener._accept()  # type: ignore[attr-defined]  # noqa: SLF001 - what `socket.accept` is made of
+    except OSError:  # nobody is there, or not any more
+        return None
+    sock = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM, 0, fd)
+    sock.setblocking(False)
+    return sock
+
+
+def bound(kind: int, port: int) -> _socket.socket:
+    """A local socket of a kind; of a stream's it listens. Raises OSError."""
+    sock = _socket.socket(_socket.AF_INET, kind)
+    sock.setblocking(False)
+    if kind == _socket.SOCK_STREAM:
+        sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
+    sock.bind((_LOCAL, port))
+    if kind == _socket.SOCK_STREAM:
+        sock.listen(_BACKLOG)
+    return sock
+
+
 class Machine(Bystander):
     """The real thing: the agent runs as root in a guest of its own."""
 
+    captures = True
     volume = "/mnt/system"
     groups = "/sys/fs/cgroup"
 
@@ -144,6 +191,29 @@ class Machine(Bystander):
         loop.watch(fd, READ, ready)
         self._write(SYSUTIL, _SYSUTIL_TEXT)
         os.chmod(SYSUTIL, 0o755)
+
+    def network_ready(self) -> bool:
+        """See Bystander."""
+        return os.path.exists(_NETWORK_READY)
+
+    def listen(self) -> Listeners:
+        """See Bystander."""
+        stream, datagram = _socket.SOCK_STREAM, _socket.SOCK_DGRAM
+        return (
+            [bound(stream, port) for port in (_TLS_PORT, _HTTP_PORT)],
+            bound(stream, _PROXY_PORT),
+            bound(datagram, _DNS_PORT),
+            bound(stream, _DNS_PORT),
+        )
+
+    def destination(self, sock: _socket.socket) -> tuple[str, int]:
+        """See Bystander; the kernel's record of the redirection has it, as a struct sockaddr_in."""
+        try:
+            name = sock.getsockopt(_socket.SOL_IP, _SO_ORIGINAL_DST, 16)
+        except OSError:  # no such record: the filter was flushed
+            return "", 0
+        address, port = ".".join(map(str, name[4:8])), name[2] << 8 | name[3]
+        return (address, port) if (address, port) != sock.getsockname() else ("", 0)
 
     def power_off(self, loop: Loop, grace: float) -> None:
         """SIGTERM to everything but PID 1 and us, SIGKILL after `grace` seconds, flush, then leave it to PID 1."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,10 +27,12 @@ from capsem.store.layout import Layout, SessionDir
 from capsem.store.locks import Lock
 from capsem.supervisor.activity import Activity
 from capsem.supervisor.console import Console, Transcript
+from capsem.supervisor.gateway import Gateway
 from capsem.supervisor.jobs import JobTable
 from capsem.supervisor.recording import Recording
 from capsem.supervisor.saving import Saver
 from capsem.supervisor.server import Server
+from capsem.supervisor.trial import Trial
 from capsem.system import Listener, System
 
 WORK_WAIT = 10.0  # seconds for an operation of a service that was killed to be over
@@ -83,6 +86,7 @@ class Owned:
         self.pid = system.processes.own_pid()
         self.recording: Recording
         self._server: Server
+        self._gateway = Gateway(Trial(os.environ.get("CAPSEM_EGRESS_TRIAL", "")))
         self._listener: Listener | None = None
         self._console: Console
         self._store = CheckpointStore(names.layout)

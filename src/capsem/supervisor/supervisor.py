@@ -245,6 +245,8 @@ class Supervisor(Changes):
         await network.attach(machine.console, lambda: self._console)
         self.guest.on_request = self._guest_asked
         self.guest.on_ready = self._guest_ready
+        self.guest.serve_streams(self._gateway.opened)
+        self.guest.set_network(on=True)
         await network.attach(machine.control, lambda: self.guest.channel)
         await machine.run()
         self._at("running")

@@ -121,7 +121,7 @@ class BootConfig(Message, tag="boot-config"):
     `resumed`: the machine was restored from a checkpoint since the last epoch. Its agent then shows that it is well
     before it answers; `mark` is what the last `Sync` before the checkpoint left in its memory and on its volume, None
     if that is not known. `entropy` (hex) is for the kernel's random generator. `machine_id` and `token` are this VM's
-    and this boot's own; a fork gets others than its source.
+    and this boot's own; a fork gets others than its source. `network`: connections of programs are carried.
     """
 
     protocol: int
@@ -136,6 +136,7 @@ class BootConfig(Message, tag="boot-config"):
     resumed: bool = False
     mark: str | None = None
     entropy: str | None = None
+    network: bool = False
 
 
 class SetEnv(Message, tag="set-env"):
@@ -155,6 +156,8 @@ class BootReady(Message, tag="boot-ready"):
 
     After a resume: `problems` say why the machine must not be used, `warnings` are what else its kernel complained of;
     `reseeded`: the kernel took the entropy; `held`: no process of a command ran before all that was in place.
+
+    `captures`: this agent carries connections; `reset`: how many of the epoch before it has ended.
     """
 
     epoch: int
@@ -165,6 +168,8 @@ class BootReady(Message, tag="boot-ready"):
     reseeded: bool = False
     held: bool = False
     written: dict[str, float] = {}
+    captures: bool = False
+    reset: int = 0
 
 
 class Ping(Message, tag="ping"):
@@ -362,6 +367,35 @@ class Forwarded(Message, tag="forwarded"):
     """Closes a Forward stream: nothing more will come from the port."""
 
 
+class Egress(Message, tag="egress"):
+    """Guest: a program has connected to `address` and `port`, or (`explicit`) to the proxy's port, which is then what they
+    say. Data: STDOUT what the program sends, STDIN what it is sent, the end of each handed on. A reset of the stream is a
+    reset of the connection, either way.
+    """
+
+    address: str
+    port: int
+    explicit: bool = False
+
+
+class EgressEnded(Message, tag="egress-ended"):
+    """Closes an Egress stream, from the host: the connection ends once the program has all that it was sent."""
+
+
+class Resolve(Message, tag="resolve"):
+    """Guest: a program's question to the name server, a DNS message in hexadecimal."""
+
+    query: str
+
+
+class Resolved(Message, tag="resolved"):
+    """Closes a Resolve stream, from the host: the answer, a DNS message in hexadecimal. Whatever else closes it is for the
+    program a failure of the server.
+    """
+
+    answer: str
+
+
 class Sync(Message, tag="sync"):
     """Flush all file systems of the guest; before that, leave `mark` on its volume and keep it in memory."""
 
@@ -415,6 +449,13 @@ class GoOn(Message, tag="go-on"):
     """Host: the machine is saved, or will not be; what Hold holds still goes on."""
 
 
+class Network(Message, tag="network"):
+    """Host: connections of programs are to be carried from here on (`on`), or refused. Only for a guest whose `BootReady`
+    says that it can."""
+
+    on: bool
+
+
 class Rename(Message, tag="rename"):
     """Host: the VM has another name from here on."""
 
@@ -436,6 +477,7 @@ CONTROL_MESSAGES = _by_tag(
     Pong,
     PowerOff,
     Rename,
+    Network,
     GoOn,
     ShutdownRequest,
     SuspendRequest,
@@ -453,9 +495,12 @@ STREAMS: dict[type[Message], type[Message]] = {
     Sync: Synced,
     Hold: Held,
     Freeze: Thawed,
+    Egress: EgressEnded,
+    Resolve: Resolved,
 }
+GUEST_STREAMS = (Egress, Resolve)  # opened by the guest; all others by the host
 # Tags that later versions will use to open streams, so that nothing else takes them.
-RESERVED_STREAMS = ("egress", "resolve", "bulk-in", "bulk-out", "watch")
+RESERVED_STREAMS = ("bulk-in", "bulk-out", "watch")
 MESSAGES = {
     **CONTROL_MESSAGES,
     **_by_tag(*STREAMS, *STREAMS.values(), Signal, Resize, Started, Reattached, FileFound, Frozen, Thaw, Failed),

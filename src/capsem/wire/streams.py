@@ -171,6 +171,7 @@ class Mux:
         self._streams: dict[int, _Stream] = {}
         self._urgent: deque[bytes] = deque()
         self._turns: deque[int] = deque()  # streams that have something to send, each once
+        self.backlog = 0  # bytes of data that are queued, on all streams
         self._begun = b""  # the epoch that this end announced and the peer has not answered yet
 
     # -- sending
@@ -187,6 +188,7 @@ class Mux:
 
     def forget(self) -> None:
         """Forget every stream and all that is queued."""
+        self.backlog = 0
         self._streams.clear()
         self._urgent.clear()
         self._turns.clear()
@@ -233,6 +235,7 @@ class Mux:
             out = state.out(channel)
             out.queue.append(memoryview(data))
             out.queued += len(data)
+            self.backlog += len(data)
             self._take_turn(stream)
 
     def end(self, stream: int, channel: int) -> None:
@@ -251,7 +254,8 @@ class Mux:
 
     def reset(self, stream: int) -> None:
         """Give up a stream at once, dropping what is queued."""
-        if self._streams.pop(stream, None) is not None:
+        if stream in self._streams:
+            self._drop(stream)
             self._urgent.append(frames.encode(frames.RESET, stream))
 
     def consumed(self, stream: int, channel: int, size: int) -> None:
@@ -314,6 +318,7 @@ class Mux:
                     out.queue.appendleft(head[size:])
                 out.sent += size
                 out.queued -= size
+                self.backlog -= size
                 state.outgoing[channel] = state.outgoing.pop(channel)  # the other channels come first next time
                 return frames.encode(frames.DATA, state.id, channel, head[:size])
             if out.end and not out.end_sent:
@@ -377,15 +382,19 @@ class Mux:
             self._take_turn(stream)
             return CreditReceived(stream, frame.channel)
         if kind == frames.RESET:
-            del self._streams[stream]
+            self._drop(stream)
             return ResetReceived(stream)
         message = decode_message(frame.payload, self._messages)
         if kind == frames.CLOSE:
             if not self._is_ours(stream) or not isinstance(message, (self._requests[type(state.request)], Failed)):
                 raise ProtocolError(f"{message.tag} does not close this stream")
-            del self._streams[stream]
+            self._drop(stream)
             return Closed(stream, message)
         return MessageReceived(stream, message)
+
+    def _drop(self, stream: int) -> None:
+        for out in self._streams.pop(stream).outgoing.values():
+            self.backlog -= out.queued
 
     def _is_ours(self, stream: int) -> bool:
         """Whether this end opens streams of that id."""

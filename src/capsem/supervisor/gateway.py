@@ -1,0 +1,140 @@
+"""Where the streams that a guest opens meet what carries them out: connections and questions for addresses.
+
+One for each machine. It is closed until the guest is who it is to be, and when the machine is suspended; a stream belongs to
+its epoch, and what it was carrying ends with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any, Protocol
+
+from capsem.control.channel import Stream
+from capsem.egress.facts import Connection
+from capsem.egress.stream import GuestStream
+from capsem.wire.messages import STDIN, STDOUT, Egress, EgressEnded, Failed, Resolve, Resolved
+
+MAX_STREAMS = 512  # connections and questions of one guest; its agent opens no more, another might
+
+log = logging.getLogger("capsem_process.gateway")
+
+
+class Carrier(Protocol):
+    """What becomes of streams."""
+
+    async def connection(self, stream: GuestStream) -> None:
+        """Carry a connection until it is over. Cancelled when its epoch is."""
+
+    async def question(self, query: bytes) -> bytes:
+        """The answer to a DNS message, b"" when it deserves none."""
+
+
+class GuestConnection:
+    """A connection of a program in the guest; fits `egress.stream.GuestStream`."""
+
+    def __init__(self, stream: Stream, request: Egress) -> None:
+        self.connection = Connection(address=request.address, port=request.port, explicit=request.explicit)
+        self._stream = stream
+
+    async def read(self) -> bytes:
+        """See ByteStream."""
+        data = await self._stream.read(STDOUT)
+        if not data and not self._stream.ended(STDOUT):
+            raise ConnectionResetError("the guest has reset the connection")
+        return data
+
+    async def write(self, data: bytes | memoryview) -> None:
+        """See ByteStream."""
+        await self._stream.write(STDIN, data)
+        if self._stream.over:
+            raise ConnectionResetError("the guest has reset the connection")
+
+    async def write_eof(self) -> None:
+        """See ByteStream."""
+        self._stream.end(STDIN)
+
+    def abort(self) -> None:
+        """See ByteStream."""
+        self._stream.reset()
+
+    def finish(self) -> None:
+        """Let the program have what it was sent, then end the connection, if it has not ended otherwise."""
+        if not self._stream.over:
+            self._stream.end(STDIN)
+            self._stream.close(EgressEnded())
+
+
+class Gateway:
+    """Serves the streams of one guest with a carrier."""
+
+    def __init__(self, carrier: Carrier) -> None:
+        self._carrier = carrier
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._connections = 0
+
+    @property
+    def connections(self) -> int:
+        """How many there are."""
+        return self._connections
+
+    def opened(self, stream: Stream) -> None:
+        """The guest has opened a stream."""
+        request = stream.request
+        if len(self._tasks) >= MAX_STREAMS:
+            log.warning("the guest has more than %d streams open: another one is refused", MAX_STREAMS)
+            stream.reset()
+        elif isinstance(request, Egress):
+            self._start(self._carry(stream, request))
+        elif isinstance(request, Resolve):
+            self._start(self._answer(stream, request))
+        else:
+            stream.reset()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a stream of the guest could not be carried", exc_info=error)
+
+    async def _carry(self, stream: Stream, request: Egress) -> None:
+        connection = GuestConnection(stream, request)
+        self._connections += 1
+        try:
+            await self._carrier.connection(connection)
+            connection.finish()
+        except ConnectionError as error:
+            log.debug("a connection ended: %s", error)
+            connection.abort()
+        except BaseException:
+            connection.abort()
+            raise
+        finally:
+            self._connections -= 1
+
+    async def _answer(self, stream: Stream, request: Resolve) -> None:
+        answer = b""
+        try:
+            query = bytes.fromhex(request.query)
+        except ValueError:
+            query = b""
+        try:
+            if query:
+                answer = await self._carrier.question(query)
+        finally:
+            stream.close(
+                Resolved(answer=answer.hex()) if answer else Failed(code="unavailable", message="there is no answer")
+            )
+
+    async def interrupt(self) -> int:
+        """End everything that is under way, without a word to the guest; returns how many connections that were."""
+        count, tasks = self._connections, tuple(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return count
