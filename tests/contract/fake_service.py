@@ -39,6 +39,8 @@ from capsem.api.vm_types import (
     AssetHealth,
     ListResponse,
     LogsResponse,
+    PrepareRequest,
+    PrepareResponse,
     ProvisionRequest,
     ProvisionResponse,
     ResumeRequest,
@@ -88,6 +90,10 @@ class FakeManager:
             await self._transition()
         self.states[name] = State.RUNNING
         return ProvisionResponse(id=name, uds_path=f"/run/{name}.sock")
+
+    async def prepare(self, request: PrepareRequest) -> PrepareResponse:
+        self.requests.append(request)
+        return PrepareResponse(ready=False, making=True)
 
     async def list(self) -> ListResponse:
         boxes = [self._info(vm_id) for vm_id in self.states]

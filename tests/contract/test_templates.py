@@ -10,10 +10,12 @@ import pytest
 from sim_world import RAM_MB, SimWorld, sim_world
 
 from capsem.api.exec_types import ExecRequest, RunRequest
-from capsem.api.vm_types import ProvisionRequest
+from capsem.api.vm_types import PrepareRequest, PrepareResponse, ProvisionRequest
+from capsem.config import Settings
 from capsem.model.checkpoint import Checkpoint, Kind
-from capsem.model.errors import CapsemError
+from capsem.model.errors import CapsemError, NotFound
 from capsem.service import templates
+from capsem.service.gate import VISIT, Visit
 
 
 def play(root: Path, scene: Callable[[SimWorld], Awaitable[None]], plan: str = "") -> None:
@@ -81,6 +83,47 @@ def test_there_are_a_few_and_the_one_used_longest_ago_goes(tmp_path: Path) -> No
         assert sorted(each.ram_mb for each in made(world)) == [256, 258, 259, 1024]
         await create(world, "most", ram_mb=2048)  # now vm2 runs on the one that should go
         assert sorted(each.ram_mb for each in made(world)) == [256, 258, 259, 1024, 2048]
+
+    play(tmp_path, scene)
+
+
+def test_one_can_be_ordered_ahead(tmp_path: Path) -> None:
+    async def scene(world: SimWorld) -> None:
+        order = PrepareRequest(ram_mb=RAM_MB, cpus=1)
+        assert await world.handlers.prepare(order) == PrepareResponse(ready=False, making=True)
+        while not made(world):
+            await asyncio.sleep(0.005)
+        assert await world.handlers.prepare(order) == PrepareResponse(ready=True, making=False)
+        [template] = made(world)
+        assert await create(world, "box") == "template"
+        assert made(world) == [template]
+        with pytest.raises(NotFound):
+            await world.handlers.prepare(PrepareRequest(profile="nowhere"))
+        world.handlers._configure(Settings({**world.handlers.settings.values, "vm.templates": "off"}))
+        assert await world.handlers.prepare(order) == PrepareResponse(ready=False, making=False)
+
+    play(tmp_path, scene)
+
+
+def test_who_asked_first_may_go_away(tmp_path: Path) -> None:
+    """The template waits at the gate when its client hangs up; others want it too."""
+
+    async def scene(world: SimWorld) -> None:
+        busy = await create(world, "busy", cold=True)
+        assert busy == "cold"
+        visit = Visit()
+        async with world.gate.change(world.fleet.get("busy"), "suspend"):
+            VISIT.set(visit)
+            first = asyncio.create_task(create(world, "first"))
+            VISIT.set(None)
+            while not any(vm.waiting for vm in world.fleet.known()):
+                await asyncio.sleep(0)
+            second = asyncio.create_task(create(world, "second"))
+            visit.leave()
+            for _ in range(20):  # turns of the event loop, in which whoever notices would give up
+                await asyncio.sleep(0)
+        assert await second == "template"
+        await asyncio.gather(first, return_exceptions=True)
 
     play(tmp_path, scene)
 

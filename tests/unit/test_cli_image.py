@@ -12,6 +12,7 @@ from types import MappingProxyType
 import pytest
 
 import capsem.cli.image as image_commands
+from capsem.api.vm_types import PrepareRequest
 from capsem.cli.main import main
 from capsem.image import manifest as manifests
 from capsem.image.catalog import Image, open_image, write_pointer
@@ -22,6 +23,7 @@ from capsem.model.spec import VmSpec
 from capsem.model.vm import VmRecord
 from capsem.store import records
 from capsem.store.layout import Layout
+from contract.fake_service import fake_service
 
 
 def make_image(images: Path, name: str = "default", content: bytes = b"x") -> Path:
@@ -148,6 +150,17 @@ def test_build(images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert shown.out.startswith("default ")
     assert f" is up to date: {images}/default-" in shown.out
     assert asked == [(for_this_machine(), "http://m", True)]
+
+
+def test_a_service_that_runs_is_told_of_the_image(
+    images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(image_commands, "build", lambda _recipe, to, **_options: open_image(make_image(to, "code")))
+    with fake_service() as service:
+        argv = ["--uds-path", str(service.path), "image", "--assets-dir", str(images), "build", "--profile", "code"]
+        assert main(argv) == 0
+        assert service.manager.requests == [PrepareRequest(profile="code")]
+    assert "template" in capsys.readouterr().err
 
 
 def test_a_build_clears_up_after_itself_and_prune_after_all(

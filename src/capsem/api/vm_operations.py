@@ -7,6 +7,8 @@ from typing import Final
 from capsem.api.operation import AWAKE, BOOT, ENV_LIMIT, FINISH, GUEST, KNOWN, RESTABLE, TRANSITION, Operation
 from capsem.model.errors import (
     AlreadyExists,
+    Corrupt,
+    HostNotReady,
     InvalidInput,
     MachineFailed,
     NotFound,
@@ -29,6 +31,16 @@ VM_OPERATIONS: Final = (
         on_disconnect=FINISH,
         answer_within=TRANSITION,
         body_limit=ENV_LIMIT,
+    ),
+    Operation(
+        "prepare",
+        "POST",
+        "/prepare",
+        "have a template ready for VMs to come, made in the background where there is none",
+        "PrepareResponse",
+        request="PrepareRequest",
+        errors=(InvalidInput, NotFound, HostNotReady, Corrupt),
+        retry_safe=True,
     ),
     Operation("list", "GET", "/list", "every VM", "ListResponse", retry_safe=True),
     Operation("df", "GET", "/df", "what VMs and images take on disk", "UsageResponse", retry_safe=True),

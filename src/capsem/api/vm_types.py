@@ -77,6 +77,19 @@ class ProvisionRequest(Body, frozen=True):
         return self.from_ if self.from_ is not None else self.image
 
 
+class PrepareRequest(Body, frozen=True):
+    """Have a template for VMs of that size and profile; what is None comes from the settings, as when a VM is created."""
+
+    ram_mb: RamMb | None = None
+    cpus: Cpus | None = None
+    disk_mb: DiskMb = DEFAULT_DISK_MB
+    profile: Name | None = None
+
+    def __post_init__(self) -> None:
+        if self.profile is not None:
+            check_name(self.profile)
+
+
 class PersistRequest(Body, frozen=True):
     """Keep a running ephemeral VM under `name`."""
 
@@ -135,6 +148,13 @@ class ProvisionResponse(Body, frozen=True):
     boot_kind: str | None = None
     boot_note: str | None = None
     waited_ms: float | None = None
+
+
+class PrepareResponse(Body, frozen=True):
+    """`ready`: the template is there. `making`: it is being made, or will be; neither: templates are turned off."""
+
+    ready: bool
+    making: bool
 
 
 class SandboxInfo(Body, frozen=True):

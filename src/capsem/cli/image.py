@@ -14,7 +14,7 @@ from capsem.cli.terminal import Line, table, waiting
 from capsem.image.build import build
 from capsem.image.catalog import Catalog, Image
 from capsem.image.recipe import PROFILES, for_this_machine
-from capsem.model.errors import WrongState
+from capsem.model.errors import CapsemError, WrongState
 from capsem.store import durable
 
 _SHORT = 12  # hexadecimal digits that tell digests apart
@@ -57,6 +57,17 @@ def image_build(ctx: click.Context, profile: str, mirror: str | None, force: boo
             _show_removed(catalog.prune(context.paths.run_dir, name=profile))
         except WrongState as exc:
             click.echo(f"note: older images stay: {exc.message}", err=True)
+    _prepare(context, profile)
+
+
+def _prepare(context: Context, profile: str) -> None:
+    """Have a service that runs make a template of the image, so that the first VM need not wait for it."""
+    try:
+        answer = context.client(start=False).call("prepare", body={"profile": profile})
+    except CapsemError:  # there is none; the first VM of the next one makes it
+        return
+    if answer["making"]:
+        click.echo("note: the service makes a template of it for new VMs, which are there sooner then", err=True)
 
 
 @image_command.command("list", epilog="\b\nExample:\n  capsem image list --json")

@@ -71,6 +71,7 @@ async def _verify_checkpoint(manager: Manager, vm_id: str, request: Any) -> Succ
 HANDLERS: Final = MappingProxyType[str, Handler](
     {
         "provision": lambda manager, _id, request: manager.provision(request),
+        "prepare": lambda manager, _id, request: manager.prepare(request),
         "list": lambda manager, _id, _request: manager.list(),
         "df": lambda manager, _id, _request: manager.df(),
         "info": lambda manager, vm_id, _request: manager.info(vm_id),

@@ -19,6 +19,8 @@ from capsem.api.vm_types import (
     ForkResponse,
     PersistRequest,
     PersistResponse,
+    PrepareRequest,
+    PrepareResponse,
     ProvisionRequest,
     ProvisionResponse,
     PurgeRequest,
@@ -83,17 +85,26 @@ class Lifecycle(Commands):
             log.info("%s is still booting after %.0f s", vm.id, PROVISION_WAIT)
         return self._provisioned(vm)
 
+    async def prepare(self, request: PrepareRequest) -> PrepareResponse:
+        """Have a template for VMs of a size, made in the background where there is none. Raises NotFound (no image)."""
+        if not self.settings.templates:
+            return PrepareResponse(ready=False, making=False)
+        ready = await self._templates.prepare(request.profile or DEFAULT_PROFILE, self._spec(request))
+        self.pool.look_anew()  # it may be that there is another image
+        return PrepareResponse(ready=ready, making=not ready)
+
     def _pooled(self) -> tuple[int, VmSpec]:
         """How many VMs are to wait for somebody, and of what size: that of a VM that is created without any."""
         settings = self.settings
         return settings.pool_size if settings.templates else 0, VmSpec(settings.cpu_count, settings.ram_mb)
 
-    def _spec(self, request: ProvisionRequest | RunRequest) -> VmSpec:
+    def _spec(self, request: ProvisionRequest | RunRequest | PrepareRequest) -> VmSpec:
+        env = {} if isinstance(request, PrepareRequest) else request.env or {}
         return VmSpec(
             cpus=self.settings.cpu_count if request.cpus is None else request.cpus,
             ram_mb=self.settings.ram_mb if request.ram_mb is None else request.ram_mb,
             disk_mb=request.disk_mb,
-            env=MappingProxyType(dict(request.env or {})),
+            env=MappingProxyType(dict(env)),
         )
 
     async def _create(

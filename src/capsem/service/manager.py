@@ -48,6 +48,8 @@ from capsem.api.vm_types import (
     LogsResponse,
     PersistRequest,
     PersistResponse,
+    PrepareRequest,
+    PrepareResponse,
     ProvisionRequest,
     ProvisionResponse,
     PurgeRequest,
@@ -79,6 +81,9 @@ class Manager(Protocol):
 
     async def provision(self, request: ProvisionRequest) -> ProvisionResponse:
         """Create and boot a VM; returns when the guest is ready or after 5 s."""
+
+    async def prepare(self, request: PrepareRequest) -> PrepareResponse:
+        """Have a template made."""
 
     async def list(self) -> ListResponse:
         """Every VM, and whether there is an image to boot."""

@@ -24,6 +24,7 @@ from capsem.model.vm import HARDWARE
 from capsem.service import space
 from capsem.service.create import Maker
 from capsem.service.fleet import Fleet
+from capsem.service.gate import VISIT
 from capsem.service.link import Link
 from capsem.service.vm import Vm
 from capsem.wire.messages import Exec
@@ -45,6 +46,7 @@ class Templates:
         self._maker = maker
         self._wanted = wanted
         self._building: dict[tuple[object, ...], asyncio.Task[Checkpoint]] = {}
+        self._preparing: set[asyncio.Task[Checkpoint | None]] = set()
 
     async def get(self, profile: str, spec: VmSpec) -> Checkpoint | None:
         """A template for a VM like that, made if there is none; whoever asks while it is made waits for the same one.
@@ -55,12 +57,27 @@ class Templates:
         if not self._wanted():
             return None
         image = self._maker.catalog.find(profile)
-        size = VmSpec(cpus=spec.cpus, ram_mb=spec.ram_mb, disk_mb=spec.disk_mb)
         try:
-            return await self._get(image, size)
+            return await self._get(image, _bare(spec))
         except (HostNotReady, MachineFailed, TimedOut, Unavailable, OSError) as error:
             log.warning("no template could be made: %s", error)
             return None
+
+    async def prepare(self, profile: str, spec: VmSpec) -> bool:
+        """Whether there is a template for VMs like that; if not, it is made in the background. Raises NotFound, Corrupt."""
+        image, size = self._maker.catalog.find(profile), _bare(spec)
+        found = self._find(image, size)
+        if found is not None and not found.differences(await self._maker.machine(image, size, HARDWARE)):
+            return True
+        making = asyncio.create_task(self.get(profile, spec), name="prepare")
+        self._preparing.add(making)
+        making.add_done_callback(self._prepared)
+        return False
+
+    def _prepared(self, making: asyncio.Task[Checkpoint | None]) -> None:
+        self._preparing.discard(making)
+        if not making.cancelled() and (error := making.exception()) is not None:
+            log.warning("no template could be made: %s", error)
 
     async def _get(self, image: Image, size: VmSpec) -> Checkpoint | None:
         machine = await self._maker.machine(image, size, HARDWARE)
@@ -93,6 +110,7 @@ class Templates:
         return self._building[key]
 
     async def _build(self, image: Image, size: VmSpec) -> Checkpoint:
+        VISIT.set(None)  # several may wait for it, and who asked first may go away
         name = f"template-{self._fleet.system.entropy.token_bytes(6).hex()}"
         log.info("making a template of %s: %d cpus, %d MiB", image.name, size.cpus, size.ram_mb)
         vm = self._maker.make(name, size, persistent=False, profile=image.name, is_template=True)
@@ -144,6 +162,11 @@ class Templates:
                 machine = await self._maker.machine(image, _size(template), template.hardware)
                 return not template.differences(machine)
         return False
+
+
+def _bare(spec: VmSpec) -> VmSpec:
+    """The size alone."""
+    return VmSpec(cpus=spec.cpus, ram_mb=spec.ram_mb, disk_mb=spec.disk_mb)
 
 
 def _size(template: Checkpoint) -> VmSpec:
