@@ -227,7 +227,7 @@ class Exchange:
             self._tap.response(response.head)
         keep = request.keep_alive and self._body.whole()
         framing: Framing = response.framing
-        if framing is Body.CLOSE or (change is not None and framing != 0):
+        if framing is Body.CLOSE:
             framing = Body.CHUNKED
         if framing is Body.CHUNKED and request.version == 0:
             framing, keep = Body.CLOSE, False
@@ -243,10 +243,10 @@ class Exchange:
             content = body.feed(rest) if not body.whole() else b""
             rest = b""
             event.bytes_received += len(content)
-            if self._tap is not None and content:
-                self._tap.response_body(content)
             if change is not None:
                 content = (change(content) if content else b"") + (change(b"") if body.whole() else b"")
+            if self._tap is not None and content:
+                self._tap.response_body(content)
             if framing is Body.CHUNKED:
                 if content:
                     data += chunk(content)

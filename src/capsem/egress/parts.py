@@ -9,12 +9,20 @@ from capsem.egress.facts import Subject, Verdict
 from capsem.egress.heads import Headers, RequestHead, ResponseHead
 
 
-class SecretMisuse(Exception):
-    """A placeholder was about to go where its secret must not: `secret` is its name; the message is for a person."""
+class SecretRefused(Exception):
+    """A request cannot have a secret put in: `secret` is its name; the message is for a person."""
 
     def __init__(self, secret: str, reason: str) -> None:
         super().__init__(reason)
         self.secret = secret
+
+
+class SecretMisuse(SecretRefused):
+    """A placeholder was about to go where its secret must not."""
+
+
+class SecretUnavailable(SecretRefused):
+    """It may go there, and its value cannot be had."""
 
 
 class Judge(Protocol):
@@ -46,14 +54,15 @@ class Broker(Protocol):
 
     async def outgoing(self, subject: Subject, head: RequestHead, *, verified: bool) -> RequestHead:
         """The head with real values. `verified`: it goes over TLS that we have checked against `subject.host`, which is the
-        SNI, too. Raises SecretMisuse."""
+        SNI, too. Raises SecretRefused."""
 
     def body(self, subject: Subject, headers: Headers, *, verified: bool) -> Callable[[bytes], bytes] | None:
         """What a request's body has to pass through, chunk by chunk (b"" is the end), and may get longer or shorter by; None
-        when it can go as it is. The function raises SecretMisuse. `outgoing` of the same request comes first."""
+        when it can go as it is. The function raises SecretRefused. `outgoing` of the same request comes first."""
 
     def incoming(self, subject: Subject, head: ResponseHead) -> tuple[ResponseHead, Callable[[bytes], bytes] | None]:
-        """An answer that does not repeat a secret to the guest: its head, and what its body passes through (as `body`)."""
+        """An answer that does not repeat a secret to the guest: its head, and what its body passes through (as `body`, but it
+        gets neither longer nor shorter)."""
 
 
 class Tap(Protocol):

@@ -16,7 +16,7 @@ from capsem.egress.exchange import Exchange, Filter, Incoming, OriginFailed, Sta
 from capsem.egress.facts import Action, Subject, TlsMode, Verdict
 from capsem.egress.heads import ResponseHead
 from capsem.egress.http1 import BadHead, Request, Response, parse_request, write_response
-from capsem.egress.parts import SecretMisuse, Tap
+from capsem.egress.parts import SecretMisuse, SecretRefused, Tap
 from capsem.egress.peer import Peer
 from capsem.egress.pool import Upstream
 from capsem.egress.resolve import NotFound
@@ -127,10 +127,8 @@ class Requests:
             note(event, denial.verdict)
             event.decision = "denied"
             return await self._page(request, event, *pages.denied(denial.subject, denial.verdict, _accept(request)))
-        except SecretMisuse as misuse:
-            event.decision, event.error, event.secrets = "denied", str(misuse), (misuse.secret,)
-            await self._page(request, event, *pages.failed(403, str(misuse), _accept(request), decision="denied"))
-            return False
+        except SecretRefused as refused:
+            return await self._refuse_secret(request, event, refused)
         except (NotFound, DialError, OriginFailed) as error:
             status = error.status if isinstance(error, DialError) else 502
             event.decision, event.error = "error", str(error)
@@ -140,6 +138,14 @@ class Requests:
         except BadHead as error:  # in a body: what was said is said
             event.decision, event.error = "error", str(error)
             raise ConnectionAbortedError(str(error)) from error
+
+    async def _refuse_secret(self, request: Request, event: NetEvent, refused: SecretRefused) -> bool:
+        """Tell why, and end the connection: of a misuse no more is heard on it."""
+        event.decision, event.error, event.secrets = _refusal(refused), str(refused), (refused.secret,)
+        status = 403 if event.decision == "denied" else 502
+        page = pages.failed(status, str(refused), _accept(request), decision=event.decision)
+        await self._page(request, event, *page)
+        return False
 
     def _subject(self, request: Request, event: NetEvent) -> tuple[Request, Subject]:
         """What is to be judged, and the request as it is to be made. Raises BadHead for one that cannot be either."""
@@ -241,11 +247,11 @@ class Requests:
             event.decision = "allowed"
             try:
                 keep, reusable = await exchange.run(upstream)
-            except SecretMisuse as misuse:
+            except SecretRefused as refused:
                 if not exchange.begun:
                     raise
-                event.decision, event.secrets = "denied", (misuse.secret,)
-                raise ConnectionAbortedError(str(misuse)) from misuse
+                event.decision, event.secrets = _refusal(refused), (refused.secret,)
+                raise ConnectionAbortedError(str(refused)) from refused
             upstream.used += 1
             if exchange.upgraded:
                 await door.splice(
@@ -274,6 +280,10 @@ def _shorten(limit: asyncio.Timeout) -> None:
     when, soon = limit.when(), asyncio.get_running_loop().time() + HEAD_TIME
     if when is None or when > soon:
         limit.reschedule(soon)
+
+
+def _refusal(refused: SecretRefused) -> str:
+    return "denied" if isinstance(refused, SecretMisuse) else "error"
 
 
 def _accept(request: Request) -> bytes | None:

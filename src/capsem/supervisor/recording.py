@@ -126,8 +126,12 @@ class Recording:
 
     @property
     def traffic(self) -> Recorder:
-        """Takes what the VM's traffic does; nothing of it is kept where commands are not."""
-        return TrafficRecord(self._put if self._on else lambda _statement: None)
+        """Takes what the VM's traffic does; nothing of it is kept as long as commands are not."""
+        return TrafficRecord(self._put_if_on)
+
+    def _put_if_on(self, statement: Statement) -> None:
+        if self._on:
+            self._put(statement)
 
     # -- the file
 
