@@ -84,8 +84,8 @@ class NameTable:
                     raise ValueError(f"neither a name nor its addresses: {name!r}")
                 table.learn(name, addresses)
             table._next = int(data["next"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"a malformed table of names: {error!r}") from error
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"a malformed table of names: {error}") from error
         if not 0 < table._next < SYNTHETIC.num_addresses - 1:
             raise ValueError("a malformed table of names: its next address is out of range")
         return table
