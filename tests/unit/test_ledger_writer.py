@@ -227,3 +227,23 @@ def test_a_reader_cannot_write_and_leaves_what_tidy_removes(tmp_path: Path) -> N
     assert os.listdir(tmp_path) == ["session.db"]
     tidy(tmp_path / "missing.db")
     assert os.listdir(tmp_path) == ["session.db"]
+
+
+def test_what_comes_fast_is_gathered_unless_somebody_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "AT_ONCE", 0)
+    monkeypatch.setattr(writing, "GATHER", 3600.0)
+    path, batches = tmp_path / "session.db", []
+    write = Writer._write
+    monkeypatch.setattr(Writer, "_write", lambda self, batch: (batches.append(len(batch)), write(self, batch)))
+    writer = begun(path)
+    writer._left = 0.0
+    for number in range(3):
+        writer.put(event(number))
+    writer.flush().result(10)
+    assert batches == [3]
+    assert events(path) == ["e0", "e1", "e2"]
+    writer.put(event(3))
+    writer.close().result(10)
+    assert events(path)[-1] == "e3"

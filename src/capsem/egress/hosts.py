@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from functools import lru_cache
 from typing import Final
 
 _LABEL: Final = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
@@ -20,6 +21,7 @@ def host_name(text: str) -> str | None:
     return name
 
 
+@lru_cache(maxsize=1024)
 def address(text: str) -> str | None:
     """An IP address in that form, None for anything else. An IPv6 address that only wraps an IPv4 one stays as it is."""
     try:
@@ -29,6 +31,7 @@ def address(text: str) -> str | None:
     return None if isinstance(found, ipaddress.IPv6Address) and found.scope_id else str(found)
 
 
+@lru_cache(maxsize=1024)
 def split_authority(value: bytes) -> tuple[str, int | None] | None:
     """The host or address and the port of a Host header or the like; None for what is malformed. No user info."""
     match = _AUTHORITY.match(value)

@@ -43,6 +43,9 @@ _HOP: Final = frozenset(
     }
 )
 _KEPT: Final = frozenset({b"host"})  # whatever Connection says
+_TELLING: Final = frozenset(
+    {b"host", b"connection", b"content-length", b"transfer-encoding", b"upgrade", b"expect", b"te"}
+)
 
 
 class BadHead(Exception):
@@ -150,13 +153,23 @@ def fields(lines: list[bytes]) -> Headers:
     return Headers(found)
 
 
-def _tokens(values: list[bytes]) -> set[bytes]:
+def _telling(headers: Headers) -> dict[bytes, list[bytes]]:
+    """The values of the fields that matter here, found in one pass: this is done for every head."""
+    found: dict[bytes, list[bytes]] = {}
+    for name, value in headers:
+        lower = name.lower()
+        if lower in _TELLING:
+            found.setdefault(lower, []).append(value)
+    return found
+
+
+def _tokens(values: list[bytes] | None) -> set[bytes]:
     return {token.strip(b" \t").lower() for value in values for token in value.split(b",")} if values else set()
 
 
-def _framing(headers: Headers, version: int) -> Framing | None:
+def _framing(telling: dict[bytes, list[bytes]], version: int) -> Framing | None:
     """As the head says; None when it says nothing. Raises BadHead."""
-    lengths, codings = headers.all(b"content-length"), headers.all(b"transfer-encoding")
+    lengths, codings = telling.get(b"content-length"), telling.get(b"transfer-encoding")
     if codings:
         if lengths:
             raise BadHead("both Content-Length and Transfer-Encoding")
@@ -172,11 +185,11 @@ def _framing(headers: Headers, version: int) -> Framing | None:
     return int(lengths[0])
 
 
-def _upgrade(headers: Headers, connection: set[bytes]) -> bytes | None:
+def _upgrade(telling: dict[bytes, list[bytes]], connection: set[bytes]) -> bytes | None:
     """The protocol to change to, if it is one that we let pass; others are left out, as a proxy may."""
-    if b"upgrade" not in connection:
+    values = telling.get(b"upgrade")
+    if values is None or b"upgrade" not in connection:
         return None
-    values = headers.all(b"upgrade")
     if len(values) != 1 or not re.fullmatch(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+(/[0-9.]+)?", values[0]):
         return None
     name = values[0].lower()
@@ -193,7 +206,8 @@ def parse_request(block: bytes) -> Request:
         raise BadHead(f"a malformed request line: {first[:80]!r}")
     method, target, version = line[1], line[2], int(line[3])
     headers = fields(lines)
-    hosts_named = headers.all(b"host")
+    telling = _telling(headers)
+    hosts_named = telling.get(b"host", [])
     if len(hosts_named) != 1:
         raise BadHead(f"{len(hosts_named)} Host headers; there must be one")
     authority, scheme = hosts_named[0].lower(), None
@@ -212,8 +226,8 @@ def parse_request(block: bytes) -> Request:
         raise BadHead("a fragment in the request target")
     if hosts.split_authority(authority) is None:
         raise BadHead(f"a malformed host: {authority[:80]!r}")
-    connection = _tokens(headers.all(b"connection"))
-    framing = _framing(headers, version)
+    connection = _tokens(telling.get(b"connection"))
+    framing = _framing(telling, version)
     if connect and framing:
         raise BadHead("a body in CONNECT")
     return Request(
@@ -223,9 +237,9 @@ def parse_request(block: bytes) -> Request:
         version=version,
         connect=connect,
         scheme=scheme,
-        upgrade=_upgrade(headers, connection) if version == 1 else None,
-        expects=version == 1 and b"100-continue" in _tokens(headers.all(b"expect")),
-        trailers=b"trailers" in _tokens(headers.all(b"te")),
+        upgrade=_upgrade(telling, connection) if version == 1 else None,
+        expects=version == 1 and b"100-continue" in _tokens(telling.get(b"expect")),
+        trailers=b"trailers" in _tokens(telling.get(b"te")),
     )
 
 
@@ -237,8 +251,9 @@ def parse_response(block: bytes, method: bytes) -> Response:
         raise BadHead(f"a malformed status line: {first[:80]!r}")
     version, status = int(line[1]), int(line[2])
     headers = fields(lines)
-    connection = _tokens(headers.all(b"connection"))
-    framing: Framing | None = _framing(headers, version)
+    telling = _telling(headers)
+    connection = _tokens(telling.get(b"connection"))
+    framing = _framing(telling, version)
     if status < 200 or status in (204, 304) or method == b"HEAD":
         framing = 0
     elif framing is None:
@@ -249,23 +264,26 @@ def parse_response(block: bytes, method: bytes) -> Response:
         keep_alive=framing is not Body.CLOSE
         and b"close" not in connection
         and (version == 1 or b"keep-alive" in connection),
-        upgrade=_upgrade(headers, connection) if status == 101 else None,
+        upgrade=_upgrade(telling, connection) if status == 101 else None,
     )
 
 
-def _end_to_end(headers: Headers) -> list[Header]:
-    """Those that are meant for the other end."""
-    named = _tokens(headers.all(b"connection")) - _KEPT
-    dropped = _HOP | named if named else _HOP
-    return [header for header in headers if header[0].lower() not in dropped]
+def _end_to_end(headers: Headers, *more: bytes) -> list[bytes]:
+    """The lines of those that are meant for the other end, without `more`."""
+    kept, named = [], None
+    for name, value in headers:
+        lower = name.lower()
+        if lower not in _HOP:
+            if lower not in more:
+                kept.append((lower, b"%b: %b" % (name, value)))
+        elif lower == b"connection":
+            named = (named or set()) | _tokens([value])
+    unwanted = named - _KEPT if named else ()
+    return [line for lower, line in kept if lower not in unwanted]
 
 
-def _write(first: bytes, headers: list[Header], more: list[bytes]) -> bytes:
-    parts = [first]
-    parts += [b"%b: %b" % header for header in headers]
-    parts += more
-    parts.append(b"\r\n")
-    return b"\r\n".join(parts)
+def _write(first: bytes, lines: list[bytes], more: list[bytes]) -> bytes:
+    return b"\r\n".join((first, *lines, *more, b"\r\n"))
 
 
 def _framing_lines(framing: Framing) -> list[bytes]:
@@ -298,7 +316,6 @@ def write_request(
 def write_response(response: Response, *, method: bytes, framing: Framing, keep_alive: bool) -> bytes:
     """The head as it goes to the client of a request with that method, which speaks at least HTTP/1.0."""
     head = response.head
-    headers = [header for header in _end_to_end(head.headers) if header[0].lower() != b"alt-svc"]
     more: list[bytes] = []
     if head.status == 101:
         more = [b"Connection: Upgrade", b"Upgrade: " + (response.upgrade or b"")]
@@ -309,4 +326,4 @@ def write_response(response: Response, *, method: bytes, framing: Framing, keep_
         elif head.status != 204:
             more = _framing_lines(framing)
         more.append(b"Connection: keep-alive" if keep_alive else b"Connection: close")
-    return _write(b"HTTP/1.1 %d %b" % (head.status, head.reason), headers, more)
+    return _write(b"HTTP/1.1 %d %b" % (head.status, head.reason), _end_to_end(head.headers, b"alt-svc"), more)

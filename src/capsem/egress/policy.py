@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final, NamedTuple
 
@@ -25,6 +26,7 @@ from capsem.egress.facts import Action, Layer, Protocol, Subject, Verdict
 from capsem.egress.rules import ANY_HOST, ANY_PORT, MAYBE, NO, Network, Rule, host_matches
 
 Address = IPv4Address | IPv6Address
+_parsed: Final = lru_cache(maxsize=4096)(ip_address)  # the same few addresses are judged at every request
 
 PAST_THE_FLOOR: Final = frozenset({Layer.CORPORATE, Layer.VM})
 NO_RULE: Final = "default"
@@ -70,7 +72,7 @@ class Policy:
 
     def judge(self, subject: Subject) -> Verdict:
         """The verdict on a subject. The floor is judged if it has an address."""
-        address = None if subject.address is None else ip_address(subject.address)
+        address = None if subject.address is None else _parsed(subject.address)
         if (
             address is not None
             and (hit := self.floor(address)) is not None

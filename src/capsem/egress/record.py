@@ -7,6 +7,7 @@ lost, together.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, Final
 
 from capsem.egress.events import DnsEvent, ModelCall, NetEvent
@@ -143,10 +144,15 @@ def _insert(
     table: str, row: Mapping[str, Any], *, of_model_call: bool = False, then: tuple[Statement, ...] = ()
 ) -> Statement:
     """`of_model_call`: it belongs to the model call written last, of which it is a `then`."""
-    columns, values = ", ".join(row), ", ".join("?" * len(row))
+    return Statement(_sql(table, tuple(row), of_model_call), tuple(row.values()), then=then)
+
+
+@cache
+def _sql(table: str, names: tuple[str, ...], of_model_call: bool) -> str:
+    columns, values = ", ".join(names), ", ".join("?" * len(names))
     if of_model_call:
         columns, values = f"{columns}, model_call_id", f"{values}, {_PARENT}"
-    return Statement(f"INSERT INTO {table} ({columns}) VALUES ({values})", tuple(row.values()), then=then)  # noqa: S608
+    return f"INSERT INTO {table} ({columns}) VALUES ({values})"  # noqa: S608
 
 
 def _cut(value: str | None, limit: int) -> str | None:

@@ -39,7 +39,8 @@ class TlsStream:
         self._buffer = bytearray(READ_SIZE)
         self._view = memoryview(self._buffer)
         self._order = asyncio.Lock()  # records must reach the stream below in the order in which they were made
-        self._ended = False
+        self._ended = False  # below
+        self._closed = False  # by the peer's word
 
     async def handshake(self, received: bytes = b"") -> None:
         """Shake hands; `received` is what was read from the stream below already. Raises TlsRefused or ConnectionError."""
@@ -74,26 +75,35 @@ class TlsStream:
     async def read(self) -> bytes:
         """See ByteStream."""
         while True:
-            size = 0
-            try:
-                while size < READ_SIZE:
-                    got = self._tls.read(READ_SIZE - size, self._view[size:])
-                    if not got:  # the peer has said that it is done
-                        return bytes(self._view[:size])
-                    size += int(got)
-            except ssl.SSLWantReadError:
-                pass
-            except ssl.SSLError as error:
-                if not size:
-                    raise ConnectionResetError(f"TLS failed: {error.reason or error}") from error
+            size = self._decrypted()
             if self._outgoing.pending:
                 await self._flush()
             if size:
                 return bytes(self._view[:size])
+            if self._closed:
+                return b""
             if self._ended:
                 # Without its close_notify an end may be somebody's who cut the line.
                 raise ConnectionResetError("the connection ended without the end of TLS")
             await self._fill()
+
+    def _decrypted(self) -> int:
+        """How many bytes of what has arrived are in the buffer now; 0 when there is no whole record."""
+        size = 0
+        try:
+            # Asking OpenSSL for what is not there costs an exception.
+            while size < READ_SIZE and (self._incoming.pending or self._ended or self._tls.pending()):
+                got = self._tls.read(READ_SIZE - size, self._view[size:])
+                if not got:  # the peer has said that it is done
+                    self._closed = True
+                    break
+                size += int(got)
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError as error:
+            if not size:
+                raise ConnectionResetError(f"TLS failed: {error.reason or error}") from error
+        return size
 
     def digest(self) -> bool:
         """Take in what has arrived below, when that is a socket; False if it was more than TLS needs for itself, such as session

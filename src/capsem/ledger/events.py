@@ -106,7 +106,7 @@ def inherited(at: float, last_ids: Mapping[str, int]) -> Statement:
 
 def text(value: str, limit: int) -> str:
     """The beginning of it, as SQLite takes it: no lone surrogates, as in names that are no UTF-8."""
-    return value[:limit].encode("utf-8", "replace").decode()
+    return value[:limit] if value.isascii() else value[:limit].encode("utf-8", "replace").decode()
 
 
 def _preview(output: bytes) -> str:

@@ -12,6 +12,7 @@ import os
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -21,6 +22,8 @@ from capsem.ledger.database import close_writer, is_damaged, open_writer, transa
 
 LIMIT: Final = 4096  # statements that wait
 BATCH: Final = 256  # of them in one transaction
+AT_ONCE: Final = 50  # transactions a second, and as many in a row; what comes faster than that is gathered
+GATHER: Final = 0.02  # seconds that the first of a batch then waits for others, unless somebody waits for it
 DAMAGED: Final = ".damaged"
 
 log = logging.getLogger("capsem.ledger")
@@ -53,11 +56,13 @@ class Writer:
         self._migrations = migrations
         self._lost = lost
         self._queue: queue.SimpleQueue[Statement | _Order] = queue.SimpleQueue()
+        self._wanted = threading.Event()  # somebody waits for what is in the queue
         self._back = threading.Event()  # the file is where it is to be
         self._closing = self._ended = False  # asked for, and done
         self._dropped = 0  # by `put`; counted by its caller's thread alone
         self._failed = 0  # by the disk; counted by ours
         self._told = 0
+        self._left, self._counted = float(AT_ONCE), 0.0  # see _busy
         self._connection: sqlite3.Connection | None = None
         self._thread = threading.Thread(target=self._run, name=f"ledger {path.name}", daemon=True)
         self._thread.start()
@@ -104,6 +109,7 @@ class Writer:
             done.set_result(None)
         else:
             self._queue.put(_Order(do, done))
+            self._wanted.set()
         return done
 
     # -- in the thread
@@ -113,6 +119,8 @@ class Writer:
         while not self._ended:
             item = self._queue.get()
             batch: list[Statement] = []
+            if isinstance(item, Statement) and self._busy() and self._queue.qsize() < BATCH:
+                self._wanted.wait(GATHER)
             while isinstance(item, Statement):
                 batch.append(item)
                 if len(batch) >= BATCH or self._queue.empty():
@@ -121,7 +129,19 @@ class Writer:
             if batch:
                 self._write(batch)
             if isinstance(item, _Order):
+                self._wanted.clear()
                 item.do(item.done)
+
+    def _busy(self) -> bool:
+        """Whether so much is recorded that a transaction for each would cost more than all else: each is a write to the file,
+        and this thread would be awake, and in the way of others, all the time."""
+        now = time.monotonic()
+        self._left = min(float(AT_ONCE), self._left + (now - self._counted) * AT_ONCE)
+        self._counted = now
+        if self._left < 1:
+            return True
+        self._left -= 1
+        return False
 
     def _open(self) -> None:
         try:
