@@ -18,13 +18,13 @@ def with_agent(tmp_path: Path) -> Callable[..., None]:
     """Runs a scenario, `async def scenario(bench)`, against an agent of its own."""
 
     @asynccontextmanager
-    async def bench(env: dict[str, str] | None) -> AsyncIterator[Bench]:
-        async with running_agent(tmp_path, env) as (guest, agent):
+    async def bench(env: dict[str, str] | None, network: bool) -> AsyncIterator[Bench]:
+        async with running_agent(tmp_path, env, network=network) as (guest, agent):
             yield Bench(guest, agent)
 
-    def run(scenario: Scenario, env: dict[str, str] | None = None) -> None:
+    def run(scenario: Scenario, env: dict[str, str] | None = None, *, network: bool = False) -> None:
         async def main() -> None:
-            async with bench(env) as ready, asyncio.timeout(LIMIT):
+            async with bench(env, network) as ready, asyncio.timeout(LIMIT):
                 await scenario(ready)
 
         asyncio.run(main())

@@ -4,6 +4,7 @@
 --workspace DIR commands begin here and files are confined to it (default /root)
 --memory DIR    what must survive the agent's death (default /run/capsem/agent)
 --bystander     leave clock, host name and power of this machine alone
+--ports FILE    with that: listen for connections, and write into this file at which ports
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from capsem.guest.system import Bystander, Machine
 
 def main(arguments: list[str]) -> int:
     """Run the agent; returns its exit status (system.POWER_OFF_STATUS: switch the machine off)."""
-    options = {"--fd": "", "--workspace": "/root", "--memory": "/run/capsem/agent"}
+    options = {"--fd": "", "--workspace": "/root", "--memory": "/run/capsem/agent", "--ports": ""}
     bystander = False
     rest = list(arguments)
     while rest:
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> int:
         fd,
         workspace=options["--workspace"],
         memory=Memory(options["--memory"]),
-        system=Bystander() if bystander else Machine(),
+        system=Bystander(options["--ports"]) if bystander else Machine(),
         ends=bool(options["--fd"]),
     )
     return agent.run()

@@ -51,12 +51,14 @@ echo "$request" > /run/capsem/lifecycle
 class Bystander:
     """An agent that is a plain process on somebody's computer leaves that computer alone."""
 
-    captures = False  # whether connections of programs come to us
     volume = ""  # where the VM's own file system is mounted; "": there is none
     groups = ""  # where control groups are; "": none for us
 
-    def __init__(self) -> None:
+    def __init__(self, ports: str = "") -> None:
+        """`ports`: a file to write the ports into at which it listens for connections; "": it does not."""
         self.written: dict[str, float] = {}  # files, with their sizes, that nobody was told of yet
+        self.captures = bool(ports)
+        self._ports = ports
 
     def set_clock(self, now: float) -> float:
         """How many seconds the clock would have been stepped."""
@@ -81,11 +83,18 @@ class Bystander:
 
     def listen(self) -> Listeners:
         """The sockets to which connections are redirected, the explicit proxy's, and the name server's two. Raises OSError."""
-        raise NotImplementedError
+        stream, datagram = _socket.SOCK_STREAM, _socket.SOCK_DGRAM
+        redirected, proxy, udp, tcp = (bound(kind, 0) for kind in (stream, stream, datagram, stream))
+        ports = " ".join(str(each.getsockname()[1]) for each in (redirected, proxy, udp, tcp))
+        with open(f"{self._ports}.new", "w") as file:
+            file.write(ports)
+        os.rename(f"{self._ports}.new", self._ports)
+        return [redirected], proxy, udp, tcp
 
     def destination(self, sock: _socket.socket) -> tuple[str, int]:
         """Where a redirected connection was going; port 0: it was not redirected."""
-        raise NotImplementedError
+        address, port = sock.getsockname()
+        return address, port
 
     def power_off(self, loop: Loop, grace: float) -> None:
         """Only the agent ends."""
@@ -118,7 +127,6 @@ def bound(kind: int, port: int) -> _socket.socket:
 class Machine(Bystander):
     """The real thing: the agent runs as root in a guest of its own."""
 
-    captures = True
     volume = "/mnt/system"
     groups = "/sys/fs/cgroup"
 
@@ -132,6 +140,7 @@ class Machine(Bystander):
 
     def __init__(self) -> None:
         super().__init__()
+        self.captures = True
         self._hostname = ""
         self._identity: tuple[str | None, str | None] = (None, None)
         self._random = os.open("/dev/random", os.O_WRONLY | os.O_CLOEXEC)
