@@ -48,7 +48,9 @@ class Host:
         return ANSWER
 
     @contextlib.asynccontextmanager
-    async def connected(self, *, explicit: bool = False) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    async def connected(
+        self, *, explicit: bool = False
+    ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
         ports = self.bench.agent.ports
         reader, writer = await asyncio.open_connection("127.0.0.1", ports.proxy if explicit else ports.redirected)
         try:

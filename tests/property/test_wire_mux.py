@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from capsem.wire import frames, streams
-from capsem.wire.messages import Exec, Exited, Ping
+from capsem.wire.messages import Egress, EgressEnded, Exec, Exited, Ping
 from capsem.wire.streams import (
     Closed,
     CreditReceived,
@@ -23,8 +23,7 @@ from capsem.wire.streams import (
 )
 from wire_pair import End, pair, settle
 
-WINDOW, MAX_DATA = 64, 20  # small ones are reached sooner
-DONE = Exited(exit_code=0)
+WINDOW, NARROW, SHARED, MAX_DATA = 64, 24, 100, 20  # small ones are reached sooner
 
 ANY = st.integers(0, 5)
 SIZES = st.sampled_from([1, 2, 19, 64, 65, 100, 200])
@@ -91,7 +90,8 @@ class Connection(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(streams, "WINDOW", WINDOW)
+        for name, value in (("WINDOW", WINDOW), ("NARROW", NARROW), ("SHARED", SHARED)):
+            self.patch.setattr(streams, name, value)
         self.patch.setattr(frames, "MAX_DATA", MAX_DATA)
         host, guest = pair()
         self.host, self.guest = Side(host, "host"), Side(guest, "guest")
@@ -125,7 +125,8 @@ class Connection(RuleBasedStateMachine):
                         and not {(stream, channel)} & side.ended
                         and stream not in side.closing
                     ):
-                        assert side.end.mux.room(stream, channel) > WINDOW // 2, f"{len(data)} bytes sent, none to send"
+                        window = NARROW if isinstance(side.end.mux.request(stream), Egress) else WINDOW
+                        assert side.end.mux.room(stream, channel) > window // 2, f"{len(data)} bytes sent, none to send"
                 assert side.peer.end.mux.streams == side.end.mux.streams
                 for key, data in side.sent.items():
                     if key[0] not in side.over | side.peer.over | side.reset | side.peer.reset:
@@ -154,7 +155,8 @@ class Connection(RuleBasedStateMachine):
     @rule(of_host=st.booleans())
     def opens(self, of_host: bool) -> None:
         side = self._side(of_host)
-        self.open_ids.append((side.end.mux.open(Exec(job="j", command="c")), side))
+        request = Exec(job="j", command="c") if of_host else Egress(address="192.0.2.1", port=1)
+        self.open_ids.append((side.end.mux.open(request), side))
 
     @rule(index=ANY, of_host=st.booleans(), channel=st.integers(0, 2), size=SIZES)
     def sends(self, index: int, of_host: bool, channel: int, size: int) -> None:
@@ -184,7 +186,7 @@ class Connection(RuleBasedStateMachine):
         side = opener.peer
         if side.end.mux.request(stream) is not None:
             side.closing.add(stream)
-            side.end.mux.close(stream, DONE)
+            side.end.mux.close(stream, Exited(exit_code=0) if opener is self.host else EgressEnded())
 
     @rule(index=ANY, of_host=st.booleans())
     def resets(self, index: int, of_host: bool) -> None:
@@ -235,6 +237,16 @@ class Connection(RuleBasedStateMachine):
                     if side.end.mux.room(stream, channel):
                         granted = side.peer.consumed[key] + WINDOW
                         assert len(side.sent[key]) + side.end.mux.room(stream, channel) <= granted
+
+    @invariant()
+    def what_streams_of_the_guest_may_have_under_way_is_bounded(self) -> None:
+        for side in (self.host, self.guest):
+            beyond = 0
+            for stream, opener in self.open_ids:
+                if opener is self.guest:
+                    rooms = (side.end.mux.room(stream, channel) for channel in range(streams.CHANNELS))
+                    beyond += sum(max(0, room - NARROW) for room in rooms)
+            assert beyond <= SHARED
 
 
 TestConnection = Connection.TestCase

@@ -11,6 +11,8 @@ from capsem.wire.messages import (
     STDERR,
     STDIN,
     STDOUT,
+    Egress,
+    EgressEnded,
     Exec,
     Exited,
     Failed,
@@ -26,6 +28,8 @@ from capsem.wire.messages import (
 )
 from capsem.wire.streams import (
     MAX_STREAMS,
+    NARROW,
+    SHARED,
     WINDOW,
     Closed,
     CreditReceived,
@@ -603,3 +607,55 @@ def test_an_epoch_is_found_behind_what_makes_no_sense() -> None:
     epoch, pong = received(guest.mux, b"")
     assert isinstance(epoch, EpochStarted)
     assert isinstance(pong, MessageReceived)
+
+
+# -- streams that the guest opens
+
+
+def connected(count: int) -> tuple[End, End, list[int]]:
+    host, guest = pair()
+    ids = [guest.mux.open(Egress(address="192.0.2.1", port=443)) for _ in range(count)]
+    settle(host, guest)
+    return host, guest, ids
+
+
+def window(host: End, guest: End, stream: int) -> int:
+    """The guest sends what it may, and the host deals with it; returns how much the guest may send then."""
+    room = guest.mux.room(stream, STDOUT)
+    guest.mux.send(stream, STDOUT, bytes(room))
+    settle(host, guest)
+    host.mux.consumed(stream, STDOUT, room)
+    settle(host, guest)
+    return guest.mux.room(stream, STDOUT)
+
+
+def test_the_window_of_a_guests_stream_widens_with_its_first_credit() -> None:
+    host, guest, (stream,) = connected(1)
+    assert guest.mux.room(stream, STDOUT) == host.mux.room(stream, STDIN) == NARROW
+    assert window(host, guest, stream) == WINDOW
+    assert host.mux.room(stream, STDIN) == NARROW
+
+
+def test_all_windows_of_a_guests_streams_together_are_bounded() -> None:
+    widest = SHARED // (WINDOW - NARROW)
+    host, guest, ids = connected(widest + 2)
+    windows = [window(host, guest, stream) for stream in ids]
+    assert windows == [WINDOW] * widest + [NARROW] * 2
+    host.mux.close(ids[0], EgressEnded())
+    guest.mux.reset(ids[1])
+    settle(host, guest)
+    assert [window(host, guest, stream) for stream in ids[-2:]] == [WINDOW] * 2
+
+
+def test_what_is_queued_is_known() -> None:
+    host, guest, (one, two) = connected(2)
+    host.mux.send(one, STDIN, bytes(NARROW + 1))
+    host.mux.send(two, STDIN, bytes(NARROW + 2))
+    assert host.mux.backlog == 2 * NARROW + 3
+    settle(host, guest)
+    assert host.mux.backlog == 3
+    host.mux.reset(one)
+    assert host.mux.backlog == 2
+    guest.mux.reset(two)
+    settle(host, guest)
+    assert host.mux.backlog == 0

@@ -4,6 +4,10 @@ Flow control. Each channel of a stream has a window. The receiver grants it by *
 "you may send up to byte N of this channel", so that a credit that is lost or repeated with an epoch does no harm. N is
 what the application has consumed plus the window; a credit is sent when half the window has been used.
 
+Streams that a guest opens may be many, and what has come for each lies in the memory of the other end until it is consumed.
+So their window is narrow at first, and grows with the first credit, as long as all of them together have no more than
+`SHARED` bytes beyond that. A stream that stalls keeps what it has; the others go on, if more slowly once that is used up.
+
 Order. What belongs to the connection (control messages, opening, credits, resets, messages on streams) goes out before
 data. Data goes out one frame a stream in turn. The message that closes a stream waits until its data is out.
 
@@ -20,9 +24,20 @@ from collections import deque
 
 from capsem.wire import frames
 from capsem.wire.frames import Frame, FrameDecoder, Marker, ProtocolError
-from capsem.wire.messages import MESSAGES, STREAMS, Failed, Message, UnknownMessage, decode_message, encode_message
+from capsem.wire.messages import (
+    GUEST_STREAMS,
+    MESSAGES,
+    STREAMS,
+    Failed,
+    Message,
+    UnknownMessage,
+    decode_message,
+    encode_message,
+)
 
 WINDOW = 256 * 1024  # bytes a channel may have under way; egress.md section 3 has the measurement
+NARROW = 64 * 1024  # at first, where there may be many
+SHARED = 16 * 1024 * 1024  # bytes beyond that, for all of them together
 MAX_STREAMS = 1024
 CHANNELS = 3
 _OFFSET = struct.Struct(">Q")
@@ -114,27 +129,27 @@ class ResetReceived(Event):
 class _Out:
     __slots__ = ("end", "end_sent", "limit", "queue", "queued", "sent")
 
-    def __init__(self) -> None:
+    def __init__(self, window: int) -> None:
         self.queue: deque[memoryview] = deque()
         self.queued = 0  # bytes in the queue
         self.sent = 0  # offset of the first byte not yet sent
-        self.limit = WINDOW
+        self.limit = window
         self.end = False
         self.end_sent = False
 
 
 class _In:
-    __slots__ = ("consumed", "ended", "limit", "received")
+    __slots__ = ("consumed", "ended", "limit", "received", "window")
 
-    def __init__(self) -> None:
+    def __init__(self, window: int) -> None:
         self.received = 0
         self.consumed = 0
-        self.limit = WINDOW
+        self.limit = self.window = window
         self.ended = False
 
 
 class _Stream:
-    __slots__ = ("closing", "id", "incoming", "outgoing", "request")
+    __slots__ = ("closing", "id", "incoming", "outgoing", "request", "waits", "window")
 
     def __init__(self, stream: int, request: Message) -> None:
         self.id = stream
@@ -142,9 +157,20 @@ class _Stream:
         self.outgoing: dict[int, _Out] = {}
         self.incoming: dict[int, _In] = {}
         self.closing: bytes | None = None
+        self.waits = False  # for its turn to send
+        self.window = NARROW if isinstance(request, GUEST_STREAMS) else WINDOW  # at first
 
     def out(self, channel: int) -> _Out:
-        return self.outgoing.setdefault(channel, _Out())
+        out = self.outgoing.get(channel)
+        if out is None:
+            out = self.outgoing[channel] = _Out(self.window)
+        return out
+
+    def into(self, channel: int) -> _In:
+        into = self.incoming.get(channel)
+        if into is None:
+            into = self.incoming[channel] = _In(self.window)
+        return into
 
 
 class Mux:
@@ -172,6 +198,7 @@ class Mux:
         self._urgent: deque[bytes] = deque()
         self._turns: deque[int] = deque()  # streams that have something to send, each once
         self.backlog = 0  # bytes of data that are queued, on all streams
+        self._spare = SHARED  # bytes that windows may still be widened by
         self._begun = b""  # the epoch that this end announced and the peer has not answered yet
 
     # -- sending
@@ -189,6 +216,7 @@ class Mux:
     def forget(self) -> None:
         """Forget every stream and all that is queued."""
         self.backlog = 0
+        self._spare = SHARED
         self._streams.clear()
         self._urgent.clear()
         self._turns.clear()
@@ -236,21 +264,21 @@ class Mux:
             out.queue.append(memoryview(data))
             out.queued += len(data)
             self.backlog += len(data)
-            self._take_turn(stream)
+            self._take_turn(state)
 
     def end(self, stream: int, channel: int) -> None:
         """Nothing more will be sent on a channel (after what is queued)."""
         state = self._streams.get(stream)
         if state is not None and not state.out(channel).end:
             state.out(channel).end = True
-            self._take_turn(stream)
+            self._take_turn(state)
 
     def close(self, stream: int, result: Message) -> None:
         """Close a stream that the peer opened, once its queued data is out."""
         state = self._streams.get(stream)
         if state is not None and state.closing is None:
             state.closing = frames.encode(frames.CLOSE, stream, payload=encode_message(result))
-            self._take_turn(stream)
+            self._take_turn(state)
 
     def reset(self, stream: int) -> None:
         """Give up a stream at once, dropping what is queued."""
@@ -265,8 +293,12 @@ class Mux:
             return
         into = state.incoming[channel]
         into.consumed += size
-        if not into.ended and into.consumed + WINDOW - into.limit >= WINDOW // 2:
-            into.limit = into.consumed + WINDOW
+        if not into.ended and into.consumed + into.window - into.limit >= into.window // 2:
+            wider = WINDOW - into.window
+            if 0 < wider <= self._spare:
+                self._spare -= wider
+                into.window = WINDOW
+            into.limit = into.consumed + into.window
             self._urgent.append(frames.encode(frames.CREDIT, stream, channel, _OFFSET.pack(into.limit)))
 
     @property
@@ -298,11 +330,13 @@ class Mux:
                 if stream in self._streams:
                     self._turns.append(stream)
                 return piece
+            state.waits = False
         return b""
 
-    def _take_turn(self, stream: int) -> None:
-        if stream not in self._turns:
-            self._turns.append(stream)
+    def _take_turn(self, state: _Stream) -> None:
+        if not state.waits:
+            state.waits = True
+            self._turns.append(state.id)
 
     def _piece(self, state: _Stream) -> bytes:
         """The next frame of one stream, or b"" when it must wait."""
@@ -325,7 +359,7 @@ class Mux:
                 out.end_sent = True
                 return frames.encode(frames.EOF, state.id, channel)
         if drained and state.closing is not None:
-            del self._streams[state.id]
+            self._drop(state.id)
             return state.closing
         return b""
 
@@ -369,7 +403,7 @@ class Mux:
         if kind == frames.DATA:
             return self._data(state, frame)
         if kind == frames.EOF:
-            into = state.incoming.setdefault(frame.channel, _In())
+            into = state.into(frame.channel)
             if into.ended:
                 raise ProtocolError(f"{frame!r} after the end")
             into.ended = True
@@ -379,7 +413,7 @@ class Mux:
                 raise ProtocolError("bad credit")
             out = state.out(frame.channel)
             out.limit = max(out.limit, _OFFSET.unpack(frame.payload)[0])
-            self._take_turn(stream)
+            self._take_turn(state)
             return CreditReceived(stream, frame.channel)
         if kind == frames.RESET:
             self._drop(stream)
@@ -393,8 +427,11 @@ class Mux:
         return MessageReceived(stream, message)
 
     def _drop(self, stream: int) -> None:
-        for out in self._streams.pop(stream).outgoing.values():
+        state = self._streams.pop(stream)
+        for out in state.outgoing.values():
             self.backlog -= out.queued
+        for into in state.incoming.values():
+            self._spare += into.window - state.window
 
     def _is_ours(self, stream: int) -> bool:
         """Whether this end opens streams of that id."""
@@ -423,7 +460,7 @@ class Mux:
         return Opened(frame.stream, request)
 
     def _data(self, state: _Stream, frame: Frame) -> Event:
-        into = state.incoming.setdefault(frame.channel, _In())
+        into = state.into(frame.channel)
         into.received += len(frame.payload)
         if into.ended or into.received > into.limit:
             raise ProtocolError(f"{frame!r} after the end or over the credit")
