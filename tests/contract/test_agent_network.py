@@ -15,6 +15,7 @@ from agent_bench import Bench
 from capsem.egress.stream import GuestStream
 from capsem.guest.capture import MAX_CONNECTIONS
 from capsem.supervisor.gateway import Gateway
+from capsem.wire.environment import AUTHORITY, BUNDLE
 from capsem.wire.streams import WINDOW
 
 Run = Callable[..., None]
@@ -307,6 +308,20 @@ def test_a_guest_without_network_is_refused_at_once(with_agent: Run) -> None:
             assert await reader.readexactly(1) == b"x"
 
     with_agent(scenario)
+
+
+def test_programs_are_told_whom_to_trust(with_agent: Run) -> None:
+    async def scenario(bench: Bench) -> None:
+        show = "echo $SSL_CERT_FILE $NODE_EXTRA_CA_CERTS $PIP_CERT"
+        assert (await bench.run(show)).stdout == b"/mine\n"
+        again = bench.next_epoch()
+        bench.guest.set_authority("PEM")
+        bench.guest._begin_epoch()
+        await again
+        assert (await bench.run(show)).stdout.split() == [b"/mine", AUTHORITY.encode(), BUNDLE.encode()]
+        assert (await bench.run(show, env={"PIP_CERT": "/its"})).stdout.split()[-1] == b"/its"
+
+    with_agent(scenario, env={"SSL_CERT_FILE": "/mine"})
 
 
 # -- questions

@@ -104,6 +104,7 @@ class Guest:
         self.channel = Channel(Mux(FrameDecoder(self._nonce), initiator=True))
         self.channel.on_control = self._control
         self._network = False
+        self._authority: str | None = None
         self.channel.on_epoch = self._epoch_started
         self.channel.on_garbage = self._garbage
         self.channel.on_lost = self._connection_lost
@@ -172,6 +173,7 @@ class Guest:
             mark=self._restored.mark if self._restored else None,
             entropy=self._entropy.token_bytes(_ENTROPY).hex() if self._restored else None,
             network=self._network,
+            authority=self._authority,
         )
         for message in self._handshake.offer(config, dict(self.identity.env)):
             self.channel.mux.control(message)
@@ -305,6 +307,10 @@ class Guest:
         self._network = on
         if self.is_ready and self.captures:
             self.channel.control(Network(on=on))
+
+    def set_authority(self, certificate: str | None) -> None:
+        """The authority (PEM) that programs in the guest are to trust, from the next handshake on."""
+        self._authority = certificate
 
     @property
     def captures(self) -> bool:

@@ -19,7 +19,7 @@ from capsem.guest.processes import Command
 from capsem.guest.servant import Servant
 from capsem.guest.system import Bystander
 from capsem.guest.terminal import TerminalCommand
-from capsem.wire.environment import env_problem
+from capsem.wire.environment import TRUST_ENV, env_problem
 from capsem.wire.frames import FrameDecoder, ProtocolError
 from capsem.wire.handshake import DONE, GuestHandshake
 from capsem.wire.messages import (
@@ -170,6 +170,7 @@ class Agent:
         env = {name: value for name, value in self._handshake.env.items() if not env_problem(name, value)}
         self._env = {
             **BASE_ENV,
+            **self._trusting(config.authority),
             **({"TZ": config.timezone} if config.timezone else {}),
             "CAPSEM_VM_ID": config.vm_id,
             "CAPSEM_VM_NAME": config.vm_id,
@@ -191,6 +192,16 @@ class Agent:
         held = self._let_go()
         timings = {"configured": began, "taken": taken, "ready": ready, "released": time.monotonic()}
         self._report(step, timings, problems=problems, warnings=warnings, reseeded=reseeded, held=held)
+
+    def _trusting(self, authority: str | None) -> dict[str, str]:
+        """Have programs trust the host's authority; what tells them to."""
+        if authority is None:
+            return {}
+        try:
+            self._system.trust(authority)
+        except OSError as error:  # its owner has made the bundle something else: all but TLS works
+            log(f"programs do not trust the host's authority: {error}")
+        return TRUST_ENV
 
     def _report(self, step: float, timings: dict[str, float], *, until: float = 0.0, **health: Any) -> None:
         """Say that everything is in place. The first time after a boot, redirection of connections may be about to be, and

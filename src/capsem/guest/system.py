@@ -10,6 +10,7 @@ import struct
 import time
 
 from capsem.guest.loop import READ, Loop
+from capsem.guest.trust import Trust
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -68,6 +69,9 @@ class Bystander:
         """Nothing."""
 
     def set_identity(self, machine_id: str | None, token: str | None) -> None:
+        """Nothing."""
+
+    def trust(self, certificate: str) -> None:
         """Nothing."""
 
     def reseed(self, entropy: bytes) -> bool:
@@ -141,6 +145,7 @@ class Machine(Bystander):
     def __init__(self) -> None:
         super().__init__()
         self.captures = True
+        self._trust = Trust()
         self._hostname = ""
         self._identity: tuple[str | None, str | None] = (None, None)
         self._random = os.open("/dev/random", os.O_WRONLY | os.O_CLOEXEC)
@@ -178,6 +183,10 @@ class Machine(Bystander):
                         file.truncate()
                         self.written[path] = len(value) + 1
         self._identity = (machine_id, token)
+
+    def trust(self, certificate: str) -> None:
+        """Have programs trust the host's authority. Raises OSError."""
+        self.written |= self._trust.trust(certificate)
 
     def reseed(self, entropy: bytes) -> bool:
         """Mix in entropy, count it, and have every generator start anew from it; random(4)."""

@@ -121,7 +121,8 @@ class BootConfig(Message, tag="boot-config"):
     `resumed`: the machine was restored from a checkpoint since the last epoch. Its agent then shows that it is well
     before it answers; `mark` is what the last `Sync` before the checkpoint left in its memory and on its volume, None
     if that is not known. `entropy` (hex) is for the kernel's random generator. `machine_id` and `token` are this VM's
-    and this boot's own; a fork gets others than its source. `network`: connections of programs are carried.
+    and this boot's own; a fork gets others than its source.
+    `network`: connections of programs are carried; `authority` (PEM): whose certificates they are shown then.
     """
 
     protocol: int
@@ -137,6 +138,7 @@ class BootConfig(Message, tag="boot-config"):
     mark: str | None = None
     entropy: str | None = None
     network: bool = False
+    authority: str | None = None
 
 
 class SetEnv(Message, tag="set-env"):
