@@ -42,7 +42,9 @@ FULL = dataclasses.replace(
     network=MappingProxyType({"preset": "off", "rule": [{"name": "a", "action": "allow", "host": ["a.test"]}]}),
     learning_since=1e9 + 2,
     attached=("7" * 32,),
+    secrets=MappingProxyType({"key": ("capsem-key-x", "capsem-key-y")}),
     template=True,
+    pooled=True,
     last_exit=Exit("failed", "the VMM ended", "last line"),
 )
 
@@ -104,6 +106,9 @@ def changed(**changes: Any) -> bytes:
         changed(id=""),
         changed(id=7),
         changed(state="unheard-of"),
+        changed(secrets=3),
+        changed(secrets={"key": []}),
+        changed(secrets={"key": "text"}),
         changed(spec={"cpus": 1}),
         changed(spec={"cpus": 99, "ram_mb": 512, "disk_mb": 2048, "env": {}}),
         changed(spec={"cpus": 1, "ram_mb": 512, "disk_mb": 2048, "env": {"LD_PRELOAD": "x"}}),

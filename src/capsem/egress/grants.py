@@ -58,6 +58,9 @@ class Places:
     body: bool = False
 
 
+USUAL: Final = Places()
+
+
 @dataclass(frozen=True, slots=True)
 class Grant:
     """A secret that a VM may use. The first of `placeholders` is in the variable `env` of its commands; others are what a fork
@@ -66,7 +69,7 @@ class Grant:
     name: str
     placeholders: tuple[str, ...]
     hosts: tuple[str, ...]
-    places: Places = Places()
+    places: Places = USUAL
     env: str | None = None
 
     def fits(self, host: str) -> bool:

@@ -61,6 +61,8 @@ class VmRecord:
     # Its own network policy, the table [network] of a policy file (egress.document), and since when it has been learning.
     network: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     learning_since: float | None = None  # seconds since 1970
+    # Placeholders of the secrets that it was lent, by name; its own first, then what it has in its memory as a fork.
+    secrets: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     template: bool = False  # nobody's: it becomes the template that others are forks of
     pooled: bool = False  # nobody's yet: it runs, and waits for somebody to create it
     extra: MappingProxyType[str, Any] = field(default_factory=lambda: MappingProxyType({}))  # keys of a newer version
@@ -106,7 +108,7 @@ class VmRecord:
         body = {
             name: value
             for name in self.__dataclass_fields__
-            if name not in ("spec", "extra", "last_exit", "policy", "network")
+            if name not in ("spec", "extra", "last_exit", "policy", "network", "secrets")
             and (value := getattr(self, name)) is not None
         }
         spec = {
@@ -122,6 +124,8 @@ class VmRecord:
             body["policy"] = policy
         if self.network:
             body["network"] = dict(self.network)
+        if self.secrets:
+            body["secrets"] = {name: list(placeholders) for name, placeholders in self.secrets.items()}
         return json.dumps(body, indent=1, sort_keys=True).encode()
 
 
@@ -149,6 +153,7 @@ def record_from_json(data: bytes, *, source: str) -> VmRecord:
                 "last_exit": Exit(**last_exit) if last_exit else None,
                 "policy": Policy.from_dict(policy),
                 "network": MappingProxyType(dict(known.get("network", {}))),
+                "secrets": _placeholders(known.get("secrets", {})),
                 "extra": MappingProxyType(body),
             }
         )
@@ -158,3 +163,11 @@ def record_from_json(data: bytes, *, source: str) -> VmRecord:
         raise Corrupt(
             f"{source} is not a VM record: {error}", hint="`capsem delete` removes what is left of it"
         ) from error
+
+
+def _placeholders(lent: Any) -> Mapping[str, tuple[str, ...]]:
+    """Raises TypeError, AttributeError for what is none."""
+    found = {str(name): tuple(str(each) for each in placeholders) for name, placeholders in lent.items()}
+    if not all(found.values()) or not all(isinstance(each, list) for each in lent.values()):
+        raise TypeError("a secret that was lent without a placeholder")
+    return MappingProxyType(found)
