@@ -118,7 +118,7 @@ def changed(**changes: Any) -> bytes:
         changed(last_exit={"how": "clean"}),
         changed(last_exit="clean"),
     ],
-    ids=range(19),
+    ids=range(22),
 )
 def test_anything_else_is_corrupt(data: bytes) -> None:
     with pytest.raises(Corrupt, match=r"vm\.json") as caught:
