@@ -8,6 +8,7 @@ import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import wraps
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from capsem.egress.dial import Dialer, Trust
 from capsem.egress.events import DnsEvent, ModelCall, NetEvent
 from capsem.egress.facts import Action, Connection, Layer
 from capsem.egress.floor import floor
+from capsem.egress.names import NameTable
 from capsem.egress.policy import Policy
 from capsem.egress.resolve import Resolver
 from capsem.egress.rules import Rule
@@ -28,6 +30,20 @@ from capsem.egress.tls import TlsStream
 from capsem.system.real import RealClock
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+def run(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """Have pytest run an asynchronous test, which is ended if it hangs."""
+
+    @wraps(test)
+    def wrapper(*args: Any, **more: Any) -> None:
+        async def limited() -> None:
+            async with asyncio.timeout(60):
+                await test(*args, **more)
+
+        asyncio.run(limited())
+
+    return wrapper
 
 
 class MemoryStream:
@@ -81,6 +97,8 @@ class MemoryStream:
         self.peer._tell()
 
     def abort(self) -> None:
+        if self._eof and self.peer._eof:
+            return  # it has ended already
         for each in (self, self.peer):
             each.aborted = True
             each._tell()
@@ -185,7 +203,7 @@ class Client:
 class Bench:
     """See the module."""
 
-    def __init__(self, directory: Path, rules: tuple[Rule, ...], **parts: Any) -> None:
+    def __init__(self, directory: Path, rules: tuple[Rule, ...], *, grounded: bool, **parts: Any) -> None:
         self.authority, _ = mint.make(datetime.datetime.now(datetime.UTC), "test")
         self.origins, _ = mint.make(datetime.datetime.now(datetime.UTC), "origins")
         self._origin_ca = directory / "origins.pem"
@@ -198,8 +216,9 @@ class Bench:
         self._tasks: set[asyncio.Task[None]] = set()
         self._origins: set[asyncio.Task[None]] = set()
         self._servers: list[asyncio.Server] = []
+        self.names_table = NameTable()
         self.resolver = Resolver(self._lookup)
-        self.policy = Policy(rules, floor=floor(lambda _address: False))
+        self.policy = Policy(rules, floor=floor(lambda _address: False) if grounded else lambda _address: None)
         self.egress = Egress(
             **{
                 "judge": self.policy,
@@ -208,6 +227,7 @@ class Bench:
                 "minter": mint.Minter(self.authority, self.clock.time),
                 "recorder": self.rows,
                 "clock": self.clock,
+                "names": self.names_table,
                 **parts,
             }
         )
@@ -241,9 +261,8 @@ class Bench:
         await secure.handshake()
         return Client(stream, secure)
 
-    async def origin(self, handler: Handler, *names: str) -> int:
-        """An origin on 127.0.0.1, in TLS if it has names; its port."""
-        context = None
+    async def origin(self, handler: Handler, *names: str, context: ssl.SSLContext | None = None) -> int:
+        """An origin on 127.0.0.1, in TLS if it has names (or a context); its port."""
         if names:
             context = self.server_context(*names)
 
@@ -285,11 +304,14 @@ class Bench:
         for task in self._origins:
             task.cancel()
         await asyncio.gather(*self._tasks, *self._origins, return_exceptions=True)
+        for _ in range(3):  # transports that were closed are so a moment later
+            await asyncio.sleep(0)
 
 
 @asynccontextmanager
-async def bench(directory: Path, *rules: Rule, **parts: Any) -> AsyncIterator[Bench]:
-    made = Bench(directory, rules, **parts)
+async def bench(directory: Path, *rules: Rule, grounded: bool = True, **parts: Any) -> AsyncIterator[Bench]:
+    """Not `grounded`: without a floor."""
+    made = Bench(directory, rules, grounded=grounded, **parts)
     try:
         yield made
     finally:

@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Awaitable, Callable
-from functools import wraps
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from capsem.egress.facts import TlsMode
-from egress_bench import Action, Layer, answering, bench, rule, sites
-
-
-def run(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Run an asynchronous test, and end it if it hangs."""
-
-    @wraps(test)
-    def wrapper(*args: Any, **more: Any) -> None:
-        async def limited() -> None:
-            async with asyncio.timeout(60):
-                await test(*args, **more)
-
-        asyncio.run(limited())
-
-    return wrapper
-
+from capsem.egress.facts import Action, Layer, TlsMode
+from egress_bench import answering, bench, rule, run, sites
 
 GET = b"GET /path?query HTTP/1.1\r\nHost: site.test\r\n\r\n"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from capsem.egress.facts import Action, Subject, Verdict
 from capsem.egress.parts import Asker, Judge
@@ -18,6 +18,14 @@ class Denied(Exception):
         self.verdict = verdict
 
 
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """The verdict that lets something pass. `asked`: because somebody said so."""
+
+    verdict: Verdict
+    asked: bool = False
+
+
 class Admission:
     """Asks the judge, whoever has to be asked, and the resolver; in this order, so that a name is not looked up before it is
     allowed. `judge` may be replaced.
@@ -28,10 +36,12 @@ class Admission:
         self._asker = asker
         self._resolver = resolver
 
-    async def admit(self, subject: Subject) -> Verdict:
-        """The verdict that lets it pass. Raises Denied."""
+    async def admit(self, subject: Subject) -> Admitted:
+        """Let it pass, as far as its name goes. Raises Denied."""
         verdict = self.judge.judge(subject)
-        return verdict if verdict.action is Action.ALLOW else await self._ask(subject, verdict)
+        if verdict.action is Action.ALLOW:
+            return Admitted(verdict)
+        return Admitted(await self._ask(subject, verdict), asked=True)
 
     async def _ask(self, subject: Subject, verdict: Verdict) -> Verdict:
         if verdict.action is Action.ASK:
@@ -43,8 +53,8 @@ class Admission:
             verdict = answer
         raise Denied(subject, verdict)
 
-    async def route(self, subject: Subject, verdict: Verdict, *, elsewhere: bool) -> list[str]:
-        """The addresses to dial, every one of them checked. `verdict` has let the name pass. `elsewhere`: a proxy of the host's
+    async def route(self, subject: Subject, admitted: Admitted, *, elsewhere: bool) -> list[str]:
+        """The addresses to dial, every one of them checked. `admitted` is the name's. `elsewhere`: a proxy of the host's
         looks names up, so that a name unknown here is no error, and the list may be empty. Raises Denied, NotFound."""
         if subject.host is None:
             found = [subject.address] if subject.address is not None else []
@@ -56,13 +66,16 @@ class Admission:
                     raise
                 found = []
         for address in found:
-            await self.check(subject, verdict, address)
+            admitted = await self.check(subject, admitted, address)
         return found
 
-    async def check(self, subject: Subject, verdict: Verdict, address: str) -> None:
-        """Whether it may pass to that address. Raises Denied."""
+    async def check(self, subject: Subject, admitted: Admitted, address: str) -> Admitted:
+        """Let it pass to that address. Raises Denied."""
         there = replace(subject, address=address)
-        found = self.judge.judge(there)
+        verdict = self.judge.judge(there)
+        if verdict.action is Action.ALLOW:
+            return admitted
         # What was asked about the name is not asked again about its address.
-        if found.action is Action.DENY or (found.action is Action.ASK and found.rule != verdict.rule):
-            await self._ask(there, found)
+        if verdict.action is Action.ASK and admitted.asked:
+            return admitted
+        return Admitted(await self._ask(there, verdict), asked=True)

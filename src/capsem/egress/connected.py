@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Final
 
 from capsem.egress import hosts
-from capsem.egress.admit import Denied
+from capsem.egress.admit import Admitted, Denied
 from capsem.egress.dial import DialError, Target
 from capsem.egress.door import Allowed, Arrival, Door, note
 from capsem.egress.events import NetEvent
@@ -188,21 +188,21 @@ class Connected:
         """TLS that is not ended here: what its hello says is all that is ever known of it."""
         event.tls = TlsMode.PASSTHROUGH
         try:
-            verdict = await self._door.admission.admit(subject)
-            note(event, verdict)
+            admitted = await self._door.admission.admit(subject)
+            note(event, admitted.verdict)
             if arrival.host is not None and hello.sni != arrival.host:
                 event.decision, event.error = (
                     "denied",
                     f"TLS for {hello.sni or 'no name'} in a tunnel to {arrival.host}",
                 )
                 return
-            if hello.ech and not verdict.ech:
+            if hello.ech and not admitted.verdict.ech:
                 event.decision, event.error = (
                     "denied",
                     "the ClientHello may hide another name than the one it shows (ECH)",
                 )
                 return
-            await self._dial_and_splice(arrival, subject, verdict, peer, event, _passes(subject))
+            await self._dial_and_splice(arrival, subject, admitted, peer, event, _passes(subject))
         except Denied as denial:
             note(event, denial.verdict)
             event.decision, event.error = "denied", denial.verdict.reason
@@ -224,13 +224,13 @@ class Connected:
             if not subjects:
                 event.decision, event.error = "denied", "neither a name nor an address is known"
                 return
-            verdict: Verdict | None = None
+            admitted: Admitted | None = None
             for subject in reversed(subjects):
                 event.domain = subject.host or subject.address
-                verdict = await self._door.admission.admit(subject)
-                note(event, verdict)
-            assert verdict is not None
-            await self._dial_and_splice(arrival, subjects[0], verdict, peer, event, _all_pass(subjects))
+                admitted = await self._door.admission.admit(subject)
+                note(event, admitted.verdict)
+            assert admitted is not None
+            await self._dial_and_splice(arrival, subjects[0], admitted, peer, event, _all_pass(subjects))
         except Denied as denial:
             note(event, denial.verdict)
             event.decision, event.error = "denied", denial.verdict.reason
@@ -246,14 +246,14 @@ class Connected:
             self._record(event, started)
 
     async def _dial_and_splice(
-        self, arrival: Arrival, subject: Subject, verdict: Verdict, peer: Peer, event: NetEvent, allowed: Allowed
+        self, arrival: Arrival, subject: Subject, admitted: Admitted, peer: Peer, event: NetEvent, allowed: Allowed
     ) -> None:
         door = self._door
         host = subject.host or subject.address
         assert host is not None
         target = Target(host, arrival.port, tls=False)
         proxied = door.dialer.proxy(target, http=False) is not None
-        addresses = await door.admission.route(subject, verdict, elsewhere=proxied)
+        addresses = await door.admission.route(subject, admitted, elsewhere=proxied)
         # Where the guest was given one of them, it gets that one.
         addresses = sorted(addresses, key=lambda each: each != arrival.address)
         filled = await door.pool.reserve()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Final
 
 from capsem.egress.admit import Admission
@@ -20,6 +21,8 @@ from capsem.egress.stream import GuestStream
 from capsem.system import Clock
 
 STREAMS: Final = 512
+
+log = logging.getLogger("capsem.egress")
 
 
 class Egress:
@@ -56,6 +59,9 @@ class Egress:
         if self._closed or len(self._serving) >= STREAMS:
             self._refuse(stream, "the epoch is over" if self._closed else f"{STREAMS} streams are open already")
             return
+        if not 0 < stream.connection.port < 65536:
+            self._refuse(stream, f"there is no port {stream.connection.port}")
+            return
         task = asyncio.current_task()
         assert task is not None
         self._serving.add(task)
@@ -63,6 +69,8 @@ class Egress:
             await Connected(self._door, self._minter, self._names, stream).serve()
         except ConnectionError:
             pass  # it is recorded where it is known what it means
+        except Exception:
+            log.exception("a stream is reset: an error of ours")
         finally:
             self._serving.discard(task)
             stream.abort()
@@ -77,12 +85,16 @@ class Egress:
         self._door.recorder.net(event)
         stream.abort()
 
-    def reload(self, judge: Judge | None = None) -> None:
+    def reload(self, judge: Judge | None = None, dialer: Dialer | None = None) -> None:
         """Another policy holds from now on (or the judge has changed by itself). Connections go on, and their next requests are
-        judged by it; those whose bytes pass unread are cut when it does not allow them any more."""
+        judged by it; those whose bytes pass unread are cut when it does not allow them any more. `dialer` makes the new
+        connections, for other authorities, client certificates or proxies: no idle one is used again then."""
         admission = self._door.admission
         if judge is not None:
             admission.judge = judge
+        if dialer is not None:
+            self._door.dialer = dialer
+            self._door.pool.forget_idle()
         for splice, allowed in list(self._door.splices.items()):
             if not allowed(admission.judge):
                 splice.cut("a new policy does not allow it")
@@ -95,3 +107,4 @@ class Egress:
             task.cancel()
         await asyncio.gather(*serving, return_exceptions=True)
         self._door.pool.close()
+        await asyncio.sleep(0)  # the event loop closes what was aborted

@@ -113,6 +113,7 @@ class Dialer:
     async def dial(self, target: Target, addresses: Sequence[str], *, http: bool = True) -> Dialled:
         """A connection to the first of `addresses` that answers; they have been checked. Raises DialError."""
         proxy = self.proxy(target, http=http)
+        context = self._trust.context(target.certificate, http2=target.http2) if target.tls else None
         if proxy is None:
             socket, address = await self._first(target, addresses)
             stream: ByteStream = socket
@@ -121,9 +122,9 @@ class Dialer:
             stream = await self._through(proxy, socket, target, tunnel=target.tls or not http)
             if not target.tls and http:
                 return Dialled(stream, socket, address, relayed=proxy)
-        if not target.tls:
+        if context is None:
             return Dialled(stream, socket, address)
-        tls = await self._secure(stream, self._trust.context(target.certificate, http2=target.http2), target.host)
+        tls = await self._secure(stream, context, target.host)
         return Dialled(tls, socket, address, alpn=tls.alpn)
 
     async def _first(self, target: Target, addresses: Sequence[str]) -> tuple[SocketStream, str]:

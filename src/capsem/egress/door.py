@@ -18,9 +18,11 @@ from capsem.system import Clock
 Allowed = Callable[[Judge], bool]  # whether that judge still lets a spliced connection be
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Door:
-    """Who decides, dials, lends, listens and records; and the spliced connections, which a new policy may cut."""
+    """Who decides, dials, lends, listens and records; and the spliced connections, which a new policy may cut. `dialer` may be
+    replaced.
+    """
 
     admission: Admission
     dialer: Dialer

@@ -31,7 +31,6 @@ Incoming = Callable[[ResponseHead], tuple[ResponseHead, Filter | None]]
 
 COLLECTED: Final = 64 * 1024  # a body that secrets are put into is measured again up to here, and chunked beyond
 _INTERIM: Final = 100  # answers of the kind 1xx before the true one
-_PATIENCE: Final = 1.0  # seconds of waiting for an answer, after which it matters whether the guest still waits
 _SAFE: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"TRACE"})
 
 
@@ -80,7 +79,7 @@ class Exchange:
         """
         pump = await self._send(upstream)
         try:
-            response = await self._answer(upstream, pump)
+            response = await self._answer(upstream)
             reusable = await self._forward(upstream, response, pump)
         except BaseException:
             if self._client_failed is not None:
@@ -172,26 +171,19 @@ class Exchange:
 
     # The answer.
 
-    async def _answer(self, upstream: Upstream, pump: asyncio.Task[None] | None) -> Response:
+    async def _answer(self, upstream: Upstream) -> Response:
         """The head of the answer; those before it are passed on."""
-        timer = None
-        if pump is None:
-            timer = asyncio.get_running_loop().call_later(_PATIENCE, self._client.watch, upstream.stream.abort)
+        method = self._request.head.method
         try:
             for _ in range(_INTERIM):
-                response = parse_response(await self._head(upstream), self._request.head.method)
+                response = parse_response(await self._head(upstream), method)
                 if response.head.status >= 200 or response.head.status == 101:
                     break
-                await self._client.stream.write(
-                    write_response(response, method=self._request.head.method, framing=0, keep_alive=True)
-                )
+                await self._client.stream.write(write_response(response, method=method, framing=0, keep_alive=True))
             else:
                 raise OriginFailed("it gave a hundred preliminary answers and no other")
         except BadHead as error:
             raise OriginFailed(f"its answer is not HTTP: {error}") from error
-        finally:
-            if timer is not None:
-                timer.cancel()
         if response.head.status == 101:
             if self._request.upgrade is None or response.upgrade != self._request.upgrade:
                 raise OriginFailed("it changes to a protocol that it was not asked for")

@@ -10,11 +10,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from capsem.egress.dial import Dialled, Target
+from capsem.egress.dial import DialError, Dialled, Target
 from capsem.egress.peer import Peer
 from capsem.egress.tls import TlsStream
 
 LIMIT: Final = 64
+PATIENCE: Final = 30.0  # seconds of waiting for a place
 _IDLE: Final = 60.0  # seconds
 
 
@@ -63,12 +64,16 @@ class Pool:
         return None
 
     async def reserve(self) -> Callable[[Upstream | None], None]:
-        """A place for a connection that is about to be made: the caller says in the end which it was, None for none."""
+        """A place for a connection that is about to be made: the caller says in the end which it was, None for none. Raises
+        DialError when there is none for long."""
         if self._promised + len(self._open) >= self._limit and not self._evict():
             waiter = asyncio.get_running_loop().create_future()
             self._waiting.append(waiter)
             try:
-                await waiter  # the place comes with it
+                async with asyncio.timeout(PATIENCE):
+                    await waiter  # the place comes with it
+            except TimeoutError as error:
+                raise DialError(f"all {self._limit} connections of this VM are in use", 503) from error
             except BaseException:
                 if waiter.done() and not waiter.cancelled():
                     self._promised -= 1
@@ -101,6 +106,11 @@ class Pool:
         upstream.stream.abort()
         if upstream in self._open:
             self._open.discard(upstream)
+            self._hand_on()
+
+    def forget_idle(self) -> None:
+        """Use no connection again that is idle now."""
+        while self._evict():
             self._hand_on()
 
     def _evict(self) -> bool:

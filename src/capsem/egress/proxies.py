@@ -76,10 +76,11 @@ def _covers(entry: str, host: str, port: int) -> bool:
     """Whether an entry of NO_PROXY means that host: a name and all below it, an address or network, each with a port or not."""
     if entry == "*":
         return True
-    try:
-        return "/" in entry and ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False)
-    except ValueError:
-        pass
+    if "/" in entry:
+        try:
+            return ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False)
+        except ValueError:  # a name, or no network
+            return False
     split = hosts.split_authority(entry.removeprefix("*").removeprefix(".").encode("latin-1", "replace"))
     if split is None or split[1] not in (None, port):
         return False

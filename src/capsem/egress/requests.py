@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Final
 
 from capsem.egress import hosts, pages, paths
-from capsem.egress.admit import Denied
+from capsem.egress.admit import Admitted, Denied
 from capsem.egress.dial import DialError, Target
 from capsem.egress.door import Arrival, Door, note
 from capsem.egress.events import NetEvent
@@ -23,6 +23,7 @@ from capsem.egress.resolve import NotFound
 
 HEAD_TIME: Final = 30.0  # seconds from the first byte of a head to its last
 IDLE_TIME: Final = 120.0  # and between two requests
+PATIENCE: Final = 1.0  # seconds of waiting for an answer, after which it matters whether the client still waits
 _FORGIVEN: Final = 256 * 1024  # bytes that are still read of a client that was told to stop
 _LINGER: Final = 5.0  # seconds
 
@@ -43,6 +44,8 @@ class Requests:
         self._door = door
         self._arrival = arrival
         self._client = client
+        self._busy: asyncio.Task[object] | None = None  # while there is a request
+        self._left = False  # by the client, in the middle of it
 
     async def serve(self) -> None:
         """Until the client ends, or has to be hung up on. Raises ConnectionError when it breaks off, and Tunnel."""
@@ -101,16 +104,32 @@ class Requests:
         """One request, to the end of its answer. Whether another may come."""
         started = self._door.clock.monotonic()
         event = self._event(request)
+        self._busy = asyncio.current_task()
+        timer = None
+        if request.framing == 0:  # a body is read anyway
+            timer = asyncio.get_running_loop().call_later(PATIENCE, self._client.watch, self._leave)
         try:
             return await self._judge(request, event)
         except asyncio.CancelledError:
+            if self._left and self._busy is not None and self._busy.uncancel() == 0:
+                event.error = "the client left"
+                raise ConnectionResetError(event.error) from None
             event.decision = "interrupted"
             raise
         except ConnectionError as error:
             event.error = str(error)
             raise
         finally:
+            self._busy = None
+            if timer is not None:
+                timer.cancel()
             self._record(event, started)
+
+    def _leave(self) -> None:
+        """The client's side is broken: what is done for it is given up, wherever that is."""
+        if self._busy is not None:
+            self._left = True
+            self._busy.cancel()
 
     async def _judge(self, request: Request, event: NetEvent) -> bool:
         try:
@@ -120,9 +139,9 @@ class Requests:
             event.decision = "denied" if error.status == 421 else "error"
             return await self._page(request, event, *pages.failed(error.status, str(error), _accept(request)))
         try:
-            verdict = await self._door.admission.admit(subject)
-            note(event, verdict)
-            return await self._carry(request, subject, verdict, event)
+            admitted = await self._door.admission.admit(subject)
+            note(event, admitted.verdict)
+            return await self._carry(request, subject, admitted, event)
         except Denied as denial:
             note(event, denial.verdict)
             event.decision = "denied"
@@ -176,18 +195,18 @@ class Requests:
         host = None if address is not None else named
         return request, Subject(port, host, address, method=head.method.decode("ascii"), path=path)
 
-    async def _carry(self, request: Request, subject: Subject, verdict: Verdict, event: NetEvent) -> bool:
+    async def _carry(self, request: Request, subject: Subject, admitted: Admitted, event: NetEvent) -> bool:
         """Have it carried out, on a connection that is there already or on a new one."""
         door = self._door
-        tap = door.taps(subject, request.head, verdict) if door.taps is not None else None
+        tap = door.taps(subject, request.head, admitted.verdict) if door.taps is not None else None
         try:
-            upstream = await self._reusable(subject, verdict, event)
+            upstream = await self._reusable(subject, admitted, event)
             if upstream is not None:
                 try:
                     return await self._exchange(request, subject, upstream, event, tap)
                 except Stale:
                     pass
-            upstream = await self._dial(subject, verdict, event)
+            upstream = await self._dial(subject, admitted, event)
             return await self._exchange(request, subject, upstream, event, tap)
         finally:
             if tap is not None:
@@ -198,24 +217,24 @@ class Requests:
         assert host is not None
         return Target(host, subject.port, self._arrival.tls is TlsMode.INTERCEPTED, verdict.certificate)
 
-    async def _reusable(self, subject: Subject, verdict: Verdict, event: NetEvent) -> Upstream | None:
+    async def _reusable(self, subject: Subject, admitted: Admitted, event: NetEvent) -> Upstream | None:
         door = self._door
-        upstream = door.pool.take(self._target(subject, verdict))
+        upstream = door.pool.take(self._target(subject, admitted.verdict))
         if upstream is None:
             return None
         try:
             if not upstream.proxied:
-                await door.admission.check(subject, verdict, upstream.dialled.address)
+                await door.admission.check(subject, admitted, upstream.dialled.address)
         except BaseException:
             door.pool.drop(upstream)
             raise
         event.address = upstream.dialled.address
         return upstream
 
-    async def _dial(self, subject: Subject, verdict: Verdict, event: NetEvent) -> Upstream:
-        door, target = self._door, self._target(subject, verdict)
+    async def _dial(self, subject: Subject, admitted: Admitted, event: NetEvent) -> Upstream:
+        door, target = self._door, self._target(subject, admitted.verdict)
         proxied = door.dialer.proxy(target, http=True) is not None
-        addresses = await door.admission.route(subject, verdict, elsewhere=proxied)
+        addresses = await door.admission.route(subject, admitted, elsewhere=proxied)
         filled = await door.pool.reserve()
         upstream: Upstream | None = None
         try:

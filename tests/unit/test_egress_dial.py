@@ -1,0 +1,192 @@
+"""Connections to origins: by way of the host's own proxies, with certificates, and to the addresses that were checked."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import ssl
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from capsem.egress.dial import Dialer, Trust
+from capsem.egress.facts import Layer
+from capsem.egress.proxies import BadProxy, HostProxies, HostProxy, from_environment
+from egress_bench import Bench, answering, bench, read_head, rule, run, sites
+
+GET = b"GET /x HTTP/1.1\r\nHost: site.test\r\n\r\n"
+
+
+def test_proxies_are_read_as_curl_reads_them() -> None:
+    found = from_environment(
+        {
+            "http_proxy": "proxy.test:3128",
+            "HTTP_PROXY": "http://other.test",
+            "HTTPS_PROXY": "https://u%40:p%3a@[2001:db8::1]",
+        }
+    )
+    assert found.http == HostProxy("proxy.test", 3128)
+    assert found.https == HostProxy("2001:db8::1", 443, tls=True, authorization=b"Basic dUA6cDo=")
+    assert from_environment({"ALL_PROXY": "http://proxy.test"}).https == HostProxy("proxy.test", 80)
+    assert from_environment({"HTTPS_PROXY": ""}) == HostProxies()
+
+
+@pytest.mark.parametrize(
+    "text", ["socks5://proxy.test", "http://", "http://proxy.test:x", "http://a b", "ftp://user:secret@proxy.test"]
+)
+def test_what_is_no_proxy_is_told_without_its_password(text: str) -> None:
+    with pytest.raises(BadProxy) as caught:
+        from_environment({"HTTPS_PROXY": text})
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "host", "direct"),
+    [
+        ("*", "a.test", True),
+        ("a.test", "a.test", True),
+        ("a.test", "b.a.test", True),
+        (".a.test", "b.a.test", True),
+        ("*.a.test", "b.a.test", True),
+        ("a.test", "ba.test", False),
+        ("a.test:443", "a.test", True),
+        ("a.test:80", "a.test", False),
+        ("10.0.0.0/8", "10.1.2.3", True),
+        ("10.0.0.0/8", "11.1.2.3", False),
+        ("10.0.0.0/8", "a.test", False),
+        ("10.1.2.3", "10.1.2.3", True),
+        ("::1", "::1", False),
+        ("[::1]", "::1", True),
+        ("?", "a.test", False),
+    ],
+)
+def test_where_to_go_directly(entry: str, host: str, direct: bool) -> None:
+    proxies = from_environment({"HTTPS_PROXY": "http://proxy.test", "NO_PROXY": f"x.test, {entry}"})
+    assert (proxies.to(host, 443, plain=False) is None) is direct
+
+
+async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, heads: list[bytes], port: int) -> None:
+    """A proxy of a company's, which knows one origin."""
+    head = await read_head(reader)
+    heads.append(head)
+    there, back = await asyncio.open_connection("127.0.0.1", port)
+    if head.startswith(b"CONNECT "):
+        writer.write(b"HTTP/1.1 200 Fine\r\n\r\n")
+    else:
+        back.write(head)
+
+    async def carry(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        while data := await source.read(1000):
+            sink.write(data)
+
+    try:
+        await asyncio.gather(carry(reader, back), carry(there, writer))
+    finally:
+        back.close()
+
+
+async def proxied(world: Bench, origin: int, heads: list[bytes]) -> HostProxy:
+    port = await world.origin(lambda reader, writer: relay(reader, writer, heads, origin))
+    return HostProxy("127.0.0.1", port, authorization=b"Basic eA==")
+
+
+@run
+async def test_origins_are_reached_through_the_hosts_proxy(tmp_path: Path) -> None:
+    heads: list[bytes] = []
+    async with bench(tmp_path, sites("site.test", "unknown.example")) as world:
+        plain = await proxied(world, await world.origin(answering()), heads)
+        secure = await proxied(world, await world.origin(answering(), "site.test"), heads)
+        world.egress.reload(dialer=Dialer(Trust([tmp_path / "origins.pem"]), HostProxies(plain, secure)))
+        client = world.plain(port=80)
+        for _ in range(2):
+            await client.send(GET)
+            assert (await client.answer())[0] == 200
+        client = await world.tls("site.test")
+        await client.send(GET)
+        assert (await client.answer())[0] == 200
+        client = world.plain(port=80)
+        await client.send(GET.replace(b"site.test", b"unknown.example"))
+        assert (await client.answer())[0] == 200, "the proxy may know names that are not known here"
+    assert heads[0].startswith(b"GET http://site.test/x HTTP/1.1\r\nHost: site.test\r\n")
+    assert b"Proxy-Authorization: Basic eA==" in heads[0]
+    assert heads[1].startswith(b"CONNECT site.test:443 HTTP/1.1\r\nHost: site.test:443\r\n")
+    assert b"/x" not in heads[1]
+
+
+@run
+async def test_a_name_below_the_floor_is_not_asked_of_a_proxy(tmp_path: Path) -> None:
+    async with bench(tmp_path, rule("all", hosts=("*",))) as world:
+        world.egress.reload(dialer=Dialer(Trust(), HostProxies(http=HostProxy("127.0.0.1", 1))))
+        client = world.plain(port=80)
+        await client.send(GET)
+        assert (await client.answer())[0] == 403
+
+
+def client_certificate(world: Bench) -> Path:
+    """A file with a certificate that the origins' authority has signed for a client, and its key."""
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "client.test")]))
+        .issuer_name(world.origins.certificate.subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+        .sign(world.origins._key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    path = world.directory / "client.pem"
+    path.write_bytes(private + made.public_bytes(pem))
+    return path
+
+
+@run
+async def test_a_client_certificate_is_shown_where_a_rule_says_so(tmp_path: Path) -> None:
+    shown: list[Any] = []
+
+    async def origin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        shown.append(writer.get_extra_info("peercert"))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    rules = sites("site.test", certificate="work"), sites("other.test", certificate="none")
+    async with bench(tmp_path, *rules) as world:
+        certificate = client_certificate(world)
+        trust = Trust([tmp_path / "origins.pem"], {"work": (certificate, certificate)})
+        world.egress.reload(dialer=Dialer(trust))
+        context = world.server_context("site.test")
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(tmp_path / "origins.pem")
+        port = await world.origin(origin, context=context)
+        client = await world.tls("site.test", port=port)
+        await client.send(GET)
+        status, _, body = await client.answer()
+        client = await world.tls("other.test", port=port)
+        await client.send(GET.replace(b"site.test", b"other.test"))
+        other, _, text = await client.answer()
+        assert (status, body) == (200, b"")
+        assert shown[0]["subject"][0][0][1] == "client.test"
+        assert other == 502
+        assert b"no client certificate named none" in text
+
+
+@run
+async def test_the_next_address_is_tried(tmp_path: Path) -> None:
+    async with bench(tmp_path, rule("all", layer=Layer.VM, hosts=("*",)), grounded=False) as world:
+        world.names["site.test"] = ["127.0.0.2", "127.0.0.1"]
+        client = world.plain(port=await world.origin(answering()))
+        await client.send(GET)
+        assert (await client.answer())[0] == 200
+        assert world.rows.requests[0].address == "127.0.0.1"
+        client = world.plain(port=1)
+        await client.send(GET)
+        status, _, body = await client.answer()
+        assert status == 502
+        assert b"127.0.0.2 port 1" in body
