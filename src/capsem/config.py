@@ -1,11 +1,14 @@
 """Where things are (`Paths`) and what the user may set (`SETTINGS`). The environment is passed in.
 
 A setting's value is, from weak to strong: its default; the user's file, $CAPSEM_USER_CONFIG or else
-$CAPSEM_HOME/config.toml; its environment variable; the corporate file, $CAPSEM_CORP_CONFIG. A file that is not there
-says nothing. The files are TOML, a setting's dotted name is its place in the tables:
+$CAPSEM_HOME/config.toml; its environment variable; the corporate file, $CAPSEM_CORP_CONFIG or else
+$CAPSEM_HOME/corp.toml. A file that is not there says nothing. The files are TOML, a setting's dotted name is its place in
+the tables:
 
     [vm.resources]
     ram_gb = 2
+
+What else stands in the table `network` is policy, which `egress.document` reads.
 
 The command line reads this module on every call: there are no dataclasses here, and `pathlib` is imported when a Path
 is wanted, which `capsem list` never does; together they would cost a quarter of its time.
@@ -18,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from capsem.egress.schema import DEFAULT_PRESET, PRESETS
 from capsem.model.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
 SOCKET_NAME: Final = "service.sock"
 SUSPEND, STOP, KEEP = "suspend", "stop", "keep"  # values of vm.on_service_stop
 ON, OFF = "on", "off"
+POLICY: Final = "network."  # names that begin so are policy, unless they are settings
 
 
 class Setting(NamedTuple):
@@ -98,8 +103,17 @@ SETTINGS: Final = (
         0,
         64,
     ),
+    Setting(
+        "network.preset",
+        DEFAULT_PRESET,
+        "CAPSEM_NETWORK_PRESET",
+        "what a new VM may reach unless it is told otherwise: "
+        + "; ".join(f"{name}: {says}" for name, says in PRESETS.items()),
+        choices=tuple(PRESETS),
+    ),
 )
 
+NETWORK_PRESET: Final = "network.preset"
 
 _DEFAULTS: Final = MappingProxyType({row.name: row.default for row in SETTINGS})
 
@@ -141,6 +155,11 @@ class Settings(NamedTuple):
         return int(self.values["pool.size"])
 
     @property
+    def network_preset(self) -> str:
+        """What a new VM may reach, unless it is told otherwise."""
+        return str(self.values[NETWORK_PRESET])
+
+    @property
     def on_service_stop(self) -> str:
         """SUSPEND, STOP or KEEP."""
         return str(self.values["vm.on_service_stop"])
@@ -156,7 +175,7 @@ def load(environ: Mapping[str, str]) -> Settings:
         for name, value in _flatten(_read(path), ""):
             if name in rows:
                 values[name] = rows[name].check(value, path)
-            else:
+            elif not name.startswith(POLICY):
                 warnings.append(f"{path}: there is no setting {name}; it is ignored")
 
     take(user_file(environ))
@@ -164,14 +183,18 @@ def load(environ: Mapping[str, str]) -> Settings:
         if text := environ.get(row.env):
             value = text if row.choices else _number(text)
             values[row.name] = row.check(value, f"environment variable {row.env}")
-    if corporate := environ.get("CAPSEM_CORP_CONFIG"):
-        take(corporate)
+    take(corporate_file(environ))
     return Settings(values, tuple(warnings))
 
 
 def user_file(environ: Mapping[str, str]) -> str:
     """Where the user's settings are, whether there are any or not."""
     return environ.get("CAPSEM_USER_CONFIG") or os.path.join(_home(environ), "config.toml")
+
+
+def corporate_file(environ: Mapping[str, str]) -> str:
+    """Where the company's settings are, whether there are any or not."""
+    return environ.get("CAPSEM_CORP_CONFIG") or os.path.join(_home(environ), "corp.toml")
 
 
 def _read(path: str) -> dict[str, Any]:

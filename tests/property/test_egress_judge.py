@@ -81,7 +81,10 @@ def plain_fit(rule, subject):
     if rule.methods and subject.method not in rule.methods:
         return False
     if rule.paths:
-        fits = [any(pattern.matches(each) for pattern in rule.paths) for each in readings(subject.path)]
+        fits = [
+            any(pattern.matches(each, second=at > 0) for pattern in rule.paths)
+            for at, each in enumerate(readings(subject.path))
+        ]
         return all(fits) if rule.action is Action.ALLOW else any(fits)
     return True
 

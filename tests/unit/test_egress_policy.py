@@ -297,6 +297,15 @@ def test_patterns_that_nothing_could_match(bad):
         PathPattern(bad)
 
 
+def test_a_pattern_with_an_escaped_slash_is_about_that_and_nothing_more():
+    scoped = rule(host="example.com", path=["/@scope%2Fname"])
+    assert judge([scoped], method="GET", path="/@scope%2Fname").action is Action.ALLOW
+    assert judge([scoped], method="GET", path="/@scope/name").action is Action.DENY
+    assert judge([scoped], method="GET", path="/@scope%2Fother").action is Action.DENY
+    odd = rule(host="example.com", path=["/a%2A%2Fb"])
+    assert judge([odd], method="GET", path="/a%2Fx%2Fb").action is Action.DENY
+
+
 def test_a_hostile_path_costs_no_more_than_its_length():
     pattern = PathPattern("/" + "/".join(["**", "*a*b*c*"] * 10) + "/x")
     assert not pattern.matches("/" + "/".join(["aabbcc"] * 1000))

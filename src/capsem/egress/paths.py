@@ -61,9 +61,12 @@ def _resolve(path: str) -> str:
 
 
 class PathPattern:
-    """A compiled pattern. Raises ValueError, with what is wrong, for one that nothing could match as it was meant."""
+    """A compiled pattern. Raises ValueError, with what is wrong, for one that nothing could match as it was meant.
 
-    __slots__ = ("_segments", "text")
+    One that can itself be read in two ways fits a path's other reading in its own other reading, too.
+    """
+
+    __slots__ = ("_second", "_segments", "text")
 
     def __init__(self, text: str) -> None:
         if not text.startswith("/"):
@@ -80,6 +83,8 @@ class PathPattern:
             raise ValueError(f"no normalised path looks like that; write {normalise(text)}")
         self.text = text
         self._segments = segments
+        second = readings(text)[-1]
+        self._second = second[1:].split("/") if second.count("*") == text.count("*") else segments
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PathPattern) and other.text == self.text
@@ -90,12 +95,12 @@ class PathPattern:
     def __repr__(self) -> str:
         return f"PathPattern({self.text!r})"
 
-    def matches(self, path: str) -> bool:
-        """Whether a path, as `readings` gives it, is one of these."""
+    def matches(self, path: str, *, second: bool = False) -> bool:
+        """Whether a path is one of these; `second`: it is the other one that `readings` gives."""
         if not path.startswith("/"):
             return False
-        wanted, given = self._segments, path[1:].split("/")
-        return _walk(wanted, given)
+        given = path[1:].split("/")
+        return _walk(self._segments, given) or (second and _walk(self._second, given))
 
 
 def _walk(wanted: list[str], given: list[str]) -> bool:

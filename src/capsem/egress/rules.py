@@ -126,7 +126,10 @@ class Rule:
         denies = self.action is not Action.ALLOW
         if len(path) > LONGEST_PATH:
             return YES if denies else NO
-        found = [any(pattern.matches(reading) for pattern in self.paths) for reading in readings(path)]
+        found = [
+            any(pattern.matches(reading, second=number > 0) for pattern in self.paths)
+            for number, reading in enumerate(readings(path))
+        ]
         return YES if (any(found) if denies else all(found)) else NO
 
     def to_dict(self) -> dict[str, Any]:

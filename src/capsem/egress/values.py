@@ -110,7 +110,7 @@ def _proxy(value: Any) -> str:
     if value == "none":
         return "none"
     try:
-        parts = urlsplit(value) if isinstance(value, str) else None
+        parts = urlsplit(value) if isinstance(value, str) and value.isprintable() else None
         if parts and parts.scheme in {"http", "https", "socks5", "socks5h"} and parts.hostname and parts.port != 0:
             return str(value)
     except ValueError:
@@ -162,7 +162,7 @@ def tables(value: Any, header: str) -> list[Mapping[str, Any]]:
 
 
 def _file(value: Any) -> str:
-    if not isinstance(value, str) or not value.startswith(("/", "~/")) or "\0" in value:
+    if not isinstance(value, str) or not value.startswith(("/", "~/")) or not value.isprintable():
         raise Wrong(f"{value!r} is no absolute path")
     return value
 
