@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import uvicorn
@@ -47,17 +47,27 @@ from capsem.api.vm_types import (
     SandboxInfo,
     StopResponse,
 )
+from capsem.config import Settings
+from capsem.egress.floor import floor
+from capsem.egress.presets import Registry
 from capsem.model.errors import AlreadyExists, LimitReached, TimedOut, Unavailable
 from capsem.model.lifecycle import State, Status
 from capsem.service.app import build_app
+from capsem.service.asks import AskFeed
+from capsem.service.fleet import Fleet
 from capsem.service.host import Host
+from capsem.service.ledgers import Ledgers
+from capsem.service.network import Network
+from capsem.service.policies import Policies
+from capsem.store.layout import Layout
+from capsem.system.real import real_system
 
 
 class FakeManager:
     """Understands a few commands; remembers what it was asked, and what was cancelled."""
 
     def __init__(self) -> None:
-        self.host = Host({"CAPSEM_HOME": tempfile.gettempdir()}, Path(tempfile.gettempdir()), self)
+        self.settle({"CAPSEM_HOME": tempfile.gettempdir()}, Path(tempfile.gettempdir()))
         self.states: dict[str, State] = {"box": State.RUNNING, "off": State.STOPPED, "broken": State.FAILED}
         self.requests: list[object] = []
         self.pool: PoolUsage | None = None
@@ -66,6 +76,20 @@ class FakeManager:
         self.cancelled = threading.Event()
         self.finished = threading.Event()
         self.consumed = 0
+
+    def settle(
+        self,
+        environ: dict[str, str],
+        home: Path,
+        apply: Callable[[Settings], None] = lambda _settings: None,
+        registries: tuple[Registry, ...] = (),
+    ) -> None:
+        """Have the real parts that are about the host, for one with these files and clients."""
+        fleet = Fleet(real_system(), Layout(home), 10)  # of no VMs
+        self.policies = Policies(environ, floor(lambda _address: False), lambda: registries)
+        self.network = Network(fleet, self.policies, Ledgers(fleet, home / "main.db"), lambda: "medium")
+        self.asks = AskFeed(fleet)
+        self.host = Host(environ, home, self, self.policies, self.network, apply)
 
     def _require(self, operation: str, vm_id: str) -> State:
         if vm_id not in self.states:

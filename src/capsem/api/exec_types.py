@@ -9,6 +9,7 @@ from typing import Annotated
 
 import msgspec
 
+from capsem.api.network_types import NetworkRequest
 from capsem.api.types import Body, Cpus, DiskMb, Env, Name, RamMb, Seconds, Text, no_nul
 from capsem.model.errors import InvalidInput
 from capsem.model.ids import check_name
@@ -77,8 +78,8 @@ class ExecRequest(Body, frozen=True):
 
 
 class RunRequest(Body, frozen=True):
-    """Run `command` in a VM made for it and destroyed after it; `profile` names the image, `default` unless given; `cold`:
-    boot it.
+    """Run `command` in a VM made for it and destroyed after it; `profile` names the image, `default` unless given;
+    `network` is what it may reach, as when one is created; `cold`: boot it.
     """
 
     command: Text
@@ -88,6 +89,7 @@ class RunRequest(Body, frozen=True):
     disk_mb: DiskMb = DEFAULT_DISK_MB
     env: Env | None = None
     profile: Name | None = None
+    network: str | NetworkRequest | None = None
     cold: bool = False
 
     def __post_init__(self) -> None:

@@ -38,18 +38,29 @@ class SettingsRequest(Body, frozen=True):
     settings: dict[str, Value]
 
 
+class LintRequest(Body, frozen=True):
+    """Settings as for `change_settings`, and a network policy (TOML) of a `layer`: vm, user or corporate."""
+
+    settings: dict[str, Value] = {}
+    policy: str | None = None
+    layer: str = "vm"
+
+
 class LintResponse(Body, frozen=True):
-    """Whether the settings could be stored as they are, and if not, why."""
+    """Whether settings and policy could be stored as they are, and if not, why."""
 
     valid: bool
     problems: list[str]
 
 
 class Preset(Body, frozen=True):
-    """A named set of settings."""
+    """What VMs may reach beneath all rules, by a name. `rules` are those that it stands for on this host; `active`: it is that
+    of new VMs."""
 
     id: str
     description: str
+    rules: list[dict[str, Any]] = []
+    active: bool = False
 
 
 class PresetsResponse(Body, frozen=True):

@@ -246,7 +246,8 @@ class Persisted(Message, tag="persisted"):
 
 
 class Assign(Message, tag="assign"):
-    """A VM of the pool is somebody's from here on: it gets a name, an environment and a policy, and may be persistent.
+    """A VM of the pool is somebody's from here on: it gets a name, an environment, a policy, and one of what it may reach
+    (`network` and `layers`, as in SetNetwork), and may be persistent.
 
     The session directory moves, the socket gets another path. `ledger`: commands and files are recorded from here on;
     `parent_pid` is what a supervisor is told in its Bootstrap otherwise: one of the pool follows its service.
@@ -259,6 +260,8 @@ class Assign(Message, tag="assign"):
     ready_file: str
     env: dict[str, str] = {}
     policy: dict[str, float] = {}
+    network: str = ""
+    layers: str = ""
     ledger: bool = True
     parent_pid: int | None = None
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
-from capsem.api.operation import BYTES, JSON, TEXT, Operation
+from capsem.api.operation import BYTES, EVENTS, JSON, TEXT, Operation
 from capsem.api.operations import OPERATIONS
 from capsem.api.types import ErrorBody, OpenApiDocument
 from capsem.model.errors import CapsemError, InvalidInput, MachineFailed, PayloadTooLarge
@@ -78,7 +78,7 @@ def _answer(operation: Operation) -> Json:
     schema = _BINARY
     if operation.gives == JSON:
         [schema], _ = msgspec.json.schema_components([kind], ref_template=_AT)
-    elif operation.gives == TEXT:
+    elif operation.gives in (TEXT, EVENTS):
         schema = {"type": "string"}
     # Whatever a guest's file looks like, its bytes are sent as that.
     media = "*/*" if operation.gives == BYTES else operation.gives

@@ -41,6 +41,7 @@ ENV_LIMIT: Final = 12 * 1024 * 1024  # an environment, of which JSON may make si
 JSON: Final = "application/json"
 BYTES: Final = "application/octet-stream"
 TEXT: Final = "text/plain"
+EVENTS: Final = "text/event-stream"
 
 QUICK: Final = 30.0
 FILE_CALL: Final = 120.0  # waiting for the guest to be ready, then the operation
@@ -140,12 +141,24 @@ def _type(name: str) -> type[msgspec.Struct]:
         file_types,
         host_types,
         ledger_types,
+        network_types,
         types,
         usage_types,
         vm_types,
     )
 
-    for module in (vm_types, exec_types, file_types, checkpoint_types, usage_types, ledger_types, host_types, types):
+    modules = (
+        vm_types,
+        exec_types,
+        file_types,
+        checkpoint_types,
+        usage_types,
+        ledger_types,
+        network_types,
+        host_types,
+        types,
+    )
+    for module in modules:
         if name in vars(module):
             found: type[msgspec.Struct] = vars(module)[name]
             return found

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import msgspec
 
+from capsem.api.network_types import NetworkRequest
 from capsem.api.types import LONGEST_TIMEOUT, Body, Cpus, DiskMb, Env, Name, RamMb
 from capsem.model.errors import InvalidInput
 from capsem.model.ids import check_name
@@ -42,6 +43,7 @@ class VmPolicy(Body, frozen=True):
 class ProvisionRequest(Body, frozen=True):
     """Create and boot a VM. What is None comes from the settings; `image` is another word for `from`.
 
+    `network` is what it may reach: a preset, or that and a policy of its own; a copy has that of its source unless given.
     `profile` names the image it is made from, `default` unless given; a copy has that of its source. `cold`: boot it, though
     there is a template of its size to fork.
     A name alone does not make a VM persistent. Limits of the numbers and of `env` are `model.spec`'s.
@@ -57,6 +59,7 @@ class ProvisionRequest(Body, frozen=True):
     image: Name | None = None
     profile: Name | None = None
     policy: VmPolicy | None = None
+    network: str | NetworkRequest | None = None
     cold: bool = False
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from capsem.egress.policy import Floor, Policy
 from capsem.egress.values import ClientCertificate
 from capsem.model.errors import InvalidInput
 
-LARGEST: Final = 640 * 1024  # bytes of `to_json`: it travels in one message, with a VM's own document
+LARGEST: Final = 320 * 1024  # bytes of `to_json`: it travels in one message, with a VM's own document
 PROXY_VARIABLES: Final = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 
 

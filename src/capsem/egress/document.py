@@ -20,7 +20,7 @@ from capsem.egress.rules import Rule
 from capsem.egress.values import ClientCertificate
 from capsem.model.errors import InvalidInput
 
-LARGEST: Final = 256 * 1024  # characters of a file
+LARGEST: Final = 128 * 1024  # characters of a file
 SHOWN: Final = 10  # problems in one error
 
 

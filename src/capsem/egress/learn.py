@@ -68,7 +68,8 @@ class _Seen:
 
 
 def learn(rows: Iterable[Mapping[str, Any]], own: Document = NOTHING, *, paths: bool = False) -> Learnt:
-    """The policy for rows of net_events, oldest first: those that were allowed, or, from denials, those that were not.
+    """The policy for rows of net_events, oldest first, each of which may stand for `count` of them: those that were allowed,
+    or, from denials, those that were not.
 
     `own` is the VM's present policy. Its rules that lead past the floor are kept where something went that way, and what it
     says beside its rules.
@@ -82,15 +83,15 @@ def learn(rows: Iterable[Mapping[str, Any]], own: Document = NOTHING, *, paths: 
     for row in rows:
         key = _key(row)
         if isinstance(key, str):
-            left_out[key] += 1
+            left_out[key] += row.get("count", 1)
             continue
-        count += 1
+        count += row.get("count", 1)
         ways = [rule for rule in past if _leads(rule, row)]
         kept |= {rule.name: rule for rule in ways}
         if key.host is None and ways:
             continue
         entry = seen.setdefault(key, _Seen(hosts=[key.host] if key.host else []))
-        entry.count += 1
+        entry.count += row.get("count", 1)
         if (method := row["method"]) is not None:
             entry.methods[method] += 1
             entry.paths.add(normalise(row["path"] or "/"))

@@ -24,7 +24,7 @@ def lint(rules: Sequence[Rule], floor: Floor) -> list[Problem]:
     for place, rule in enumerate(ordered):
         above = [each for host in _covering(rule.hosts[0]) for each in by_host.get(host, ())] if rule.hosts else []
         for earlier, other in (*above, *without):
-            if earlier < place and _covers(other, rule):
+            if earlier < place and covers(other, rule):
                 verb = {Action.ALLOW: "allows", Action.ASK: "asks about", Action.DENY: "denies"}[other.action]
                 problems.append(
                     Problem(
@@ -64,7 +64,7 @@ def _covering(host: str) -> Iterator[str]:
         at = host.find(".", at + 1)
 
 
-def _covers(other: Rule, rule: Rule) -> bool:
+def covers(other: Rule, rule: Rule) -> bool:
     """Whether every subject of `rule` is one of `other`, which is as strong or stronger."""
     if other.until is not None and (rule.until is None or rule.until > other.until):
         return False

@@ -38,6 +38,10 @@ NET_COLUMNS: Final = (
     *("bytes_received", "duration_ms", "matched_rule", "rule_layer", "policy_version", "address", "tls", "error"),
     *("secrets", "trace_id"),
 )
+SUMMARY_COLUMNS: Final = (
+    *("domain", "port", "method", "path", "address", "tls", "rule_layer", "matched_rule", "process_name"),
+)
+MOST_KINDS: Final = 20_000  # of what was decided
 COUNTED: Final = ("exec_events", "fs_events", "net_events", "model_calls", "tool_calls", "mcp_calls")
 TOP: Final = 50  # providers and tools that are counted by name
 
@@ -254,19 +258,48 @@ def _tools(connection: sqlite3.Connection, since: dict[str, int]) -> tuple[Tool,
 
 
 def net_log(
-    connection: sqlite3.Connection, *, limit: int, since: str | None = None, decisions: tuple[str, ...] = ()
+    connection: sqlite3.Connection,
+    *,
+    limit: int,
+    since: str | None = None,
+    decisions: tuple[str, ...] = (),
+    after: int | None = None,
 ) -> list[dict[str, Any]]:
     """The newest `limit` rows of net_events, oldest first, by column; of these decisions alone, if any are given. `since` is
-    a ledger's timestamp. What an older ledger has no column for is None."""
-    present = {row[1] for row in connection.execute("PRAGMA table_info(net_events)")}
-    columns = ", ".join(name if name in present else f"NULL AS {name}" for name in NET_COLUMNS)
+    a ledger's timestamp. With `after`: of the rows that came after that one the first `limit`, so that who asks again misses
+    none. What an older ledger has no column for is None."""
+    columns = _columns_of(connection, NET_COLUMNS)
     wanted = f" AND decision IN ({', '.join('?' * len(decisions))})" if decisions else ""
+    order = "timestamp DESC, id DESC" if after is None else "id"
     rows = connection.execute(
-        f"SELECT {columns} FROM net_events WHERE (? IS NULL OR timestamp >= ?){wanted} "  # noqa: S608  our own text
-        "ORDER BY timestamp DESC, id DESC LIMIT ?",
-        (since, since, *decisions, limit),
+        f"SELECT {columns} FROM net_events WHERE (? IS NULL OR timestamp >= ?) AND id > ?{wanted} "  # noqa: S608  our own text
+        f"ORDER BY {order} LIMIT ?",
+        (since, since, after or 0, *decisions, limit),
     )
-    return [dict(zip(NET_COLUMNS, row, strict=True)) for row in rows][::-1]
+    found = [dict(zip(NET_COLUMNS, row, strict=True)) for row in rows]
+    return found[::-1] if after is None else found
+
+
+def net_summary(
+    connection: sqlite3.Connection, *, since: str, decision: str, paths: bool = False
+) -> list[dict[str, Any]]:
+    """What was decided so since then, each kind once, the first first: SUMMARY_COLUMNS, of which `process_name` is that of the
+    first of them, and how many there were (`count`). Without `paths` those are None."""
+    columns = _columns_of(connection, SUMMARY_COLUMNS)
+    kinds = ", ".join(
+        str(number) for number in range(1, len(SUMMARY_COLUMNS))
+    )  # all but process_name, which is the last
+    rows = connection.execute(
+        f"SELECT {columns if paths else columns.replace('path,', 'NULL AS path,')}, count(*), min(id) "  # noqa: S608
+        f"FROM net_events WHERE timestamp >= ? AND decision = ? GROUP BY {kinds} ORDER BY min(id) LIMIT ?",
+        (since, decision, MOST_KINDS),
+    )
+    return [dict(zip((*SUMMARY_COLUMNS, "count"), row[:-1], strict=True)) for row in rows]
+
+
+def _columns_of(connection: sqlite3.Connection, wanted: tuple[str, ...]) -> str:
+    present = {row[1] for row in connection.execute("PRAGMA table_info(net_events)")}
+    return ", ".join(name if name in present else f"NULL AS {name}" for name in wanted)
 
 
 def failures(connection: sqlite3.Connection, *, since: str, limit: int) -> list[tuple[Any, ...]]:

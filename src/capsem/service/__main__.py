@@ -191,6 +191,7 @@ class Service:
         handlers.pool.begin()
         await server.startup(sockets=[listener])
         spares.prepare()
+        handlers.policies.prepare()
         watching = asyncio.create_task(_watch_parent(arguments.parent_pid, stop))
         await stop.wait()
         log.info("stopping")
@@ -199,6 +200,7 @@ class Service:
         await handlers.pool.close()
         await spares.close()
         await handlers.flattening.close()
+        await handlers.asks.close()
         for each in server.servers:
             each.close()  # no new connection from here on
         if handlers.settings.on_service_stop == config.KEEP:
@@ -243,7 +245,10 @@ class Service:
         catalog.declare(fleet.layout.run_dir)  # it may have been moved here since its VMs were made
         fleet.ledger = self.settings.ledger
         ledgers = Ledgers(fleet, self.paths.home / "sessions" / "main.db")
-        return Handlers(fleet, Maker(fleet, driver, catalog, launcher, gate), self.settings, os.environ, ledgers)
+        maker = Maker(fleet, driver, catalog, launcher, gate)
+        handlers = Handlers(fleet, maker, self.settings, os.environ, ledgers)
+        handlers.policies.load()
+        return handlers
 
 
 def make_server(handlers: Handlers) -> uvicorn.Server:

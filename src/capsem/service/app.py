@@ -32,6 +32,7 @@ from capsem.api.types import SuccessResponse, VersionResponse
 from capsem.model.errors import CapsemError, InvalidInput, NotFound, PayloadTooLarge, TimedOut, Unavailable, host_failed
 from capsem.model.ids import check_name
 from capsem.service.checkpoint_routes import CHECKPOINT_ROUTES, checkpoint_endpoint
+from capsem.service.event_routes import EVENT_ROUTES, events_endpoint
 from capsem.service.exec_stream import ExecStream
 from capsem.service.file_routes import FILE_ROUTES, file_endpoint
 from capsem.service.gate import VISIT, Visit
@@ -67,7 +68,7 @@ async def _verify_checkpoint(manager: Manager, vm_id: str, request: Any) -> Succ
 
 
 # All but `version` and `openapi`, which need no manager, `exec_stream` and `forward`, which are streams, and those whose
-# bodies are no JSON: FILE_ROUTES and CHECKPOINT_ROUTES.
+# bodies are no JSON: FILE_ROUTES, CHECKPOINT_ROUTES and EVENT_ROUTES.
 HANDLERS: Final = MappingProxyType[str, Handler](
     {
         "provision": lambda manager, _id, request: manager.provision(request),
@@ -105,6 +106,16 @@ HANDLERS: Final = MappingProxyType[str, Handler](
         "triage": lambda manager, _id, query: manager.observation.triage(query),
         "panics": lambda manager, _id, query: manager.observation.panics(query),
         "host_logs": lambda manager, name, query: manager.observation.host_logs(name, query),
+        "network": lambda manager, vm_id, _request: manager.network.show(vm_id),
+        "set_network": lambda manager, vm_id, request: manager.network.set(vm_id, request),
+        "network_allow": lambda manager, vm_id, request: manager.network.allow(vm_id, request),
+        "network_deny": lambda manager, vm_id, request: manager.network.deny(vm_id, request),
+        "network_log": lambda manager, vm_id, query: manager.network.log(vm_id, query),
+        "network_learn": lambda manager, vm_id, request: manager.network.learn(vm_id, request),
+        "network_check": lambda manager, _id, query: manager.network.check(query),
+        "network_asks": lambda manager, _id, query: manager.asks.answered(query),
+        "network_ca": lambda manager, _id, _request: manager.network.authority(),
+        "rotate_network_ca": lambda manager, _id, _request: manager.network.authority(rotate=True),
         "service_logs": lambda manager, _id, _request: manager.host.service_log(),
         "reload_config": lambda manager, _id, _request: manager.host.reload(),
         "settings": lambda manager, _id, _request: manager.host.settings(),
@@ -118,7 +129,7 @@ HANDLERS: Final = MappingProxyType[str, Handler](
         "setup_complete": lambda manager, _id, _request: manager.host.setup_state(),
         "setup_retry": lambda manager, _id, _request: manager.host.setup_state(),
         "setup_assets": lambda manager, _id, _request: manager.host.assets(),
-        "set_corp_config": lambda manager, _id, _request: manager.host.set_corp_config(),
+        "set_corp_config": lambda manager, _id, request: manager.host.set_corp_config(request),
         "policy_hooks": lambda manager, _id, _request: manager.host.policy_hooks(),
         "mcp_servers": lambda manager, _id, _request: manager.host.mcp_servers(),
         "mcp_tools": lambda manager, _id, _request: manager.host.mcp_tools(),
@@ -139,6 +150,8 @@ def build_app(manager: Manager, version: str) -> Starlette:
             return ExecStream(operation, manager, error_response)
         if operation.name in FILE_ROUTES:
             return file_endpoint(operation, manager, error_response)
+        if operation.name in EVENT_ROUTES:
+            return events_endpoint(operation, manager, error_response)
         if operation.name in CHECKPOINT_ROUTES:
             return checkpoint_endpoint(operation, manager, error_response)
 

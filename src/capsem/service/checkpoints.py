@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from capsem import __version__, faults
 from capsem.api.checkpoint_types import (
@@ -332,6 +334,7 @@ class Checkpoints(Lifecycle):
                             request.description,
                             spec=spec,
                             checkpoint=checkpoint.id,
+                            network=_network_of(checkpoint, request),
                         )
                     )
                 faults.at("fork.recorded")
@@ -359,7 +362,13 @@ class Checkpoints(Lifecycle):
                     raise unknown_vm(source.id)
                 checkpoint = self._store.find(source.id, request.checkpoint or "")
                 self._store.check_layers(checkpoint)
-                child = self._maker.make_child(request.name, source.record, checkpoint.layer_ids, request.description)
+                child = self._maker.make_child(
+                    request.name,
+                    source.record,
+                    checkpoint.layer_ids,
+                    request.description,
+                    network=_network_of(checkpoint, request),
+                )
                 await self._fleet.on_forked(source, [child])
         finally:
             self._fleet.release(request.name)
@@ -404,6 +413,12 @@ class Checkpoints(Lifecycle):
         for result in results:
             if isinstance(result, BaseException):
                 raise result
+
+
+def _network_of(checkpoint: Checkpoint, request: ForkRequest) -> Mapping[str, Any] | None:
+    """The network policy of a fork: of an instant that was asked for, that of the instant; else, and where the checkpoint knows
+    none, that which the source has now."""
+    return None if request.checkpoint is None else checkpoint.network
 
 
 def _ms(seconds: float) -> float:

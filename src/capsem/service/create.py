@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +28,7 @@ from capsem.service.vm import Vm
 from capsem.store import durable, records
 
 COLD = Boot()
+NO_NETWORK: Mapping[str, Any] = MappingProxyType({})
 
 log = logging.getLogger("capsem_service.create")
 
@@ -50,6 +52,7 @@ class Maker:
         persistent: bool,
         profile: str,
         policy: Policy = OFF,
+        network: Mapping[str, Any] = NO_NETWORK,
         template: Checkpoint | None = None,
         is_template: bool = False,
         pooled: bool = False,
@@ -74,6 +77,7 @@ class Maker:
                 checkpoint=template.id if template else None,
                 state=State.SUSPENDED if template else State.CREATED,
                 policy=policy,
+                network=network,
                 template=is_template,
                 pooled=pooled,
             )
@@ -90,11 +94,12 @@ class Maker:
         persistent: bool = True,
         checkpoint: str | None = None,
         policy: Policy = OFF,
+        network: Mapping[str, Any] | None = None,
     ) -> Vm:
         """A new VM on top of another's frozen layers; it has the source's size, and neither its environment nor its
-        policy.
+        policy of times.
 
-        With `checkpoint` it is suspended there.
+        With `checkpoint` it is suspended there. `network` is its own network policy, the source's unless given.
 
         Raises OSError (disk full).
         """
@@ -114,6 +119,7 @@ class Maker:
             current=checkpoint,
             state=State.SUSPENDED if checkpoint else State.CREATED,
             policy=policy,
+            network=source.network if network is None else network,
         )
         return self._write(record)
 
@@ -206,7 +212,8 @@ class Maker:
             raise HostNotReady("the service is stopping", hint="try again when it is back")
         if vm.record.state == State.SUSPENDED or self.fleet.is_frozen(vm.record.layers[-1]):
             boot = replace(boot, layer=self.new_layer(vm.record))
-        boot = replace(boot, ledger=self.fleet.ledger and not vm.record.nobodys)
+        layers = await self.fleet.network_layers(vm.record.network)
+        boot = replace(boot, ledger=self.fleet.ledger and not vm.record.nobodys, network=layers)
         faults.at("start.layered")
         try:
             child, link = await self.launcher.start(vm.record, vm.session, image, volume, accelerator, boot)

@@ -7,8 +7,9 @@ import contextlib
 import logging
 import signal
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from capsem import faults
 from capsem.api.operation import unknown_vm
@@ -52,6 +53,8 @@ class Fleet:
         self.on_gone: Callable[[Vm], Awaitable[None]] = _nothing  # see Vm
         # Awaited when VMs were made of another, before they run.
         self.on_forked: Callable[[Vm, Sequence[Vm]], Awaitable[None]] = _nothing
+        # What supervisors are told of the network policy of a VM, by its own part of that.
+        self.network_layers: Callable[[Mapping[str, Any]], Awaitable[str]] = _nothing_allowed
         self.ledger = True  # whether commands and files of VMs that are started are recorded
         self._index_waits = False
         self._skipped = False  # there are session directories that are no VM's, and were left alone
@@ -473,6 +476,11 @@ class Fleet:
         self.stopping = True
         if self._summing is not None:
             self._summing.cancel()
+
+
+async def _nothing_allowed(_own: Mapping[str, Any]) -> str:
+    """Until somebody knows better."""
+    return ""
 
 
 async def _nothing(*_about: object) -> None:

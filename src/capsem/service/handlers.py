@@ -11,18 +11,24 @@ import msgspec
 from capsem.api.usage_types import UsageResponse
 from capsem.api.vm_types import AssetHealth, ListResponse, LogsResponse, SandboxInfo, VmPolicy
 from capsem.config import Settings
+from capsem.egress.floor import floor
+from capsem.egress.resolve import is_own
 from capsem.ledger.queries import Totals
 from capsem.model.errors import CapsemError, Corrupt, HostNotReady, NotFound
 from capsem.model.lifecycle import State, Status
 from capsem.model.policy import OFF
 from capsem.model.vm import VmRecord
+from capsem.service.asks import AskFeed
 from capsem.service.create import Maker
 from capsem.service.files import Files
 from capsem.service.flattening import Flattening
 from capsem.service.fleet import Fleet
 from capsem.service.host import Host
 from capsem.service.ledgers import Ledgers
+from capsem.service.network import Network
 from capsem.service.observation import Observation
+from capsem.service.policies import Policies
+from capsem.service.registries import discover, run_program
 from capsem.service.transfer import Transfer
 from capsem.service.usage import Found, Named, usage
 from capsem.service.vm import Vm
@@ -83,7 +89,11 @@ class Handlers(Transfer, Files):
         self.ledgers = ledgers
         self.observation = Observation(fleet, ledgers)
         self.flattening = Flattening(fleet, maker.driver)  # not begun
-        self.host = Host(environ, fleet.layout.run_dir, self, self._configure)
+        self.policies = Policies(environ, floor(is_own), lambda: discover(environ, run_program(environ)))
+        self.network = Network(fleet, self.policies, ledgers, lambda: self.settings.network_preset)
+        self.asks = AskFeed(fleet)
+        fleet.network_layers = self.network.layers
+        self.host = Host(environ, fleet.layout.run_dir, self, self.policies, self.network, self._configure)
 
     def _configure(self, settings: Settings) -> None:
         """For VMs to come."""

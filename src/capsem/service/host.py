@@ -1,8 +1,7 @@
 """The operations that are about the service and its host, and not about a VM: settings, set-up, the service's log.
 
-Some of the contract's concern parts that this Capsem does not have: VMs have no network, hence no presets of network
-policy and no keys to check, and tools of other MCP servers are not offered to guests. Those answer what is true: that
-there are none.
+Some of the contract's concern parts that this Capsem does not have: keys are not checked, and tools of other MCP servers are
+not offered to guests. Those answer what is true: that there are none.
 """
 
 from __future__ import annotations
@@ -19,11 +18,13 @@ from capsem import config
 from capsem.api.host_types import (
     DetectResponse,
     KeyResponse,
+    LintRequest,
     LintResponse,
     McpPolicy,
     McpServers,
     McpTools,
     PolicyHookSpec,
+    Preset,
     PresetsResponse,
     RefreshResponse,
     ReloadResponse,
@@ -32,14 +33,21 @@ from capsem.api.host_types import (
     SettingsResponse,
     SetupState,
 )
+from capsem.api.network_types import CorporateRequest
 from capsem.api.types import SuccessResponse
 from capsem.api.vm_types import AssetHealth, ListResponse
-from capsem.model.errors import InvalidInput, NotFound, PermissionDenied, ToolFailed, Unavailable
+from capsem.egress.document import Document
+from capsem.egress.facts import Layer
+from capsem.egress.schema import PRESETS
+from capsem.model.errors import InvalidInput, MachineFailed, NotFound, PermissionDenied, ToolFailed, Unavailable
 from capsem.model.lifecycle import Status
+from capsem.service.network import Network
+from capsem.service.policies import Policies
 from capsem.service.settings_file import changed
 from capsem.store import durable
 from capsem.store.lines import read_tail
 
+LINTED: Final = ("vm", "user", "corporate")
 LOG_LIMIT: Final = 100 * 1024  # bytes of service.log in an answer
 
 log = logging.getLogger("capsem_service.host")
@@ -60,11 +68,15 @@ class Host:
         environ: Mapping[str, str],
         run_dir: Path,
         machines: Machines,
+        policies: Policies,
+        network: Network,
         apply: Callable[[config.Settings], None] = lambda _settings: None,
     ) -> None:
         self._environ = environ
         self._run_dir = run_dir
         self._machines = machines
+        self._policies = policies
+        self._network = network
         self._apply = apply
 
     # -- settings
@@ -106,9 +118,14 @@ class Host:
         await self.reload()
         return await self.settings()
 
-    async def lint_settings(self, request: SettingsRequest) -> LintResponse:
-        """Whether `change_settings` would take them."""
+    async def lint_settings(self, request: LintRequest) -> LintResponse:
+        """Whether `change_settings`, or a VM, or a file, would take them."""
         problems = []
+        if request.policy is not None:
+            if request.layer not in LINTED:
+                raise InvalidInput(f"there is no layer {request.layer!r}", hint=f"there are: {', '.join(LINTED)}")
+            found = self._policies.check(request.policy, Layer(request.layer), "policy")[1]
+            problems += [problem.at("policy") for problem in found]
         for name, value in request.settings.items():
             try:
                 _setting(name).check(value, "settings")
@@ -117,20 +134,37 @@ class Host:
         return LintResponse(valid=not problems, problems=problems)
 
     async def reload(self) -> ReloadResponse:
-        """Read the files again. No running VM depends on them: what is set is for those to come. Raises InvalidInput."""
+        """Read the files again. Settings are for VMs to come; running ones get the new network policy, and their connections go
+        on. Raises InvalidInput: a file is wrong, and everything stays as it was; MachineFailed: some VMs could not be told.
+        """
         found = config.load(self._environ)
+        await self._policies.reload()
         for warning in found.warnings:
             log.warning("%s", warning)
         self._apply(found)
-        return ReloadResponse(success=True, reloaded=0)
+        told, failures = await self._network.spread()
+        if failures:
+            raise MachineFailed(
+                f"{len(failures)} VMs go on with the policy that they had, {told} have the new one: {'; '.join(failures)}",
+                hint="restart those VMs, or try again",
+            )
+        return ReloadResponse(success=True, reloaded=told)
 
     async def presets(self) -> PresetsResponse:
-        """None: they are sets of rules for a network that VMs do not have."""
-        return PresetsResponse(presets=[])
+        """What VMs may reach, by name, with what that means on this host."""
+        active = config.load(self._environ).network_preset
+        found = []
+        for name, description in PRESETS.items():
+            layers = await self._policies.layers(Document(preset=name))
+            rules = [{**rule.to_dict(), "where": rule.where} for rule in layers.preset.rules]
+            found.append(Preset(id=name, description=description, rules=rules, active=name == active))
+        return PresetsResponse(presets=found)
 
     async def use_preset(self, name: str) -> SettingsResponse:
-        """Raises NotFound."""
-        raise NotFound(f"there is no preset {name}", hint="GET /settings/presets lists those there are: none")
+        """Make a preset that of new VMs. Raises NotFound."""
+        if name not in PRESETS:
+            raise NotFound(f"there is no preset {name[:40]}", hint=f"there are: {', '.join(PRESETS)}")
+        return await self.change_settings(SettingsRequest(settings={config.NETWORK_PRESET: name}))
 
     async def validate_key(self) -> KeyResponse:
         """Keys are for providers on a network."""
@@ -156,12 +190,24 @@ class Host:
     def _qemu(self) -> str | None:
         return shutil.which(f"qemu-system-{os.uname().machine}", path=self._environ.get("PATH"))
 
-    async def set_corp_config(self) -> SuccessResponse:
-        """Raises PermissionDenied."""
-        raise PermissionDenied(
-            "the corporate settings are not for this user to change",
-            hint="whoever starts the service names their file in CAPSEM_CORP_CONFIG",
-        )
+    async def set_corp_config(self, request: CorporateRequest) -> SuccessResponse:
+        """Put the company's file in place, where nobody else has named one. Raises PermissionDenied, InvalidInput."""
+        path = self._policies.corporate_file
+        if self._environ.get("CAPSEM_CORP_CONFIG"):
+            raise PermissionDenied(
+                f"the corporate settings are those of {path}, and not for this user to change",
+                hint="whoever starts the service names their file in CAPSEM_CORP_CONFIG",
+            )
+        self._policies.parse(request.config, Layer.CORPORATE, "config")
+        before = path.read_bytes() if path.exists() else b""
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        durable.write(path, request.config.encode())
+        try:
+            await self.reload()
+        except InvalidInput:  # it is a policy, and its settings are wrong
+            durable.write(path, before)
+            raise
+        return SuccessResponse(success=True)
 
     async def policy_hooks(self) -> PolicyHookSpec:
         """None."""

@@ -49,6 +49,7 @@ class Boot:
     note: str | None = None
     memory: Path | None = None
     layer: str | None = None
+    network: str = ""  # the layers of its policy
     ledger: bool = True  # record commands, files and traffic
 
 
@@ -108,6 +109,7 @@ class Launcher:
             parent_pid=self.system.processes.own_pid() if record.nobodys else self.parent_pid,
             log_level=self.log_level,
             ledger=boot.ledger,
+            network=boot.network,
             gate=str(self.gate or ""),
             faults=self.environ.get(faults.VARIABLE) or None,
         )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 import msgspec
 
@@ -50,6 +52,7 @@ from capsem.service.create import COLD, Maker
 from capsem.service.fleet import Fleet
 from capsem.service.gate import Pass
 from capsem.service.launch import Boot
+from capsem.service.network import Network
 from capsem.service.pool import Order, Pool
 from capsem.service.templates import Templates
 from capsem.service.vm import READY_LIMIT, Vm
@@ -65,6 +68,8 @@ log = logging.getLogger("capsem_service.lifecycle")
 
 class Lifecycle(Commands):
     """See service.manager.Manager."""
+
+    network: Network
 
     def __init__(self, fleet: Fleet, maker: Maker, settings: Settings) -> None:
         super().__init__(fleet)
@@ -120,20 +125,28 @@ class Lifecycle(Commands):
         if isinstance(request, ProvisionRequest) and request.policy is not None:
             policy = OFF.changed(msgspec.structs.asdict(request.policy))
             policy.require(persistent=persistent)
+        before = self._fleet.get(source).record.network if source is not None else None
+        network = self.network.document(request.network, before)
         name = self._fleet.reserve(None if name is None else check_name(name))
         try:
             if source is None:
                 profile = request.profile or DEFAULT_PROFILE
                 if not request.cold:
-                    pooled = await self.pool.take(Order(name, spec, profile, persistent, policy))
+                    pooled = await self.pool.take(Order(name, spec, profile, persistent, policy, network))
                     if pooled is not None:
                         return pooled
                 template = None if request.cold else await self._templates.get(profile, spec)
                 vm = self._maker.make(
-                    name, spec, persistent=persistent, profile=profile, policy=policy, template=template
+                    name,
+                    spec,
+                    persistent=persistent,
+                    profile=profile,
+                    policy=policy,
+                    network=network,
+                    template=template,
                 )
             else:
-                vm = await self._clone(name, spec, source, persistent=persistent, policy=policy)
+                vm = await self._clone(name, spec, source, persistent=persistent, policy=policy, network=network)
             async with vm.turn:
                 await self._begin(vm)
         except OSError as error:
@@ -142,7 +155,9 @@ class Lifecycle(Commands):
             self._fleet.release(name)
         return vm
 
-    async def _clone(self, name: str, spec: VmSpec, source_id: str, *, persistent: bool, policy: Policy) -> Vm:
+    async def _clone(
+        self, name: str, spec: VmSpec, source_id: str, *, persistent: bool, policy: Policy, network: Mapping[str, Any]
+    ) -> Vm:
         """A VM of its own size and environment on a copy of a persistent VM's disk."""
         source = self._fleet.get(source_id)
         if not source.record.persistent:
@@ -155,7 +170,7 @@ class Lifecycle(Commands):
             frozen = await self._freeze_top(source)
             spec = replace(spec, disk_mb=source.record.spec.disk_mb)
             return self._maker.make_child(
-                name, source.record, frozen, None, spec=spec, persistent=persistent, policy=policy
+                name, source.record, frozen, None, spec=spec, persistent=persistent, policy=policy, network=network
             )
 
     async def _begin(self, vm: Vm) -> None:

@@ -61,8 +61,10 @@ from capsem.api.vm_types import (
 )
 
 if TYPE_CHECKING:
+    from capsem.service.asks import AskFeed
     from capsem.service.files import Content
     from capsem.service.host import Host
+    from capsem.service.network import Network
 from capsem.service.observation import Observation
 
 
@@ -74,10 +76,13 @@ class Resize(NamedTuple):
 
 
 class Manager(Protocol):
-    """The VMs of this user; `host` answers what is about none of them, `observation` what has happened."""
+    """The VMs of this user; `host` answers what is about none of them, `observation` what has happened, `network` what they
+    may reach, and `asks` what they want to."""
 
     host: Host
     observation: Observation
+    network: Network
+    asks: AskFeed
 
     async def provision(self, request: ProvisionRequest) -> ProvisionResponse:
         """Create and boot a VM; returns when the guest is ready or after 5 s."""

@@ -33,12 +33,9 @@ log = logging.getLogger("capsem_service.policies")
 class Policies:
     """`discover` finds the registries of this host's clients; it blocks, and is called when a VM first needs to know."""
 
-    def __init__(
-        self, environ: Mapping[str, str], home: Path, floor: Floor, discover: Callable[[], tuple[Registry, ...]]
-    ) -> None:
+    def __init__(self, environ: Mapping[str, str], floor: Floor, discover: Callable[[], tuple[Registry, ...]]) -> None:
         """Nothing is read yet."""
         self._environ = environ
-        self._allowed_file = home / ALLOWED
         self._discover = discover
         self._registries: asyncio.Future[tuple[Registry, ...]] | None = None
         self._changing = asyncio.Lock()
@@ -46,6 +43,15 @@ class Policies:
         self.corporate = NOTHING
         self.user = NOTHING
         self.remembered = NOTHING
+
+    @property
+    def home(self) -> Path:
+        """CAPSEM_HOME."""
+        return config.Paths.from_environment(self._environ).home
+
+    @property
+    def _allowed_file(self) -> Path:
+        return self.home / ALLOWED
 
     @property
     def corporate_file(self) -> Path:
@@ -105,10 +111,15 @@ class Policies:
             MappingProxyType(environment),
         )
 
+    def prepare(self) -> None:
+        """Find out about the host's clients now, so that the first VM does not have to wait for that."""
+        self._registries = asyncio.ensure_future(asyncio.to_thread(self._discover))
+
     async def registries(self) -> tuple[Registry, ...]:
         """The registries of this host's clients."""
         if self._registries is None:
-            self._registries = asyncio.ensure_future(asyncio.to_thread(self._discover))
+            self.prepare()
+        assert self._registries is not None
         try:
             return await asyncio.shield(self._registries)
         except OSError as error:

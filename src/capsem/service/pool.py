@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from capsem.api.internal import Assign, Stop
 from capsem.api.usage_types import PoolUsage
@@ -53,6 +54,7 @@ class Order(NamedTuple):
     profile: str
     persistent: bool
     policy: Policy
+    network: Mapping[str, Any]
 
 
 class Pool:
@@ -84,6 +86,7 @@ class Pool:
 
     async def take(self, order: Order) -> Vm | None:
         """A VM that is what was ordered from here on, or None: there is none like that. The caller has reserved the name."""
+        layers = await self._fleet.network_layers(order.network)
         vm = self._fitting(order)
         if vm is None or self._fleet.stopping:
             return None
@@ -99,6 +102,8 @@ class Pool:
             ready_file=str(layout.ready_file(order.name)),
             env=dict(order.spec.env),
             policy=order.policy.to_dict(),
+            network=json.dumps(dict(order.network)),
+            layers=layers,
             ledger=self._fleet.ledger,
             parent_pid=self._maker.launcher.parent_pid,
         )

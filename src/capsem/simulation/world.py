@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from capsem.api.internal import BOUND, Bootstrap, Stop
-from capsem.config import OFF, Settings
+from capsem.config import NETWORK_PRESET, OFF, Settings
 from capsem.hypervisor.driver import Ending
 from capsem.hypervisor.sim.driver import SimDriver
 from capsem.hypervisor.sim.machine import SimMachine
@@ -35,7 +35,7 @@ from capsem.supervisor.supervisor import Supervisor
 from capsem.wire.messages import decode_message
 
 MOST = 1000  # VMs that may run
-SETTINGS = Settings({**Settings().values, "vm.templates": OFF})  # they stay when no VM is there
+SETTINGS = Settings({**Settings().values, "vm.templates": OFF, NETWORK_PRESET: "off"})  # they stay when no VM is there
 
 
 class Gone(Exception):

@@ -47,6 +47,7 @@ from capsem.store import durable, records
 from capsem.store.flatten import replaced
 from capsem.store.layout import SessionDir
 from capsem.supervisor.owned import Owned
+from capsem.supervisor.policing import table_of
 from capsem.supervisor.saving import Order
 
 ASSIGN_LIMIT = 3.0  # seconds for a guest that waits to take its identity
@@ -64,6 +65,7 @@ class Changes(Owned):
         former = self._record.id
         await self._move(request, persistent=True)
         self.guest.rename(self._identity())
+        self.policing.rename(request.name)
         self.recording.lifecycle("persisted", self._record.state, f"{former} is {request.name}")
         log.info("%s is persistent as %s", former, request.name)
         return Persisted()
@@ -91,10 +93,12 @@ class Changes(Owned):
                     pooled=False,
                     spec=replace(record.spec, env=env),
                     policy=Policy.from_dict(request.policy),
+                    network=MappingProxyType(table_of(request.network)),
                     boot_kind="pool",
                     created_at=self._system.clock.time(),
                     started_at=self._system.clock.time(),
                 )
+                self.policing.begin(request.name, request.layers, self._record.network, None)
                 self.jobs.forget_ended()
                 await becoming
         finally:

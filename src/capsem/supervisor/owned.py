@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from capsem.api.internal import (
     Bootstrap,
@@ -16,6 +18,8 @@ from capsem.api.internal import (
 )
 from capsem.control.guest import Guest, Identity
 from capsem.control.heartbeat import SILENCE, Heartbeat
+from capsem.egress.floor import floor
+from capsem.egress.resolve import is_own
 from capsem.hypervisor.driver import Driver, Machine
 from capsem.model.lifecycle import Event
 from capsem.model.lifecycle import State as Lifecycle
@@ -29,6 +33,7 @@ from capsem.supervisor.activity import Activity
 from capsem.supervisor.console import Console, Transcript
 from capsem.supervisor.gateway import Gateway
 from capsem.supervisor.jobs import JobTable
+from capsem.supervisor.policing import Policing
 from capsem.supervisor.recording import Recording
 from capsem.supervisor.saving import Saver
 from capsem.supervisor.server import Server
@@ -85,6 +90,7 @@ class Owned:
         self.activity = Activity(system.clock)
         self.pid = system.processes.own_pid()
         self.recording: Recording
+        self.policing = Policing(system.clock, floor(is_own), self._write_network)
         self._server: Server
         self._gateway = Gateway(Trial(os.environ.get("CAPSEM_EGRESS_TRIAL", "")))
         self._listener: Listener | None = None
@@ -144,6 +150,10 @@ class Owned:
         record = replace(self._record, **changes)  # type: ignore[arg-type]
         records.write(self._names.session, record)
         self._record = record
+
+    def _write_network(self, own: Mapping[str, Any], learning_since: float | None) -> None:
+        """The VM's own network policy, into the record."""
+        self._rewrite(network=MappingProxyType(dict(own)), learning_since=learning_since)
 
     def _advance(self, event: Event, **changes: object) -> None:
         """Move the record on, durably. Raises OSError, but not on the way out: a full disk keeps no VM from ending."""

@@ -62,7 +62,7 @@ class Policing:
 
     def set(self, request: SetNetwork) -> NetworkSet:
         """Another policy. Raises InvalidInput, OSError: then the old one stays in force."""
-        own = self._own if request.own is None else _document(_table(request.own))
+        own = self._own if request.own is None else _document(table_of(request.own))
         layers = self._layers if request.layers is None else request.layers
         learning = self._learning
         if request.learning is not None:
@@ -98,7 +98,7 @@ class Policing:
             for ask in self.asks.waiting():
                 stream.send(_held(ask))
             return AsksFollowed()
-        leave = self.asks.listen(_Teller(stream.send))
+        leave = self.asks.listen(_Teller(lambda message: None if stream.over else stream.send(message)))
         try:
             await stream.result()
         finally:
@@ -138,7 +138,10 @@ def _held(ask: Ask) -> AskHeld:
     )
 
 
-def _table(text: str) -> Mapping[str, Any]:
+def table_of(text: str) -> Mapping[str, Any]:
+    """A VM's own policy, as it travels; "" is none. Raises InvalidInput."""
+    if not text:
+        return {}
     try:
         table = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -41,11 +41,13 @@ from capsem.api.internal import (
     Stopping,
     speaks,
 )
+from capsem.api.network_messages import AnswerAsk, FollowAsks, SetNetwork
 from capsem.control.channel import Channel, Stream
 from capsem.control.guest import Guest
 from capsem.model.errors import CapsemError, Interrupted, InvalidInput, Unsupported, host_failed
 from capsem.supervisor.activity import Activity
 from capsem.supervisor.jobs import Follower, Job, JobTable
+from capsem.supervisor.policing import Policing
 from capsem.supervisor.recording import Recording
 from capsem.wire.frames import FrameDecoder, ProtocolError
 from capsem.wire.messages import (
@@ -80,6 +82,7 @@ class Supervised(Protocol):
     jobs: JobTable
     activity: Activity
     recording: Recording
+    policing: Policing
     pid: int
 
     def state(self) -> State:
@@ -257,6 +260,13 @@ class _Connection:
         if isinstance(request, SetPolicy):
             with activity.going_on():  # its owner is there: one that has been idle for long is not suspended at once
                 return self._supervised.set_policy(request)
+        if isinstance(request, SetNetwork):
+            with activity.going_on():
+                return self._supervised.policing.set(request)
+        if isinstance(request, AnswerAsk):
+            return self._supervised.policing.answer(request)
+        if isinstance(request, FollowAsks):
+            return await self._supervised.policing.follow(stream, request)
         raise Unsupported(f"{request.tag} is not served here")
 
     async def _start(self, request: Exec | Terminal) -> Job:

@@ -160,6 +160,8 @@ class Supervisor(Changes):
             last_exit=None,
         )
         self._token = token
+        record = self._record
+        self.policing.begin(record.id, bootstrap.network, record.network, record.learning_since)
         self.guest = Guest(self._identity(), clock, entropy, restored)
 
     async def _run_claimed(self) -> int:
