@@ -100,6 +100,9 @@ _BODIES = {
     "inspect": {"sql": "SELECT 1"},
     "forward": b"\x03\x00\x00\x00\x0b" + b'{"port":80}',
     "kill_job": {"job": "one"},
+    "network_allow": {"host": "example.com"},
+    "network_deny": {"host": "example.com"},
+    "network_learn": {"action": "start"},
     "feed_job": b"",
 }
 

@@ -51,7 +51,7 @@ def test_what_is_no_layers(bad):
 def test_layers_that_would_not_travel_are_refused():
     name = "a" * 60
     rule = f"action='allow'\nhost={[f'{name}{n}.test' for n in range(400)]}"
-    document = from_text(f"[[network.rule]]\n{rule}\n" * 8, Layer.USER, "config.toml")
+    document = from_text(f"[[network.rule]]\n{rule}\n" * 4, Layer.USER, "config.toml")
     with pytest.raises(InvalidInput, match=str(LARGEST)):
         Layers(document, document, document, {}).to_json()
 

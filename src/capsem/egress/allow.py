@@ -98,7 +98,7 @@ def _rule(
     methods: tuple[str, ...] = (),
     until: float | None = None,
 ) -> Rule:
-    name = f"{word}-{re.sub('[^A-Za-z0-9.-]+', '-', wanted.text).strip('-') or 'all'}"[:50]
+    name = f"{word}-{re.sub('[^A-Za-z0-9.-]+', '-', wanted.text).strip('-.') or 'all'}"[:50]
     taken, number, found = {rule.name for rule in own.rules}, 1, name
     while found in taken:
         number += 1

@@ -126,7 +126,7 @@ class Lifecycle(Commands):
             policy = OFF.changed(msgspec.structs.asdict(request.policy))
             policy.require(persistent=persistent)
         before = self._fleet.get(source).record.network if source is not None else None
-        network = self.network.document(request.network, before)
+        network = await self.network.document(request.network, before)
         name = self._fleet.reserve(None if name is None else check_name(name))
         try:
             if source is None:

@@ -62,7 +62,7 @@ class Network:
 
     # -- for those who make VMs
 
-    def document(
+    async def document(
         self, wanted: str | NetworkRequest | None, source: Mapping[str, Any] | None = None
     ) -> Mapping[str, Any]:
         """The own policy of a new VM, as its record has it; `source` is that of the VM it is a copy of. Raises InvalidInput."""
@@ -71,7 +71,9 @@ class Network:
         before = (
             Document(preset=self._preset()) if source is None else from_dict(source, Layer.VM, "the source's policy")
         )
-        return (before if wanted is None else self._changed(before, wanted)).to_dict()
+        own = before if wanted is None else self._changed(before, wanted)
+        await self._policy(own, "VM")  # does it hold together with the files?
+        return own.to_dict()
 
     def _changed(self, own: Document, wanted: NetworkRequest) -> Document:
         if isinstance(wanted.policy, str):
@@ -133,7 +135,11 @@ class Network:
         vm = self._vm("set_network", vm_id)
         async with vm.turn:
             self._same(vm, vm_id)
-            await self._put(vm, self._changed(self._own(vm), request))
+            try:
+                own = self._own(vm)
+            except InvalidInput:  # of a newer Capsem, say: what is not known is replaced
+                own = Document()
+            await self._put(vm, self._changed(own, request))
         return await self._show(vm)
 
     async def _put(self, vm: Vm, own: Document, learning: bool | None = None) -> None:
@@ -371,8 +377,12 @@ class Network:
         return told, failures
 
     async def layers(self, own: Mapping[str, Any]) -> str:
-        """What a supervisor is started with."""
-        return (await self._policies.layers(from_dict(own, Layer.VM, "the VM's policy"))).to_json()
+        """What a supervisor is started with; where its VM's own policy cannot be read, it will deny everything."""
+        try:
+            document = from_dict(own, Layer.VM, "the VM's policy")
+        except InvalidInput:
+            document = Document()
+        return (await self._policies.layers(document)).to_json()
 
 
 def _is(rule: Any, verdict: Verdict) -> bool:

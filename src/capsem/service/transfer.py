@@ -112,7 +112,7 @@ class Transfer(Checkpoints):
                     checkpoint.message,
                     spec=source.spec,
                     checkpoint=checkpoint.id if warm else None,
-                    network=self.network.document(None),  # what a stranger allowed is not allowed here
+                    network=await self.network.document(None),  # what a stranger allowed is not allowed here
                 )
         finally:
             self._fleet.spare.discard(layer)
