@@ -13,7 +13,9 @@ from capsem.egress.dial import DialError, Target
 from capsem.egress.door import Allowed, Arrival, Door, note
 from capsem.egress.events import NetEvent
 from capsem.egress.facts import Action, Protocol, Subject, TlsMode, Verdict
+from capsem.egress.h2side import Side, SideFailed
 from capsem.egress.hello import FIRST_BYTE, Hello, HelloError, HelloReader
+from capsem.egress.http2 import Http2
 from capsem.egress.mint import Minter
 from capsem.egress.names import NameTable
 from capsem.egress.parts import Judge
@@ -123,6 +125,7 @@ class Connected:
         event = self._event(arrival)
         started = self._door.clock.monotonic()
         recorded = True
+        upstream: Upstream | None = None
         try:
             limit = asyncio.get_running_loop().time() + HELLO_TIME
             async with asyncio.timeout_at(limit):
@@ -140,15 +143,20 @@ class Connected:
                 await self._pass(arrival, hello, subject, peer, event)
                 return
             event.tls = TlsMode.INTERCEPTED
-            async with asyncio.timeout_at(limit):
-                inner = await self._intercept(arrival, hello, verdict, bytes(reader.raw))
+            upstream = await self._http2(arrival, hello, subject, verdict)
+            async with asyncio.timeout_at(max(limit, asyncio.get_running_loop().time() + 1)):
+                inner = await self._intercept(arrival, hello, upstream, bytes(reader.raw))
             recorded = False
+            await inner.serve()
         except TimeoutError:
             event.error = f"no ClientHello and handshake within {HELLO_TIME:.0f} s"
             return
         except HelloError as error:
             event.error = str(error)
             return
+        except SideFailed as error:
+            recorded, event.error = True, str(error)
+            raise
         except TlsRefused as error:
             event.error = f"tls_client_refused: {error}" if error.by_peer else str(error)
             raise
@@ -159,15 +167,44 @@ class Connected:
             event.error = str(error)
             raise
         finally:
+            if upstream is not None:
+                self._door.pool.drop(upstream)
             if recorded:
                 self._record(event, started)
-        await inner.serve()
 
-    async def _intercept(self, arrival: Arrival, hello: Hello, verdict: Verdict, received: bytes) -> Requests:
+    async def _http2(self, arrival: Arrival, hello: Hello, subject: Subject, verdict: Verdict) -> Upstream | None:
+        """A connection to the origin that speaks HTTP/2, where a rule asks for that and the guest can; None without one: then
+        requests of HTTP/1.1 are told what is wrong."""
+        if not verdict.http2 or verdict.action is not Action.ALLOW or b"h2" not in hello.alpn:
+            return None
+        if arrival.host is not None and hello.sni != arrival.host:
+            return None
+        door, host = self._door, subject.host or subject.address
+        assert host is not None
+        target = Target(host, arrival.port, tls=True, certificate=verdict.certificate, http2=True)
+        proxied = door.dialer.proxy(target, http=True) is not None
+        try:
+            addresses = await door.admission.route(subject, Admitted(verdict), elsewhere=proxied)
+            filled = await door.pool.reserve()
+            upstream: Upstream | None = None
+            try:
+                upstream = Upstream(target, await door.dialer.dial(target, addresses), proxied=proxied)
+            finally:
+                filled(upstream)
+        except (Denied, NotFound, DialError):
+            return None
+        if upstream.dialled.alpn == "h2":
+            return upstream
+        door.pool.drop(upstream)
+        return None
+
+    async def _intercept(
+        self, arrival: Arrival, hello: Hello, upstream: Upstream | None, received: bytes
+    ) -> Requests | Http2:
         name = hello.sni or arrival.host or arrival.address
         if name is None:
             raise HelloError("neither a name nor an address is known for this TLS connection")
-        context = self._minter.context(name)
+        context = self._minter.context(name, http2=upstream is not None)
         tls = TlsStream(self._stream, context, server=True)
         await tls.handshake(received)
         mismatch = None
@@ -182,6 +219,8 @@ class Connected:
             tunnelled=arrival.tunnelled,
             mismatch=mismatch,
         )
+        if upstream is not None and tls.alpn == "h2":
+            return Http2(self._door, inside, Side(tls, server=True), upstream)
         return Requests(self._door, inside, Peer(tls))
 
     async def _pass(self, arrival: Arrival, hello: Hello, subject: Subject, peer: Peer, event: NetEvent) -> None:

@@ -67,7 +67,7 @@ class Trust:
         context = ssl.create_default_context()
         # Later Pythons set it; many companies' own authorities do not live up to it, and curl takes those.
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-        context.set_alpn_protocols(["h2"] if http2 else ["http/1.1"])
+        context.set_alpn_protocols(["h2", "http/1.1"] if http2 else ["http/1.1"])
         for path in self._extra:
             try:
                 context.load_verify_locations(path)
