@@ -129,6 +129,21 @@ def test_a_name_that_may_be_asked_about_at_some_port_alone_may_go_on():
     assert Policy((rule("asks", "ask", host="example.com"),)).judge_name("example.com").action is Action.ASK
 
 
+def test_what_may_not_be_passed_through_may_still_be_ended_here():
+    against = rule("against", "deny", host="a.test", protocol="passthrough")
+    through = rule("through", host="*", protocol="passthrough", layer=Layer.USER)
+    assert Policy((against, rule("web", host="a.test"))).judge(Subject(443, "a.test")).rule == "web"
+    verdict = Policy((against, through)).judge(Subject(443, "a.test"))
+    assert (verdict.action, verdict.rule) == (Action.DENY, "against")
+    assert Policy((against, through)).judge(Subject(443, "b.test")).protocol is Protocol.PASSTHROUGH
+
+
+def test_a_name_that_one_protocol_may_not_use_is_looked_up_for_the_others():
+    table = (rule("no-tcp", "deny", host="a.test", protocol="tcp"), rule("web", host="a.test"))
+    assert Policy(table).judge_name("a.test").rule == "web"
+    assert Policy(table[:1]).judge_name("a.test").action is Action.DENY
+
+
 def test_raw_tcp_needs_a_rule_that_says_so_and_a_denial_is_about_every_protocol():
     web, raw = rule("web", host="db.test"), rule("raw", host="db.test", port=[5432], protocol="tcp")
     assert judge([web], "db.test", 5432, protocol=Protocol.TCP).action is Action.DENY

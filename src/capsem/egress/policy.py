@@ -119,7 +119,7 @@ class Policy:
 
     def _by_rules(self, subject: Subject, candidates: Iterable[tuple[Rule, bool]]) -> Verdict:
         maybe: Rule | None = None  # allows or asks, if what is not known yet turns out so
-        unseen: Rule | None = None  # would have to see requests to judge them
+        unseen: Rule | None = None  # is against passing through, or would have to see requests to judge them
         for rule, in_range in candidates:
             if maybe is not None and rule.layer is not maybe.layer:
                 break
@@ -129,7 +129,7 @@ class Policy:
             if match is MAYBE:
                 if rule.action is not Action.DENY:
                     maybe = maybe or rule
-                if rule.action is not Action.ALLOW and rule.judges_requests:
+                if rule.action is not Action.ALLOW and (rule.judges_requests or rule.protocol is Protocol.PASSTHROUGH):
                     unseen = unseen or rule
                 continue
             if unseen and rule.protocol is Protocol.PASSTHROUGH and subject.port != ANY_PORT:
@@ -139,7 +139,7 @@ class Policy:
                     unseen.name,
                     unseen.layer,
                     f"rule {rule.name} would pass {_what(subject)} through, and rule {unseen.name} of the {unseen.layer} "
-                    "layer has to see each request",
+                    f"layer {'has to see each request' if unseen.judges_requests else 'is against that'}",
                 )
             return self._of(rule, subject)
         if maybe is not None:

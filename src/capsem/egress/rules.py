@@ -100,11 +100,16 @@ class Rule:
             if subject.address is not None or (not self.hosts and self.action is not Action.DENY):
                 return NO
             result = MAYBE
-        if (spoken := self.protocol) is not None and subject.port != ANY_PORT:
-            if spoken is Protocol.PASSTHROUGH:
+        if (spoken := self.protocol) is not None:
+            if subject.port == ANY_PORT:
+                # A name that one protocol may not use is still looked up for the others.
+                result = MAYBE if self.action is Action.DENY else result
+            elif spoken is Protocol.PASSTHROUGH:
                 # What has a request is not passed through unseen.
                 if subject.protocol is Protocol.TCP or subject.method is not None:
                     return NO
+                if self.action is Action.DENY and subject.protocol is Protocol.HTTP:
+                    result = MAYBE  # what may not be passed through may still be ended here
             elif spoken is not subject.protocol and not (
                 spoken is Protocol.HTTP and subject.protocol is Protocol.PASSTHROUGH
             ):
