@@ -110,8 +110,8 @@ MUTANTS = (
     Mutant(
         "suspend acknowledged before the machine's exit",
         "service/checkpoints.py",
-        "                if not await vm.ended(EXIT_LIMIT):\n                    await vm.stop(Stop(kill=True))\n",
-        "",
+        "                    if not await vm.ended(EXIT_LIMIT):\n                        await vm.stop(Stop(kill=True))\n",
+        "                    pass\n",
         "tests/contract/test_hazard.py::test_with_the_gate_nothing_is_ever_lost tests/contract/test_driver_sim.py",
     ),
     Mutant(

@@ -8,6 +8,7 @@ hold one order:
 
 The first to come to that step takes the order, by renaming FILE to FILE.taken, and carries it out: every order happens
 once, and who gave it can see that it did. To be used by tests; there is nothing here that a client or a guest reaches.
+The steps are also points in a trace (capsem.tracing), where one is wanted.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
+
+from capsem import tracing
 
 VARIABLE: Final = "CAPSEM_FAULTS"
 KINDS: Final = ("kill", "kill-vmm", "stop-vmm", "enospc", "delay")
@@ -102,6 +105,8 @@ _hook: Callable[[str, int], None] | None = None
 
 def at(step: str, vmm: int = 0) -> None:
     """This process is at a step; `vmm` is the process that a fault may be meant for. Raises OSError if that is the fault."""
+    if (trace := tracing.active()) is not None:
+        trace.instant(step)
     if _hook is not None:
         _hook(step, vmm)
 

@@ -1,4 +1,4 @@
-"""Logging: JSON lines with targets, written by one capped and rotating writer. Imports nothing of ours.
+"""Logging: JSON lines with targets, written by one capped and rotating writer. Imports `capsem.tracing` alone of ours.
 
 A line is an object with `timestamp` (ISO 8601, UTC), `level`, `target`, `message`, and where there are any `fields`
 (an object) and `exception` (a traceback). A target is a logger's name: the program's, such as "capsem_service", and
@@ -7,7 +7,7 @@ below it the part that speaks, such as "capsem_service.http".
 `trace` marks a piece of work with a pair of lines, so that the one that never ended, or took its time, is found:
 
     with trace("suspend.write_memory", log, pages=222): ...     # also `async with`
-        -> suspend.write_memory.started, then .complete or .failed, with duration_ms
+        -> suspend.write_memory.started, then .complete or .failed, with duration_ms; and a span where a trace is wanted
 
 Levels come from RUST_LOG or else CAPSEM_LOG, as in "debug" or "info,capsem_service.http=debug"; "capsem" means all
 programs. What cannot be understood there is ignored: harnesses set all sorts of things.
@@ -24,6 +24,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
+
+from capsem.tracing import span
 
 TARGETS: Final = ("capsem", "capsem_service", "capsem_process", "capsem_mcp")
 MAX_BYTES: Final = 10 * 1024 * 1024
@@ -159,15 +161,18 @@ class trace:  # noqa: N801  it is used as a statement
         self._level = level
         self._clock = clock
         self._began = 0.0
+        self._span = span(name)
 
     def __enter__(self) -> trace:
         self._began = self._clock()
+        self._span.__enter__()
         self._log.debug("%s.started", self.name, extra={"fields": dict(self.fields)})
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
     ) -> None:
+        self._span.__exit__(kind)
         fields = {**self.fields, "duration_ms": round((self._clock() - self._began) * 1000, 3)}
         if error is None:
             self._log.log(self._level, "%s.complete", self.name, extra={"fields": fields})

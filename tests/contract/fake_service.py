@@ -59,6 +59,7 @@ from capsem.service.host import Host
 from capsem.service.ledgers import Ledgers
 from capsem.service.network import Network
 from capsem.service.policies import Policies
+from capsem.service.traces import Traces
 from capsem.store.layout import Layout
 from capsem.system.real import real_system
 
@@ -71,6 +72,7 @@ class FakeManager:
         self.states: dict[str, State] = {"box": State.RUNNING, "off": State.STOPPED, "broken": State.FAILED}
         self.requests: list[object] = []
         self.pool: PoolUsage | None = None
+        self.traces = Traces(Path(tempfile.mkdtemp()))
         self.files: dict[str, str] = {}
         self.started = threading.Event()
         self.cancelled = threading.Event()

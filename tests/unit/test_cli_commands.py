@@ -23,6 +23,7 @@ from capsem.api.exec_types import ExecRequest, RunRequest
 from capsem.api.usage_types import PoolUsage
 from capsem.api.vm_types import ProvisionRequest
 from capsem.cli.main import ALIASES, COMMANDS, main
+from capsem.model.lifecycle import State
 from contract.fake_service import FakeService, fake_service
 
 SOURCE = str(Path(capsem.__file__).parent.parent)
@@ -268,6 +269,28 @@ def test_df(service: FakeService) -> None:
         ["free", "0B"],
     ]
     assert json.loads(run(service, "df", "--json")[1])["vms"][0]["id"] == "box"
+
+
+def test_a_trace_is_written(service: FakeService, tmp_path: Path) -> None:
+    file = tmp_path / "trace.json"
+    assert run(service, "--trace", str(file), "list")[0] == 0
+    events = json.loads(file.read_text())["traceEvents"]
+    names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    spans = sorted((event["ts"], names[event["pid"]], event["name"]) for event in events if event["ph"] == "X")
+    assert [span[1:] for span in spans] == [
+        ("capsem", "start the program, import"),
+        ("capsem", "list"),
+        ("capsem-service", "GET /list"),
+    ]
+    assert spans[0][0] == 0
+    # Whatever becomes of the command, and where there is no service.
+    assert run(service, "--trace", str(file), "exec", "box", "exit 3")[0] == 3
+    assert "stream" in file.read_text()
+    assert run(None, "--trace", str(file), "version")[0] == 0
+    assert len(json.loads(file.read_text())["traceEvents"]) == 3
+    code, _, err = run(service, "--trace", str(tmp_path / "no" / "such"), "delete", "box")
+    assert (code, service.manager.states["box"]) == (1, State.RUNNING)
+    assert "No such file" in err
 
 
 def test_the_pool_is_shown_where_memory_is(service: FakeService) -> None:

@@ -18,6 +18,15 @@ HOST_OPERATIONS: Final = (
         retry_safe=True,
     ),
     Operation(
+        "trace",
+        "GET",
+        "/trace/{name}",
+        "what was done, and when, for the requests with this id in their header `Capsem-Trace`",
+        "TraceResponse",
+        errors=(InvalidInput, NotFound),
+        retry_safe=True,
+    ),
+    Operation(
         "reload_config",
         "POST",
         "/reload-config",

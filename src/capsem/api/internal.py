@@ -60,7 +60,7 @@ class Bootstrap(Message, tag="bootstrap"):
     runs. `assets` are digests of what the machine boots from. `boot_kind` and `boot_note` are recorded. `ledger`:
     commands, files and traffic are recorded, too. `network`: the layers of its policy (egress.compose.Layers), but for its
     own. `gate`: the host-wide lock (store.gate) to wait for when the VM ends without the service having asked, "" where there
-    is none. `faults` is for tests, see capsem.faults.
+    is none. `trace`: what is done goes into this file, see TraceTo. `faults` is for tests, see capsem.faults.
     """
 
     protocol: int
@@ -87,6 +87,7 @@ class Bootstrap(Message, tag="bootstrap"):
     ledger: bool = True
     network: str = ""
     gate: str = ""
+    trace: str = ""
     faults: str | None = None
 
 
@@ -270,6 +271,16 @@ class Assigned(Message, tag="assigned"):
     """Closes an Assign stream: the guest has taken its new identity; record and directory are durable, as with Persist."""
 
 
+class TraceTo(Message, tag="trace-to"):
+    """Append what is done from here on to a file (capsem.tracing); "": to none."""
+
+    file: str
+
+
+class TraceGoes(Message, tag="trace-goes"):
+    """Closes a TraceTo stream: it does."""
+
+
 class FlushLedger(Message, tag="flush-ledger"):
     """Somebody is about to read the VM's ledger."""
 
@@ -341,6 +352,7 @@ REQUESTS: dict[type[Message], type[Message]] = {
     Stop: Stopping,
     Persist: Persisted,
     Assign: Assigned,
+    TraceTo: TraceGoes,
     AddLayer: LayerAdded,
     ReplaceLayers: LayersReplaced,
     SetPolicy: PolicySet,

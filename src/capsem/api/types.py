@@ -66,6 +66,13 @@ class VersionResponse(Body, frozen=True):
     version: str
 
 
+class TraceResponse(Body, frozen=True):
+    """What processes did and when, as events of the Trace Event Format, in no particular order; `ts` and `dur` are
+    microseconds of this host's CLOCK_MONOTONIC."""
+
+    events: list[dict[str, Any]]
+
+
 class OpenApiDocument(Body, frozen=True):
     """An OpenAPI document of this revision; every operation of the service is in it."""
 

@@ -112,13 +112,18 @@ def _version(ctx: click.Context, _option: click.Parameter, wanted: bool) -> None
     metavar="PATH",
     help="Talk to the service at this socket, and start none.",
 )
+@click.option("--trace", metavar="FILE", help="Write what took how long to FILE, for chrome://tracing or Perfetto.")
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="As `capsem version`."
 )
 @click.pass_context
-def cli(ctx: click.Context, uds_path: str | None) -> None:
+def cli(ctx: click.Context, uds_path: str | None, trace: str | None) -> None:
     """Linux machines for AI agents: hardware-isolated, persistent by name."""
     ctx.obj = Context(os.environ, uds_path)
+    if trace is not None:
+        from capsem.cli.trace import begin
+
+        ctx.call_on_close(begin(trace, ctx.obj))
 
 
 def main(args: Sequence[str] | None = None) -> int:

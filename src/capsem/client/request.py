@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from capsem.api.operation import Operation
@@ -41,11 +42,15 @@ def quote(text: str) -> str:
 
 
 def encode_request(
-    row: Operation, vm_id: str | None, body: Mapping[str, Any] | None, query: Mapping[str, str] | None = None
+    row: Operation,
+    vm_id: str | None,
+    body: Mapping[str, Any] | None,
+    query: Mapping[str, str] | None = None,
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> bytes:
-    """The whole request. Keys whose value is None are left out of the body."""
+    """The whole request. Keys whose value is None are left out of the body; `more` are headers."""
     data = encode_body(body)
-    headers = {"Content-Type": "application/json", "Content-Length": str(len(data))}
+    headers = {"Content-Type": "application/json", "Content-Length": str(len(data)), **more}
     return encode_head(row.method, path_of(row, vm_id, query), headers) + data
 
 
@@ -54,9 +59,9 @@ def encode_body(body: Mapping[str, Any] | None) -> bytes:
     return json.dumps({key: value for key, value in (body or {}).items() if value is not None}).encode()
 
 
-def encode_stream_head(row: Operation, vm_id: str | None) -> bytes:
-    """The head of a request whose body is a stream of chunks."""
-    headers = {"Content-Type": CONTENT_TYPE, "Transfer-Encoding": "chunked"}
+def encode_stream_head(row: Operation, vm_id: str | None, more: Mapping[str, str] = MappingProxyType({})) -> bytes:
+    """The head of a request whose body is a stream of chunks; `more` are headers."""
+    headers = {"Content-Type": CONTENT_TYPE, "Transfer-Encoding": "chunked", **more}
     return encode_head(row.method, path_of(row, vm_id), headers)
 
 

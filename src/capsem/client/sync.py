@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Final, Protocol
 
+from capsem import tracing
 from capsem.api import stream
 from capsem.client import request
 from capsem.client.http import Answer, BadAnswer, encode_chunk
@@ -71,9 +72,9 @@ class Client:
     ) -> bytes:
         """As `call`, for an answer that is text or a JSON array: its bytes."""
         row = request.operation(operation_name)
-        data = request.encode_request(row, vm_id, body, query)
+        data = request.encode_request(row, vm_id, body, query, _trace())
         timeout = self._timeout if self._timeout is not None else row.answer_within
-        with self.connect() as connection:
+        with tracing.span(operation_name), self.connect() as connection:
             connection.settimeout(timeout)
             answer, parts = Answer(), []
             # A service that refuses a large body answers and closes before it has read it: the answer is there.
@@ -97,7 +98,8 @@ class Client:
         row = request.operation(operation)
         connection = self.connect()
         connection.settimeout(None)
-        return ExecStream(connection, request.encode_stream_head(row, vm_id), request.encode_body(body), stdin)
+        head = request.encode_stream_head(row, vm_id, _trace())
+        return ExecStream(connection, head, request.encode_body(body), stdin)
 
     def connect(self) -> socket.socket:
         """A connection for one request. Raises Unavailable."""
@@ -108,7 +110,8 @@ class Client:
                 raise self._unreachable(exc) from exc
         except OSError as exc:
             raise self._unreachable(exc) from exc
-        self._start()
+        with tracing.span("start the service"):
+            self._start()
         try:
             return _connect(self.uds_path)
         except OSError as exc:
@@ -136,6 +139,8 @@ class ExecStream:
 
     def __init__(self, connection: socket.socket, head: bytes, body: bytes, stdin: Input | None) -> None:
         self.result: dict[str, Any] = {}
+        self._work = tracing.span("stream")
+        self._work.__enter__()
         self._connection = connection
         self._answer = Answer()
         self._decoder = stream.Decoder()
@@ -159,6 +164,7 @@ class ExecStream:
         """Hang up; a command that still runs is ended."""
         self.hang_up()
         self._connection.close()
+        self._work.__exit__(None)
 
     def hang_up(self) -> None:
         """End a command that still runs; whoever iterates, in another thread, gets Interrupted."""
@@ -230,6 +236,12 @@ class _Credit:
         with self._changed:
             self._ended = True
             self._changed.notify_all()
+
+
+def _trace() -> dict[str, str]:
+    """The header that makes a request part of the trace of which this process's is one."""
+    trace = tracing.active()
+    return {} if trace is None else {tracing.HEADER: trace.name}
 
 
 def _connect(path: str) -> socket.socket:

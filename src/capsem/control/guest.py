@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 
+from capsem import tracing
 from capsem.control.channel import Channel, Stream, limited
 from capsem.model.errors import GuestFailed, Interrupted, TimedOut
 from capsem.system import Clock, Entropy
@@ -98,6 +100,7 @@ class Guest:
         self._lost = False
         self._holding = False  # its commands, for a checkpoint
         self._refused: GuestFailed | None = None
+        self._offered = 0  # when the handshake's data was sent, see capsem.tracing
         self._pings: dict[int, asyncio.Future[None]] = {}
         self._ping_id = 0
         self.boot_ready: BootReady | None = None
@@ -156,6 +159,7 @@ class Guest:
     def _offer(self, ready: Ready) -> None:
         self.boot_id, self.restarts = ready.boot_id, ready.restarts
         self.epoch += 1
+        self._offered = tracing.now()
         # Until the guest has confirmed, its agent may die knowing the present nonce or the next. So there is but one
         # next at a time: an offer that may or may not have been taken is repeated, not replaced.
         self._next_nonce = self._next_nonce or make_nonce(self._entropy.token_bytes)
@@ -189,6 +193,7 @@ class Guest:
         self._stop_watchdog()
         self.boot_ready = self._handshake.boot_ready
         assert self.boot_ready is not None
+        self._trace_handshake(self.boot_ready.timings)
         for warning in self.boot_ready.warnings:
             log.warning("the restored guest: %s", warning)
         if self._restored and self.boot_ready.problems:
@@ -360,6 +365,24 @@ class Guest:
             result = await stream.result()
         assert isinstance(result, FileWritten)
         return result.size
+
+    def did(self, what: str, seconds: float) -> None:
+        """Where a trace is wanted: the guest has just said that it did something for so long."""
+        if (trace := tracing.active()) is not None:
+            ended = tracing.now()
+            trace.add(what, ended - int(seconds * 1e9), ended, guest=f"guest of {self.identity.vm_id}")
+
+    def _trace_handshake(self, timings: Mapping[str, float]) -> None:
+        """The handshake, and what the guest says of its part; its last word was spoken about when we hear it."""
+        if (trace := tracing.active()) is None:
+            return
+        ended, name = tracing.now(), f"guest of {self.identity.vm_id}"
+        trace.add("handshake", self._offered, ended)
+        steps = sorted(timings.items(), key=lambda step: step[1])
+        for (_, began), (what, until) in itertools.pairwise(steps):
+            ago = steps[-1][1] - until
+            done = ended - int(ago * 1e9)
+            trace.add(f"until {what}", done - int((until - began) * 1e9), done, guest=name)
 
     @property
     def next_nonce(self) -> bytes:

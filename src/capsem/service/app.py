@@ -37,6 +37,7 @@ from capsem.service.exec_stream import ExecStream
 from capsem.service.file_routes import FILE_ROUTES, file_endpoint
 from capsem.service.gate import VISIT, Visit
 from capsem.service.manager import Manager
+from capsem.service.traces import Traced
 
 T = TypeVar("T")
 Handler = Callable[[Manager, str, Any], Awaitable[Any]]  # manager, id or name, request or query
@@ -117,6 +118,7 @@ HANDLERS: Final = MappingProxyType[str, Handler](
         "network_ca": lambda manager, _id, _request: manager.network.authority(),
         "rotate_network_ca": lambda manager, _id, _request: manager.network.authority(rotate=True),
         "service_logs": lambda manager, _id, _request: manager.host.service_log(),
+        "trace": lambda manager, trace_id, _request: asyncio.to_thread(manager.traces.read, trace_id),
         "reload_config": lambda manager, _id, _request: manager.host.reload(),
         "settings": lambda manager, _id, _request: manager.host.settings(),
         "change_settings": lambda manager, _id, request: manager.host.change_settings(request),
@@ -190,6 +192,7 @@ def build_app(manager: Manager, version: str) -> Starlette:
         exception_handlers={HTTPException: _routing_error},
     )
     app.router.redirect_slashes = False
+    app.add_middleware(Traced, traces=manager.traces)
     app.state.transitions = transitions
     return app
 

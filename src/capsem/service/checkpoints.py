@@ -35,6 +35,7 @@ from capsem.service.lifecycle import Lifecycle
 from capsem.service.vm import READY_LIMIT, Vm
 from capsem.store import durable
 from capsem.store.checkpoints import CheckpointStore
+from capsem.tracing import span
 
 EXIT_LIMIT = 10.0  # seconds from a committed suspend to its supervisor's exit
 STARTS = 4  # forks that are started at once
@@ -110,8 +111,9 @@ class Checkpoints(Lifecycle):
             async with self._gate.change(vm, "suspend"):
                 made = await self._save("suspend", vm, Save(kind=kind, go_on=False))
                 faults.at("suspend.acknowledged")
-                if not await vm.ended(EXIT_LIMIT):
-                    await vm.stop(Stop(kill=True))
+                with span("wait for the supervisor's end"):
+                    if not await vm.ended(EXIT_LIMIT):
+                        await vm.stop(Stop(kill=True))
         faults.at("suspend.done")
         self._fleet.collect()
         if vm.record.state != State.SUSPENDED:
@@ -123,7 +125,8 @@ class Checkpoints(Lifecycle):
     async def _save(self, operation: str, vm: Vm, order: Save) -> CheckpointMade:
         self._vm(operation, vm.id)
         link = await vm.ready_link()
-        made = await link.open(order).result()
+        with span("have it saved"):
+            made = await link.open(order).result()
         assert isinstance(made, CheckpointMade)
         self._fleet.sum_soon()
         vm.reload()

@@ -26,6 +26,7 @@ from capsem.service.gate import Gate
 from capsem.service.launch import Boot, Launcher, assets
 from capsem.service.vm import Vm
 from capsem.store import durable, records
+from capsem.tracing import span
 
 COLD = Boot()
 NO_NETWORK: Mapping[str, Any] = MappingProxyType({})
@@ -211,7 +212,8 @@ class Maker:
         if self.fleet.stopping:
             raise HostNotReady("the service is stopping", hint="try again when it is back")
         if vm.record.state == State.SUSPENDED or self.fleet.is_frozen(vm.record.layers[-1]):
-            boot = replace(boot, layer=self.new_layer(vm.record))
+            with span("make a layer"):
+                boot = replace(boot, layer=self.new_layer(vm.record))
         layers = await self.fleet.network_layers(vm.record.network)
         boot = replace(boot, ledger=self.fleet.ledger and not vm.record.nobodys, network=layers)
         faults.at("start.layered")

@@ -31,6 +31,7 @@ from capsem.service.vm import Vm
 from capsem.store.gate import HostLock
 from capsem.store.locks import Lock
 from capsem.system import Clock
+from capsem.tracing import span
 
 LIMIT: Final = 60.0  # seconds; interface.md 5.6
 RETRY_AFTER: Final = 5.0
@@ -143,7 +144,8 @@ class Gate:
             await asyncio.wait({entering}, timeout=0)
             if not entering.done():
                 vm.wait_for(f"waits to {what}: {self._reason()}")
-                await asyncio.wait({entering, leaving}, timeout=LIMIT, return_when=asyncio.FIRST_COMPLETED)
+                with span("wait at the gate"):
+                    await asyncio.wait({entering, leaving}, timeout=LIMIT, return_when=asyncio.FIRST_COMPLETED)
             if entering.done():
                 passed = entering.result()
                 entered = True

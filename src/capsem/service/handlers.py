@@ -29,6 +29,7 @@ from capsem.service.network import Network
 from capsem.service.observation import Observation
 from capsem.service.policies import Policies
 from capsem.service.registries import discover, run_program
+from capsem.service.traces import Traces
 from capsem.service.transfer import Transfer
 from capsem.service.usage import Found, Named, usage
 from capsem.service.vm import Vm
@@ -88,6 +89,7 @@ class Handlers(Transfer, Files):
         super().__init__(fleet, maker, settings)
         self.ledgers = ledgers
         self.observation = Observation(fleet, ledgers)
+        self.traces = Traces(fleet.layout.traces)
         self.flattening = Flattening(fleet, maker.driver)  # not begun
         self.policies = Policies(environ, floor(is_own), lambda: discover(environ, run_program(environ)))
         self.network = Network(fleet, self.policies, ledgers, lambda: self.settings.network_preset)

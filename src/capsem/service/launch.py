@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from capsem import faults
+from capsem import faults, tracing
 from capsem.api.internal import BOUND, PROTOCOL, Bootstrap
 from capsem.hypervisor.driver import Accelerator
 from capsem.image.catalog import Image
@@ -22,6 +22,7 @@ from capsem.service.spares import Spares
 from capsem.store.layout import Layout, SessionDir
 from capsem.store.lines import last_lines
 from capsem.system import Child, System
+from capsem.tracing import span
 from capsem.wire.messages import encode_message
 
 # Nothing else of the service's environment reaches a supervisor: a user's secrets stay here (interface.md 1.3).
@@ -111,16 +112,19 @@ class Launcher:
             ledger=boot.ledger,
             network=boot.network,
             gate=str(self.gate or ""),
+            trace=trace.name if (trace := tracing.active()) is not None else "",
             faults=self.environ.get(faults.VARIABLE) or None,
         )
         argv = [str(self.process_binary), "--id", record.id, "--session-dir", str(session.path)]
         data = encode_message(bootstrap)
         try:
-            child = await self.spares.take(data, len(" ".join(argv[1:]))) if self.spares else None
+            with span("hand over to a spare supervisor"):
+                child = await self.spares.take(data, len(" ".join(argv[1:]))) if self.spares else None
             if child is None:
-                child = await self.system.processes.spawn(
-                    argv, env=passed_on(self.environ), stdin=data, log=session.process_log
-                )
+                with span("spawn a supervisor"):
+                    child = await self.system.processes.spawn(
+                        argv, env=passed_on(self.environ), stdin=data, log=session.process_log
+                    )
         except OSError as error:
             raise HostNotReady(
                 f"{self.process_binary} cannot be started: {error.strerror}",
@@ -128,7 +132,8 @@ class Launcher:
             ) from error
         try:
             async with asyncio.timeout(BIND_LIMIT):
-                word = await child.read_line()
+                with span("wait for the supervisor's socket"):
+                    word = await child.read_line()
                 if word != BOUND:
                     await child.wait()
                     raise MachineFailed(
@@ -136,7 +141,8 @@ class Launcher:
                         hint=f"capsem logs {record.id}",
                     )
                 link = Link()
-                await link.connect(self.system, socket)
+                with span("connect to the supervisor"):
+                    await link.connect(self.system, socket)
         except BaseException as error:
             self.system.processes.signal(child.pid, 9)
             await child.wait()

@@ -57,6 +57,7 @@ from capsem.service.pool import Order, Pool
 from capsem.service.templates import Templates
 from capsem.service.vm import READY_LIMIT, Vm
 from capsem.store.layout import CheckpointDir
+from capsem.tracing import span
 
 PROVISION_WAIT = 5.0  # seconds
 BOOT_LIMIT = 95.0  # seconds; a supervisor gives up a guest that is not ready before
@@ -132,19 +133,22 @@ class Lifecycle(Commands):
             if source is None:
                 profile = request.profile or DEFAULT_PROFILE
                 if not request.cold:
-                    pooled = await self.pool.take(Order(name, spec, profile, persistent, policy, network))
+                    with span("take one of the pool"):
+                        pooled = await self.pool.take(Order(name, spec, profile, persistent, policy, network))
                     if pooled is not None:
                         return pooled
-                template = None if request.cold else await self._templates.get(profile, spec)
-                vm = self._maker.make(
-                    name,
-                    spec,
-                    persistent=persistent,
-                    profile=profile,
-                    policy=policy,
-                    network=network,
-                    template=template,
-                )
+                with span("find or make a template"):
+                    template = None if request.cold else await self._templates.get(profile, spec)
+                with span("write the record"):
+                    vm = self._maker.make(
+                        name,
+                        spec,
+                        persistent=persistent,
+                        profile=profile,
+                        policy=policy,
+                        network=network,
+                        template=template,
+                    )
             else:
                 vm = await self._clone(name, spec, source, persistent=persistent, policy=policy, network=network)
             async with vm.turn:
@@ -239,7 +243,8 @@ class Lifecycle(Commands):
             checkpoint, files = self._fleet.checkpoints.open(vm.record.checkpoint or "")
         except NotFound as error:  # it is the VM's own, and not a name that somebody gave us
             raise Corrupt(error.message, hint="the VM can be resumed cold (`capsem resume --cold`)") from error
-        await self._maker.check_restorable(vm.record, checkpoint)
+        with span("compare host and checkpoint"):
+            await self._maker.check_restorable(vm.record, checkpoint)
         async with self._gate.change(vm, "resume"):
             failure = await self._try_to_restore(vm, files)
         if failure is not None:
@@ -410,10 +415,13 @@ class Lifecycle(Commands):
 
     async def run(self, request: RunRequest) -> ExecResponse:
         """A command in a VM made for it alone."""
-        vm = await self._create(request)
+        with span("create"):
+            vm = await self._create(request)
         try:
             await self._wait_ready(vm, READY_LIMIT)
-            return await self.execute(vm.id, ExecRequest(command=request.command, timeout_secs=request.timeout_secs))
+            with span("execute"):
+                order = ExecRequest(command=request.command, timeout_secs=request.timeout_secs)
+                return await self.execute(vm.id, order)
         finally:
-            with contextlib.suppress(NotFound):
+            with contextlib.suppress(NotFound), span("delete"):
                 await asyncio.shield(self.delete(vm.id))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from capsem import __version__
-from capsem.api.internal import MESSAGES, PROTOCOL, REQUESTS, Hello, ShutdownAsked, State, speaks
+from capsem import __version__, tracing
+from capsem.api.internal import MESSAGES, PROTOCOL, REQUESTS, Hello, ShutdownAsked, State, TraceTo, speaks
 from capsem.control.channel import Channel, Stream
 from capsem.model.errors import Interrupted, TimedOut, Unsupported
 from capsem.system import System
@@ -32,6 +33,7 @@ class Link:
         self.on_shutdown_asked: Callable[[str], None] = lambda _action: None
         self._changed = asyncio.Event()
         self._refused: Unsupported | None = None
+        self._traced: tracing.Trace | None = None
         self.channel = Channel(Mux(FrameDecoder(hunting=False), initiator=True, messages=MESSAGES, requests=REQUESTS))
         self.channel.on_control = self._control
         self.channel.on_lost = self._lost
@@ -103,7 +105,20 @@ class Link:
 
     def open(self, request: Message) -> Stream:
         """Open a stream. Raises Interrupted when the supervisor is gone."""
+        if (trace := tracing.active()) is not self._traced:
+            self._trace(trace)
         return self.channel.open(request)
+
+    def _trace(self, trace: tracing.Trace | None) -> None:
+        """What the supervisor does from here on belongs to this trace, until that is closed."""
+        self._traced = trace
+        self.channel.open(TraceTo(file=trace.name if trace is not None else ""))
+        if trace is not None:
+            trace.on_close.append(functools.partial(self._untrace, trace))
+
+    def _untrace(self, trace: tracing.Trace) -> None:
+        if self._traced is trace and not self.lost.is_set():
+            self._trace(None)
 
 
 def _unsupported(message: str) -> Unsupported:

@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from capsem.service.files import Content
     from capsem.service.host import Host
     from capsem.service.network import Network
+    from capsem.service.traces import Traces
 from capsem.service.observation import Observation
 
 
@@ -83,6 +84,7 @@ class Manager(Protocol):
     observation: Observation
     network: Network
     asks: AskFeed
+    traces: Traces
 
     async def provision(self, request: ProvisionRequest) -> ProvisionResponse:
         """Create and boot a VM; returns when the guest is ready or after 5 s."""

@@ -21,6 +21,7 @@ from capsem.store.layout import SessionDir
 from capsem.store.lines import last_lines
 from capsem.store.locks import is_locked, take_lock, try_lock
 from capsem.system import Child, System
+from capsem.tracing import span
 
 READY_LIMIT = 30.0  # seconds that a command waits for a guest that boots
 EXIT_MARGIN = 2.0  # seconds for a supervisor to exit after its machine must have ended
@@ -292,7 +293,8 @@ class Vm:
         if link is None:
             raise NotRunning(f"{self.id} is not running", hint=f"start it with `capsem resume {self.id}`")
         try:
-            ready = await link.wait_ready(limit)
+            with span("wait for the guest"):
+                ready = await link.wait_ready(limit)
         except CapsemError:
             await self.ended(EXIT_MARGIN)
             self.check()

@@ -12,6 +12,7 @@
 <run_dir>/store/volumes/<MiB>.raw      empty formatted volumes of other than the image's size
 <run_dir>/store/checkpoints/<object id>/   a checkpoint (class CheckpointDir); one without a manifest is a draft
 <run_dir>/store/ram/empty-<MiB>.ram    sparse, shared by all machines of that size that boot cold
+<run_dir>/traces/<id>.jsonl            what was done for requests that somebody wanted to see through (capsem.tracing)
 <session_dir>/vm.json                  the VM's record
 <session_dir>/claim                    flock: held by the one supervisor (or a service at rest) that owns the VM
 <session_dir>/vmm.lock                 flock: held by the VMM process through an inherited descriptor
@@ -169,6 +170,11 @@ class Layout:
     def checkpoints(self) -> Path:
         """Directory of checkpoints."""
         return self.run_dir / "store" / "checkpoints"
+
+    @property
+    def traces(self) -> Path:
+        """Directory of the latest traces; made when the first is wanted."""
+        return self.run_dir / "traces"
 
     def checkpoint(self, checkpoint_id: str) -> CheckpointDir:
         """The directory of a checkpoint."""

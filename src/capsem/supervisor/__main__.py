@@ -15,7 +15,7 @@ import signal
 import sys
 from pathlib import Path
 
-from capsem import faults
+from capsem import faults, tracing
 from capsem import log as logs
 from capsem.api.internal import BOUND, PROTOCOL, Bootstrap, Stop, speaks
 from capsem.hypervisor.registry import make_driver
@@ -77,6 +77,14 @@ def stand_in(vm_id: str, session_dir: Path) -> None:
     os.close(fd)
 
 
+def _trace(file: str, vm_id: str, *, spare: bool) -> None:
+    """Tell what is done here from the beginning, which for a spare was long ago."""
+    trace = tracing.to_file(file, f"capsem-process {vm_id}")
+    if not spare:
+        trace.add("start the program, import", tracing.process_began(), tracing.now())
+    tracing.follow(trace)
+
+
 async def serve(vm_id: str, session_dir: Path, bootstrap: Bootstrap) -> int:
     """Supervise until the VM has ended; returns the exit status."""
     layout = Layout(Path(bootstrap.run_dir))
@@ -123,6 +131,8 @@ def main() -> int:
             stand_in(vm_id, session_dir)
         logs.setup(os.environ)
         faults.load(bootstrap.faults)
+        if bootstrap.trace:
+            _trace(bootstrap.trace, vm_id, spare=arguments.spare is not None)
         status = asyncio.run(serve(vm_id, session_dir, bootstrap))
         # The VM has ended and its record says so; taking the interpreter apart would add a third to the time of a delete.
         logging.shutdown()

@@ -165,11 +165,14 @@ class Job:
         while True:
             stream = self.stream or await self._attach(guest)
             try:
-                return await self._collect(stream)
+                ended = await self._collect(stream)
             except Interrupted:
                 self.stream = None
                 if self._given_up or guest.is_lost:
                     raise
+            else:
+                guest.did("run the command", ended.duration)
+                return ended
 
     async def _attach(self, guest: Guest) -> Stream:
         try:

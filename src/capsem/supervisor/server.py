@@ -7,7 +7,7 @@ import logging
 from collections.abc import Coroutine
 from typing import Any, Protocol, TypeVar
 
-from capsem import __version__
+from capsem import __version__, tracing
 from capsem.api.internal import (
     MESSAGES,
     PROTOCOL,
@@ -39,6 +39,8 @@ from capsem.api.internal import (
     State,
     Stop,
     Stopping,
+    TraceGoes,
+    TraceTo,
     speaks,
 )
 from capsem.api.network_messages import AnswerAsk, FollowAsks, SetNetwork
@@ -49,6 +51,7 @@ from capsem.supervisor.activity import Activity
 from capsem.supervisor.jobs import Follower, Job, JobTable
 from capsem.supervisor.policing import Policing
 from capsem.supervisor.recording import Recording
+from capsem.tracing import span
 from capsem.wire.frames import FrameDecoder, ProtocolError
 from capsem.wire.messages import (
     STDERR,
@@ -199,7 +202,9 @@ class _Connection:
     async def _serve(self, stream: Stream) -> None:
         """One request; whatever goes wrong closes its stream with the reason."""
         try:
-            stream.close(await self._answer(stream))
+            with span(stream.request.tag):
+                answer = await self._answer(stream)
+            stream.close(answer)
         except CapsemError as error:
             job = error.job if isinstance(error, Interrupted) else None
             stream.close(Failed(code=error.code, message=error.message, hint=error.hint, job=job))
@@ -239,6 +244,10 @@ class _Connection:
                 result = await relay(stream, self._supervised.guest.channel.open(request))
                 self._supervised.recording.file_moved(request, result)
                 return result
+        if isinstance(request, TraceTo):
+            name = f"capsem-process {self._supervised.guest.identity.vm_id}"
+            tracing.follow(tracing.to_file(request.file, name) if request.file else None)
+            return TraceGoes()
         if isinstance(request, FlushLedger):
             await self._supervised.recording.flushed()
             return LedgerFlushed()

@@ -53,6 +53,7 @@ from capsem.supervisor.recording import Recording
 from capsem.supervisor.saving import Saver
 from capsem.supervisor.server import Server
 from capsem.system import System
+from capsem.tracing import span
 from capsem.wire.messages import Message, ShutdownRequest
 
 BOOT_LIMIT = 90.0  # seconds from the machine's first instruction to the guest's readiness; emulated and busy
@@ -114,7 +115,8 @@ class Supervisor(Changes):
                 self._system.clock, session.ledger, on=self._bootstrap.ledger, resumed=self._bootstrap.restore
             )
             try:
-                self._begin()
+                with span("write the record"):
+                    self._begin()
                 self._at("begun")
                 return await self._run_claimed()
             finally:
@@ -167,8 +169,10 @@ class Supervisor(Changes):
     async def _run_claimed(self) -> int:
         try:
             await self._at_work(shared=not self._bootstrap.restore)
-            vmm_lock = await self._take_vmm_lock()
-            self._listener = await self._listen()
+            with span("take the VMM lock"):
+                vmm_lock = await self._take_vmm_lock()
+            with span("listen"):
+                self._listener = await self._listen()
             self._bound()
             ending = await self._run_machine(vmm_lock)
         except Exception as error:
@@ -250,7 +254,8 @@ class Supervisor(Changes):
         self.guest.serve_streams(self._gateway.opened)
         self.guest.set_network(on=True)
         await network.attach(machine.control, lambda: self.guest.channel)
-        await machine.run()
+        with span("let the vCPUs run"):
+            await machine.run()
         self._at("running")
         log.info("machine %d runs after %.3f s", machine.pid, self._system.clock.monotonic() - began)
 
@@ -309,12 +314,15 @@ class Supervisor(Changes):
             log.warning("the console's log begins with this run: %s", error)
 
     async def _become_ready(self, began: float) -> None:
-        await self.guest.wait_ready(BOOT_LIMIT)
+        with span("wait for the guest"):
+            await self.guest.wait_ready(BOOT_LIMIT)
         self._work_done()
-        await self.recording.opened()
+        with span("wait for the ledger"):
+            await self.recording.opened()
         if self._stop_asked is None:
             self._at("ready")
-            self._advance(Event.READY)
+            with span("write the record"):
+                self._advance(Event.READY)
             self._at("recorded")
             self._names.ready_file.touch(mode=0o600)
             log.info("guest ready after %.3f s", self._system.clock.monotonic() - began)

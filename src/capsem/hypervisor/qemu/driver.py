@@ -22,6 +22,7 @@ from capsem.hypervisor.qemu.probe import Verdict, probe
 from capsem.hypervisor.qemu.process import Process, complaint, find_qemu, lacking_features, query_version, spawn
 from capsem.hypervisor.qemu.qmp import Monitor
 from capsem.model.errors import CapsemError, HostNotReady, MachineFailed
+from capsem.tracing import span
 
 START_LIMIT: Final = 30.0  # seconds from exec to QMP's greeting, on a very busy host
 CONSOLE_BUFFER: Final = 4 << 20  # bytes, accounted as used only; the host's net.core.wmem_max caps it
@@ -119,7 +120,8 @@ class QemuDriver:
         with devices.open("rb", buffering=0) as state:
             machine = await self._spawn(spec, vmm_lock, state.fileno())
             try:
-                await machine.load(state.fileno())
+                with span("load the devices"):
+                    await machine.load(state.fileno())
             except BaseException:
                 machine.control.close()
                 machine.console.close()
@@ -143,12 +145,14 @@ class QemuDriver:
             incoming, inherited = state is not None, (() if state is None else (state,))
             generation = str(uuid.uuid4())
             line = argv(spec, Channels(**ends), generation=generation, binary=str(binary), incoming=incoming)
-            process = spawn(line, keep=(*ends.values(), vmm_lock, *inherited))
+            with span("spawn QEMU"):
+                process = spawn(line, keep=(*ends.values(), vmm_lock, *inherited))
             theirs.close()
             try:
                 record = Record()
                 monitor = Monitor(record.note)
-                await monitor.open(pairs["qmp"][0], START_LIMIT)
+                with span("wait for QEMU"):
+                    await monitor.open(pairs["qmp"][0], START_LIMIT)
             except MachineFailed as error:
                 raise await _start_failure(process, binary, error) from error
             except BaseException:  # cancelled half-way
