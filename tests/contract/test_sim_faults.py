@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 from sim_world import SimWorld, sim_world
 
+from capsem import faults
 from capsem.api.checkpoint_types import CheckpointRequest
 from capsem.api.file_types import ReadFileRequest, WriteFileRequest
 from capsem.api.vm_types import ResumeRequest
 from capsem.hypervisor.sim import plan
 from capsem.hypervisor.sim.plan import FAULTS
 from capsem.model.errors import CapsemError, MachineFailed
+from capsem.model.vm import VmRecord
 from capsem.service import lifecycle
+from capsem.store import records
+from capsem.store.layout import SessionDir
 
 Scene = Callable[[SimWorld], Awaitable[None]]
 
 
-def play(root: Path, faults: str, scene: Scene) -> None:
+def play(root: Path, planned: str, scene: Scene) -> None:
     async def run() -> None:
-        async with asyncio.timeout(60), sim_world(root, plan=faults) as world:
+        async with asyncio.timeout(60), sim_world(root, plan=planned) as world:
             await scene(world)
-            struck = [fault for fault in FAULTS if f"{fault}@" in faults]
+            struck = [fault for fault in FAULTS if f"{fault}@" in planned]
             for fault in struck:
-                wanted = int(faults.split(f"{fault}@")[1].split()[0])
+                wanted = int(planned.split(f"{fault}@")[1].split()[0])
                 assert (root / "host" / f"count-{fault}").stat().st_size >= wanted, f"{fault} never struck"
 
     asyncio.run(run())
@@ -68,6 +74,43 @@ def test_a_checkpoint_that_fails_is_not_there(tmp_path: Path, fault: str) -> Non
         await check(world, warm=True)
 
     play(tmp_path, f"{fault}@1", scene)
+
+
+def test_a_save_that_cannot_say_that_it_failed_leaves_no_layer_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = False
+
+    def named(step: str, _vmm: int) -> None:
+        nonlocal full
+        if step == "checkpoint.named":
+            full = True
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write(session: SessionDir, record: VmRecord) -> None:
+        nonlocal full
+        if full:
+            full = False
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        records_write(session, record)
+
+    records_write = records.write
+    monkeypatch.setattr(records, "write", write)
+
+    async def scene(world: SimWorld) -> None:
+        await begin(world)
+        faults.install(named)
+        with pytest.raises(MachineFailed, match="No space"):
+            await world.handlers.checkpoint("box", CheckpointRequest())
+        faults.install(None)
+        await check(world, warm=True)
+        await world.handlers.delete("box")
+        assert list(world.layout.layers.iterdir()) == []
+
+    try:
+        play(tmp_path, "", scene)
+    finally:
+        faults.install(None)
 
 
 @pytest.mark.parametrize("fault", [plan.RESTORE_FAILS, plan.DIES, plan.RESTORE_HANGS])
