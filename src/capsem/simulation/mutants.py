@@ -18,6 +18,7 @@ from capsem.service.gate import Gate
 from capsem.service.vm import Vm
 from capsem.store.checkpoints import CheckpointStore
 from capsem.supervisor.changes import Changes
+from capsem.supervisor.owned import Owned
 from capsem.system import Clock
 
 
@@ -76,7 +77,11 @@ def _gate_off() -> None:
     def without(self: Gate, clock: Clock, *, overlap: bool, path: Path | None) -> None:
         init(self, clock, overlap=overlap, path=None)
 
+    async def not_at_work(self: Owned, *, shared: bool) -> None:
+        """Nobody else learns of it."""
+
     Gate.__init__ = without  # type: ignore[method-assign, assignment]
+    Owned._at_work = not_at_work  # type: ignore[method-assign]  # noqa: SLF001
 
 
 MUTANTS: Final[dict[str, Callable[[], None]]] = {

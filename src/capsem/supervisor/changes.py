@@ -294,7 +294,7 @@ class Changes(Owned):
                 layer.path.unlink(missing_ok=True)
         except OSError as error:  # a full disk; what the record says is true enough: one empty layer more
             log.error("the record cannot be written: %s", error)
-            if not added:  # it goes with the machine, by when the record can be written again
+            if not added and layer.path.exists():  # it goes with the machine; by then the record can be written
                 self._record = replace(self._record, attached=(*self._record.attached, layer_id))
         self.guest.channel.release()
         with contextlib.suppress(MachineFailed):  # it has ended: the run says why
