@@ -7,11 +7,12 @@ import sqlite3
 import stat
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from capsem.ledger import writer as writing
-from capsem.ledger.database import copy, journal, open_writer, reader, tidy
+from capsem.ledger.database import ROOM, copy, journal, open_writer, reader, tidy
 from capsem.ledger.events import lifecycle_event
 from capsem.ledger.schema import MAIN, SESSION
 from capsem.ledger.writer import Statement, Writer
@@ -121,6 +122,33 @@ def test_a_full_queue_drops_counts_and_tells(tmp_path: Path) -> None:
             writing.LIMIT,
         )
         assert connection.execute("SELECT detail FROM lifecycle_events WHERE event = 'dropped'").fetchall() == [("7",)]
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_disk_without_room_loses_events_and_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, opened: bool
+) -> None:
+    """A page of the journal's index that the disk has no room for would be the end of the process."""
+    path, room = tmp_path / "session.db", opened
+    monkeypatch.setattr(os, "statvfs", lambda _path: SimpleNamespace(f_bavail=1 if room else 0, f_frsize=ROOM))
+    writer = begun(path)
+    room = False
+    for number in range(3):
+        writer.put(event(number))
+    writer.flush().result(10)
+    assert writer.dropped == 3
+    if opened:
+        assert events(path) == []
+    else:
+        assert list(tmp_path.iterdir()) == []
+    room = True
+    writer.put(event(4))
+    writer.close().result(10)
+    assert events(path) == ["e4", "dropped"]
+    tidy(path)
+    room = False
+    assert events(path) == ["e4", "dropped"]
+    assert os.listdir(tmp_path) == ["session.db"]
 
 
 def test_a_statement_that_changes_nothing_has_another(tmp_path: Path) -> None:

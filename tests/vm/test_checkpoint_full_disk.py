@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from test_full_disk import Disk, mounted
+from test_full_disk import FullService, on_small_disk
 from witness import Witness
 
 from capsem.store.checkpoints import CheckpointStore
@@ -18,15 +18,15 @@ ROOM = [0, *(pytest.param(each, marks=pytest.mark.soak) for each in (0.02, 1, 30
 
 
 @pytest.fixture(scope="module")
-def disk() -> Iterator[Disk]:
-    with mounted(900) as service:
-        service.client.call("provision", body={"name": VM, "persistent": True, "disk_mb": 2048, **SMALL})
-        service.output(VM, "true")
-        yield Disk(service)
+def disk() -> Iterator[FullService]:
+    with on_small_disk(900) as it:
+        it.service.client.call("provision", body={"name": VM, "persistent": True, "disk_mb": 2048, **SMALL})
+        it.service.output(VM, "true")
+        yield it
 
 
 @pytest.fixture(scope="module")
-def witness(disk: Disk) -> Witness:
+def witness(disk: FullService) -> Witness:
     """Its memory holds what no sparse copy makes small."""
     disk.service.output(VM, "head -c 60M /dev/urandom >/dev/shm/ballast")
     return Witness(disk.service, VM).begin()
@@ -50,7 +50,7 @@ def refused(service: Service, *words: str) -> None:
 
 
 @pytest.mark.parametrize("room", ROOM)
-def test_nothing_half_made_is_left(disk: Disk, witness: Witness, room: float) -> None:
+def test_nothing_half_made_is_left(disk: FullService, witness: Witness, room: float) -> None:
     service = disk.service
     known = {each.id for each in CheckpointStore(Layout(service.run_dir)).all()}
     for words in (("checkpoint", VM), ("fork", VM, "other"), ("suspend", VM)):
@@ -65,7 +65,7 @@ def test_nothing_half_made_is_left(disk: Disk, witness: Witness, room: float) ->
         witness.check()
 
 
-def test_when_there_is_room_it_works(disk: Disk, witness: Witness) -> None:
+def test_when_there_is_room_it_works(disk: FullService, witness: Witness) -> None:
     service = disk.service
     for _ in range(2):
         service.client.call("suspend", vm_id=VM)
@@ -76,7 +76,7 @@ def test_when_there_is_room_it_works(disk: Disk, witness: Witness) -> None:
     assert left_over(service) == set()
 
 
-def test_a_resume_without_room_leaves_it_suspended(disk: Disk, witness: Witness) -> None:
+def test_a_resume_without_room_leaves_it_suspended(disk: FullService, witness: Witness) -> None:
     service = disk.service
     witness.begin()
     service.client.call("suspend", vm_id=VM)

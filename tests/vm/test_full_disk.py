@@ -9,65 +9,45 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from small_disk import MIB, Disk, mounted
 
 from capsem.model.errors import CapsemError
 from real_service import BIN, SMALL, Service, running_service, wait_for
 
-MIB = 1024 * 1024
 
+class FullService(NamedTuple):
+    """A service, and the disk of its run directory."""
 
-class Disk:
-    """A run directory on a file system of its own, which can be filled."""
-
-    def __init__(self, service: Service) -> None:
-        self.service = service
-        self.filler = service.run_dir / "filler"
+    service: Service
+    disk: Disk
 
     def fill(self, free: int = 0) -> None:
-        found = os.statvfs(self.service.run_dir)
-        left = found.f_bavail * found.f_frsize - free
-        with self.filler.open("wb", buffering=0) as file:
-            for step in (MIB, 4096):
-                try:
-                    while left >= step:
-                        left -= file.write(bytes(min(step, left)))
-                except OSError:
-                    continue  # the file system keeps some for itself
-            os.fsync(file.fileno())
+        self.disk.fill(free)
 
     def empty(self) -> None:
-        self.filler.unlink()
+        self.disk.empty()
 
 
 @contextlib.contextmanager
-def mounted(size_mb: int) -> Iterator[Service]:
+def on_small_disk(size_mb: int) -> Iterator[FullService]:
     """A service whose run directory is a file system of its own."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system takes root")
-    with tempfile.TemporaryDirectory(prefix="capsem-vm-") as text:
-        run_dir, image = Path(text) / "run", Path(text) / "disk.img"
-        run_dir.mkdir()
-        with image.open("wb") as file:
-            file.truncate(size_mb * MIB)
-        subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
-        done = subprocess.run(["mount", "-o", "loop", image, run_dir], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"a loop device cannot be mounted here: {done.stderr.strip()}")
-        try:
-            with running_service(Path(text)) as service:
-                yield service
-        finally:
-            subprocess.run(["umount", run_dir], check=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="capsem-vm-") as text,
+        mounted(Path(text) / "run", size_mb) as disk,
+        running_service(Path(text)) as service,
+    ):
+        yield FullService(service, disk)
 
 
 @pytest.fixture(scope="module")
-def disk() -> Iterator[Disk]:
-    with mounted(600) as service:
-        service.client.call("provision", body={"name": "box", "persistent": True, **SMALL})
-        service.output("box", "true")
-        yield Disk(service)
+def disk() -> Iterator[FullService]:
+    with on_small_disk(600) as it:
+        it.service.client.call("provision", body={"name": "box", "persistent": True, **SMALL})
+        it.service.output("box", "true")
+        yield it
 
 
 def warning(service: Service) -> str:
@@ -75,7 +55,7 @@ def warning(service: Service) -> str:
     return str(service.client.call("info", vm_id="box").get("warning", ""))
 
 
-def test_a_vm_that_writes_stands_still_and_goes_on(disk: Disk, tmp_path: Path) -> None:
+def test_a_vm_that_writes_stands_still_and_goes_on(disk: FullService, tmp_path: Path) -> None:
     service, size = disk.service, 48 * MIB
     disk.fill(free=12 * MIB)
     data = os.urandom(size)
@@ -105,7 +85,7 @@ def test_a_vm_that_writes_stands_still_and_goes_on(disk: Disk, tmp_path: Path) -
     service.output("box", "rm big && sync")
 
 
-def test_what_needs_room_is_refused_whole_and_what_needs_none_is_done(disk: Disk) -> None:
+def test_what_needs_room_is_refused_whole_and_what_needs_none_is_done(disk: FullService) -> None:
     service = disk.service
     disk.fill()
     before = sorted(service.run_dir.rglob("*"))
@@ -126,7 +106,7 @@ def test_what_needs_room_is_refused_whole_and_what_needs_none_is_done(disk: Disk
     assert service.output("box", "echo again") == "again\n"
 
 
-def test_a_vm_can_be_deleted_to_make_room(disk: Disk) -> None:
+def test_a_vm_can_be_deleted_to_make_room(disk: FullService) -> None:
     service = disk.service
     disk.fill()
     assert service.cli("delete", "box").returncode == 0

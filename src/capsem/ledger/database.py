@@ -4,11 +4,17 @@ They are in WAL mode: a writer does not wait for readers, nor they for it. SQLit
 when the last connection closes, provided that one may write. A reader may not, and one that comes when nobody writes
 leaves an empty journal; a writer that was killed leaves a full one, which the next to open it puts right. `tidy` is for
 both: whoever owns the VM calls it when nobody writes any more.
+
+The journal has an index that SQLite maps into memory, and a process that touches a mapped page for which the disk has no
+room is killed (SIGBUS): with it the VM that it supervises, or the service. So nothing is opened or written that could
+do so while there is hardly any room (`has_room`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +25,7 @@ from capsem.model.errors import Corrupt, NotFound
 
 BUSY = 2.0  # seconds to wait for another process's lock
 WAL_TURN = 0.01  # seconds between tries
+ROOM = 256 * 1024  # bytes that have to be free; the index grows by 32 KiB
 CHECKPOINT_PAGES = 256  # 1 MiB of journal, then it goes into the file
 
 
@@ -40,6 +47,15 @@ def _use_wal(connection: sqlite3.Connection) -> None:
             return
 
 
+def has_room(path: Path) -> bool:
+    """Whether the index of a ledger's journal could grow; see above."""
+    try:
+        found = os.statvfs(path.parent)
+    except OSError:  # whoever opens the file is told what is wrong
+        return True
+    return found.f_bavail * found.f_frsize >= ROOM
+
+
 def is_damaged(error: sqlite3.Error) -> bool:
     """Whether it says that the file is no sound database."""
     return getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
@@ -47,6 +63,8 @@ def is_damaged(error: sqlite3.Error) -> bool:
 
 def open_writer(path: Path, migrations: Sequence[Sequence[str]]) -> sqlite3.Connection:
     """Open a ledger, make it or bring it up to date. Raises sqlite3.Error, OSError."""
+    if not has_room(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     path.touch(mode=0o600)
     connection = sqlite3.connect(path, timeout=BUSY, isolation_level=None, check_same_thread=False)
     try:
@@ -104,8 +122,10 @@ def reader(path: Path, *, limit: float | None = None) -> Iterator[sqlite3.Connec
 
     Raises NotFound (there is no ledger), Deadline, Corrupt, sqlite3.Error of what is done inside.
     """
+    alone = "&immutable=1" if not journal(path).exists() and not has_room(path) else ""  # without an index
+    uri = f"file:{quote(str(path))}?mode=ro{alone}"
     try:
-        connection = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=BUSY, isolation_level=None)
+        connection = sqlite3.connect(uri, uri=True, timeout=BUSY, isolation_level=None)
     except sqlite3.OperationalError as error:
         raise NotFound(f"there is no ledger {path.name}: {error}", hint="it is made when the VM is started") from error
     end = None if limit is None else time.monotonic() + limit
@@ -133,9 +153,9 @@ def journal(path: Path) -> Path:
 
 def tidy(path: Path) -> None:
     """Put right, and remove, what a writer or a reader left behind. Nobody else writes; a reader that is still there
-    keeps the journal, and tidies when it is done. Raises sqlite3.Error: then it stays as it is.
+    keeps the journal, and tidies when it is done. Without room for that it stays as it is. Raises sqlite3.Error: then, too.
     """
-    if journal(path).exists() and path.exists():
+    if journal(path).exists() and path.exists() and has_room(path):
         connection = sqlite3.connect(path, timeout=0, isolation_level=None)
         try:
             connection.execute("PRAGMA user_version").fetchone()  # opens the journal, and recovers it

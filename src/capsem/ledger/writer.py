@@ -7,6 +7,7 @@ same way, and a file that is damaged is put aside and begun anew.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import queue
@@ -18,7 +19,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from capsem.ledger.database import close_writer, is_damaged, open_writer, transaction
+from capsem.ledger.database import close_writer, has_room, is_damaged, open_writer, transaction
 
 LIMIT: Final = 4096  # statements that wait
 BATCH: Final = 256  # of them in one transaction
@@ -64,6 +65,7 @@ class Writer:
         self._told = 0
         self._left, self._counted = float(AT_ONCE), 0.0  # see _busy
         self._connection: sqlite3.Connection | None = None
+        self._full = False  # it could not be opened because the disk was
         self._thread = threading.Thread(target=self._run, name=f"ledger {path.name}", daemon=True)
         self._thread.start()
 
@@ -144,6 +146,7 @@ class Writer:
         return False
 
     def _open(self) -> None:
+        self._full = False
         try:
             try:
                 self._connection = open_writer(self._path, self._migrations)
@@ -158,10 +161,14 @@ class Writer:
                 self._connection = open_writer(self._path, self._migrations)
         except (sqlite3.Error, OSError) as error:
             log.error("nothing is recorded in %s: %s", self._path, error)
+            self._full = isinstance(error, OSError) and error.errno == errno.ENOSPC
 
     def _write(self, batch: list[Statement]) -> None:
         """In one transaction: what fails fails together, and is lost."""
-        if self._connection is None:
+        room = has_room(self._path)
+        if self._full and room:
+            self._open()
+        if self._connection is None or not room:
             self._failed += len(batch)
             return
         lost = self.dropped
