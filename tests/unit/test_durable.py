@@ -238,3 +238,20 @@ def test_allocated_bytes_counts_no_holes_and_follows_no_links(tmp_path: Path) ->
         os.fsync(file.fileno())
     assert 500_000 <= durable.allocated_bytes(tree) - empty < 700_000
     assert durable.allocated_bytes(tree) > durable.allocated_bytes(tree / "sparse") >= 500_000
+
+
+def test_a_file_is_created_once_and_whole(tmp_path: Path) -> None:
+    assert durable.create(tmp_path / "key", b"first")
+    assert not durable.create(tmp_path / "key", b"second")
+    assert (tmp_path / "key").read_bytes() == b"first"
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+    assert _names(tmp_path) == ["key"]
+
+
+def test_a_file_that_cannot_be_created_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in range(3):
+        with monkeypatch.context() as patched:
+            Recorder(patched, fail_at=step)
+            with pytest.raises(OSError, match="injected"):
+                durable.create(tmp_path / "key", b"first")
+        assert _names(tmp_path) == []
