@@ -8,7 +8,7 @@ the tables:
     [vm.resources]
     ram_gb = 2
 
-What else stands in the table `network` is policy, which `egress.document` reads.
+What else stands in the table `network` is policy, which `egress.document` reads; `[[secret]]` are `service.secret_settings`'.
 
 The command line reads this module on every call: there are no dataclasses here, and `pathlib` is imported when a Path
 is wanted, which `capsem list` never does; together they would cost a quarter of its time.
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 SOCKET_NAME: Final = "service.sock"
 SUSPEND, STOP, KEEP = "suspend", "stop", "keep"  # values of vm.on_service_stop
 ON, OFF = "on", "off"
+SECRETS: Final = "secret"  # an array of tables, which `service.secret_settings` reads
 POLICY: Final = "network."  # names that begin so are policy, unless they are settings
 
 
@@ -175,7 +176,7 @@ def load(environ: Mapping[str, str]) -> Settings:
         for name, value in _flatten(_read(path), ""):
             if name in rows:
                 values[name] = rows[name].check(value, path)
-            elif not name.startswith(POLICY):
+            elif not name.startswith(POLICY) and name != SECRETS:
                 warnings.append(f"{path}: there is no setting {name}; it is ignored")
 
     take(user_file(environ))

@@ -59,6 +59,8 @@ from capsem.service.host import Host
 from capsem.service.ledgers import Ledgers
 from capsem.service.network import Network
 from capsem.service.policies import Policies
+from capsem.service.secret_desk import SecretDesk
+from capsem.service.secrets import Secrets
 from capsem.service.traces import Traces
 from capsem.store.layout import Layout
 from capsem.system.real import real_system
@@ -91,6 +93,7 @@ class FakeManager:
         self.policies = Policies(environ, floor(lambda _address: False), lambda: registries)
         self.network = Network(fleet, self.policies, Ledgers(fleet, home / "main.db"), lambda: "medium")
         self.asks = AskFeed(fleet)
+        self.secrets = SecretDesk(fleet, Secrets(environ, home, fleet.system.clock))
         self.host = Host(environ, home, self, self.policies, self.network, apply)
 
     def _require(self, operation: str, vm_id: str) -> State:

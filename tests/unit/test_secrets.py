@@ -206,7 +206,7 @@ def test_the_companys_are_not_the_users_to_change(tmp_path: Path) -> None:
         it = World(tmp_path)
         corporate = tmp_path / "corp.toml"
         corporate.write_text(it.file.read_text())
-        it.secrets._environ = {"CAPSEM_HOME": str(tmp_path), "CAPSEM_CORP_CONFIG": str(corporate)}
+        it.secrets.environ = {"CAPSEM_HOME": str(tmp_path), "CAPSEM_CORP_CONFIG": str(corporate)}
         it.secrets.load()
         with pytest.raises(InvalidInput, match=r"corp\.toml"):
             await it.secrets.remove("a")

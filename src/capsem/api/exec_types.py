@@ -79,7 +79,7 @@ class ExecRequest(Body, frozen=True):
 
 class RunRequest(Body, frozen=True):
     """Run `command` in a VM made for it and destroyed after it; `profile` names the image, `default` unless given;
-    `network` is what it may reach, as when one is created; `cold`: boot it.
+    `network` is what it may reach, and `secrets` what it is lent, as when one is created; `cold`: boot it.
     """
 
     command: Text
@@ -90,6 +90,7 @@ class RunRequest(Body, frozen=True):
     env: Env | None = None
     profile: Name | None = None
     network: str | NetworkRequest | None = None
+    secrets: list[str] | None = None
     cold: bool = False
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ refused on its stream (`Unsupported`), and the connection goes on.
 from __future__ import annotations
 
 from capsem.api.network_messages import NETWORK_MESSAGES, NETWORK_REQUESTS
+from capsem.api.secret_messages import SECRET_MESSAGES, SECRET_REQUESTS
 from capsem.wire.messages import (
     DirListed,
     Exec,
@@ -59,8 +60,9 @@ class Bootstrap(Message, tag="bootstrap"):
     record's checkpoint, whose memory is `ram_file`; `layer` is a new one to put on the volume's top before anything
     runs. `assets` are digests of what the machine boots from. `boot_kind` and `boot_note` are recorded. `ledger`:
     commands, files and traffic are recorded, too. `network`: the layers of its policy (egress.compose.Layers), but for its
-    own. `gate`: the host-wide lock (store.gate) to wait for when the VM ends without the service having asked, "" where there
-    is none. `trace`: what is done goes into this file, see TraceTo. `faults` is for tests, see capsem.faults.
+    own. `secrets`: what it is lent (egress.grants). `gate`: the host-wide lock (store.gate) to wait for when the VM ends
+    without the service having asked, "" where there is none. `trace`: what is done goes into this file, see TraceTo.
+    `faults` is for tests, see capsem.faults.
     """
 
     protocol: int
@@ -86,6 +88,7 @@ class Bootstrap(Message, tag="bootstrap"):
     log_level: str = "info"
     ledger: bool = True
     network: str = ""
+    secrets: str = ""
     gate: str = ""
     trace: str = ""
     faults: str | None = None
@@ -248,7 +251,7 @@ class Persisted(Message, tag="persisted"):
 
 class Assign(Message, tag="assign"):
     """A VM of the pool is somebody's from here on: it gets a name, an environment, a policy, and one of what it may reach
-    (`network` and `layers`, as in SetNetwork), and may be persistent.
+    (`network` and `layers`, as in SetNetwork) and secrets (as in Bootstrap), and may be persistent.
 
     The session directory moves, the socket gets another path. `ledger`: commands and files are recorded from here on;
     `parent_pid` is what a supervisor is told in its Bootstrap otherwise: one of the pool follows its service.
@@ -263,6 +266,7 @@ class Assign(Message, tag="assign"):
     policy: dict[str, float] = {}
     network: str = ""
     layers: str = ""
+    secrets: str = ""
     ledger: bool = True
     parent_pid: int | None = None
 
@@ -359,6 +363,7 @@ REQUESTS: dict[type[Message], type[Message]] = {
     Save: CheckpointMade,
     FlushLedger: LedgerFlushed,
     **NETWORK_REQUESTS,
+    **SECRET_REQUESTS,
 }
 _ALL: tuple[type[Message], ...] = (
     Hello,
@@ -370,6 +375,7 @@ _ALL: tuple[type[Message], ...] = (
     Failed,
     Exited,
     *NETWORK_MESSAGES,
+    *SECRET_MESSAGES,
     *REQUESTS,
     *REQUESTS.values(),
 )

@@ -142,6 +142,7 @@ def _type(name: str) -> type[msgspec.Struct]:
         host_types,
         ledger_types,
         network_types,
+        secret_types,
         types,
         usage_types,
         vm_types,
@@ -155,6 +156,7 @@ def _type(name: str) -> type[msgspec.Struct]:
         usage_types,
         ledger_types,
         network_types,
+        secret_types,
         host_types,
         types,
     )

@@ -1,7 +1,7 @@
 """Every operation of the service, once: routes, clients, state checks and docs are derived from OPERATIONS.
 
 What a row says is told by `operation.Operation`; the rows stand by idea in `vm_operations`, `guest_operations`,
-`checkpoint_operations`, `ledger_operations`, `network_operations` and `host_operations`.
+`checkpoint_operations`, `ledger_operations`, `network_operations`, `secret_operations` and `host_operations`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from capsem.api.guest_operations import GUEST_OPERATIONS
 from capsem.api.host_operations import HOST_OPERATIONS
 from capsem.api.ledger_operations import LEDGER_OPERATIONS
 from capsem.api.network_operations import NETWORK_OPERATIONS
+from capsem.api.secret_operations import SECRET_OPERATIONS
 from capsem.api.vm_operations import VM_OPERATIONS
 
 _TABLE: Final = (
@@ -22,6 +23,7 @@ _TABLE: Final = (
     *CHECKPOINT_OPERATIONS,
     *LEDGER_OPERATIONS,
     *NETWORK_OPERATIONS,
+    *SECRET_OPERATIONS,
     *HOST_OPERATIONS,
 )
 

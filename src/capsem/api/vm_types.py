@@ -43,6 +43,7 @@ class VmPolicy(Body, frozen=True):
 class ProvisionRequest(Body, frozen=True):
     """Create and boot a VM. What is None comes from the settings; `image` is another word for `from`.
 
+    `secrets` are names of those that it is lent (`GET /secrets`): it gets placeholders.
     `network` is what it may reach: a preset, or that and a policy of its own; a copy has that of its source unless given.
     `profile` names the image it is made from, `default` unless given; a copy has that of its source. `cold`: boot it, though
     there is a template of its size to fork.
@@ -60,6 +61,7 @@ class ProvisionRequest(Body, frozen=True):
     profile: Name | None = None
     policy: VmPolicy | None = None
     network: str | NetworkRequest | None = None
+    secrets: list[str] | None = None
     cold: bool = False
 
     def __post_init__(self) -> None:
@@ -112,7 +114,8 @@ class ForkRequest(Body, frozen=True):
     """Make a stopped VM `name` on a copy of this one's disk.
 
     `live`: with a copy of its memory too, and running; `count` of them are then called name-1, name-2 and so on.
-    `checkpoint` (an id, or its first digits): of that instant instead of the present.
+    `checkpoint` (an id, or its first digits): of that instant instead of the present. It is lent no secrets of its source's,
+    unless `inherit_secrets`: then placeholders of its own, and those that are in its memory are good, too.
     """
 
     name: Name
@@ -120,6 +123,7 @@ class ForkRequest(Body, frozen=True):
     live: bool = False
     count: Annotated[int, msgspec.Meta(ge=1, le=FORKS)] = 1
     checkpoint: str | None = None
+    inherit_secrets: bool = False
 
     def __post_init__(self) -> None:
         for name in self.names:
@@ -203,6 +207,7 @@ class SandboxInfo(Body, frozen=True):
     resume_blocked_reason: str | None = None
     available_actions: list[str] | None = None
     policy: VmPolicy | None = None
+    secrets: list[str] | None = None
     total_input_tokens: int | None = None
     total_output_tokens: int | None = None
     total_estimated_cost: float | None = None

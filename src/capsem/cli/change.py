@@ -105,9 +105,17 @@ def persist_command(obj: Context, session: str, name: str) -> None:
 @click.option("--at", metavar="CHECKPOINT", help="From this checkpoint instead of the present.")
 @click.option("--count", metavar="N", type=click.IntRange(1, 64), default=1, help="How many: NAME-1, NAME-2 ...")
 @click.option("--cold", is_flag=True, help="The disk alone; the new VM is stopped.")
+@click.option("--inherit-secrets", is_flag=True, help="Lend it what its source was lent; nothing, unless asked for.")
 @click.pass_obj
 def fork_command(
-    obj: Context, session: str, name: str, description: str | None, at: str | None, count: int, cold: bool
+    obj: Context,
+    session: str,
+    name: str,
+    description: str | None,
+    at: str | None,
+    count: int,
+    cold: bool,
+    inherit_secrets: bool,
 ) -> None:
     """Make a copy of a VM, its memory included, that goes on from the same instant.
 
@@ -117,7 +125,14 @@ def fork_command(
     client = obj.client()
     if not cold and at is None and client.call("info", vm_id=session)["status"] in ("Stopped", "Defunct"):
         cold = True
-    body = {"name": name, "description": description, "live": not cold, "count": count, "checkpoint": at}
+    body = {
+        "name": name,
+        "description": description,
+        "live": not cold,
+        "count": count,
+        "checkpoint": at,
+        "inherit_secrets": inherit_secrets,
+    }
     with waiting(f"forking {session}"):
         answer = client.call("fork", vm_id=session, body=body)
     click.echo("\n".join(answer.get("names") or [answer["name"]]))

@@ -19,6 +19,9 @@ from capsem.cli.terminal import waiting
 @click.option("--cpu", type=int, metavar="N", help="CPUs, 1 to 8; 4 unless the settings say otherwise.")
 @click.option("--disk", type=GIGABYTES, metavar="GB", help="Room on its volume; 16. What is not used takes no space.")
 @click.option("-e", "--env", multiple=True, metavar="K=V", help="An environment variable for every command in it.")
+@click.option(
+    "--secret", "secrets", multiple=True, metavar="NAME", help="A key that it may use and never sees: `capsem secret`."
+)
 @click.option("--profile", type=IMAGE, metavar="NAME", help="The image it is made from; `default`, or say `code`.")
 @click.option("--cold", is_flag=True, help="Boot it, though there is a template of its size to fork.")
 @click.option("--from", "--image", "source", type=SESSION, metavar="NAME", help="Begin with a copy of this VM's disk.")
@@ -32,6 +35,7 @@ def create_command(
     cpu: int | None,
     disk: int | None,
     env: tuple[str, ...],
+    secrets: tuple[str, ...],
     profile: str | None,
     cold: bool,
     source: str | None,
@@ -48,6 +52,7 @@ def create_command(
         "cpus": cpu,
         "disk_mb": disk,
         "env": parse_env(env),
+        "secrets": list(secrets) or None,
         "profile": profile,
         "cold": cold,
         "from": source,

@@ -77,6 +77,9 @@ def exec_command(
 )
 @click.option("--timeout", type=SECONDS, metavar="S", help="End the command after so many seconds; exit code 124.")
 @click.option("-e", "--env", multiple=True, metavar="K=V", help="An environment variable for the command.")
+@click.option(
+    "--secret", "secrets", multiple=True, metavar="NAME", help="A key that it may use and never sees: `capsem secret`."
+)
 @click.option("--ram", type=GIGABYTES, metavar="GB", help="Memory of the VM, 0.25 to 16.")
 @click.option("--cpu", type=int, metavar="N", help="CPUs of the VM, 1 to 8.")
 @click.option("--disk", type=GIGABYTES, metavar="GB", help="Room on its volume.")
@@ -88,6 +91,7 @@ def run_command(
     obj: Context,
     timeout: float | None,
     env: tuple[str, ...],
+    secrets: tuple[str, ...],
     ram: int | None,
     cpu: int | None,
     disk: int | None,
@@ -103,6 +107,7 @@ def run_command(
         "command": _line(command),
         "timeout_secs": timeout,
         "env": parse_env(env),
+        "secrets": list(secrets) or None,
         "ram_mb": ram,
         "cpus": cpu,
         "disk_mb": disk,

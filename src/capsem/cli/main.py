@@ -56,6 +56,7 @@ COMMANDS: Final = MappingProxyType(
         "checkpoints": "capsem.cli.checkpoint",
         "rollback": "capsem.cli.checkpoint",
         "set": "capsem.cli.policy",
+        "secret": "capsem.cli.secret",
         "purge": "capsem.cli.change",
         "cp": "capsem.cli.copy",
         "mcp": "capsem.cli.mcp",

@@ -96,6 +96,9 @@ _TABLE: Final = (
             Param("version", "string", "taken, and without effect: there is one image"),
             ENV,
             Param("from", "string", "name of a persistent VM whose disk is copied"),
+            Param(
+                "secrets", "string", "names, with commas, of keys that it may use and never sees; see capsem_secrets"
+            ),
         ),
         core=True,
         structured=True,
@@ -281,6 +284,12 @@ _TABLE: Final = (
             Param("live", "boolean", "with its memory, and running"),
             Param("count", "integer", "how many live copies, at most 64"),
             Param("at", "string", "a checkpoint of the source, instead of now", key="checkpoint"),
+            Param(
+                "inheritSecrets",
+                "boolean",
+                "lend it what its source was lent; nothing otherwise",
+                key="inherit_secrets",
+            ),
         ),
         core=True,
         structured=True,
@@ -385,6 +394,14 @@ _TABLE: Final = (
         "One SELECT (SQLite) on the record of what a running VM did: {columns, rows}. Add LIMIT. "
         'Example: {"id": "dev", "sql": "SELECT command, exit_code FROM exec_events ORDER BY id DESC LIMIT 5"}',
         (_vm("or _main: the index of all VMs"), Param("sql", "string", required=True)),
+        effect=READ,
+    ),
+    Tool(
+        "capsem_secrets",
+        "secrets",
+        "The keys that VMs may be lent: name, hosts they work for, and the variable (env) that holds a placeholder in the VM. "
+        "The proxy puts the key in on its way to those hosts alone; nobody in a VM, nor you, can see it. Only the user can add "
+        "one (`capsem secret set`). capsem_create takes names.",
         effect=READ,
     ),
     Tool(

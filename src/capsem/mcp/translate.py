@@ -55,6 +55,8 @@ def request(tool: Tool, arguments: Mapping[str, Any]) -> Call:
             sent[param.goes_to] = value
     if tool.name == "capsem_create":
         sent["persistent"] = bool(sent.get("name"))
+        if "secrets" in sent:
+            sent["secrets"] = [name.strip() for name in sent["secrets"].split(",") if name.strip()]
     elif tool.name == "capsem_exec":
         if here["background"]:
             sent["wait"] = False

@@ -12,7 +12,7 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import TypeVar
 
@@ -148,6 +148,7 @@ class AsyncSandbox:
         cpus: int | None = None,
         disk_mb: int | None = None,
         env: Mapping[str, str] | None = None,
+        secrets: Sequence[str] = (),
         profile: str | None = None,
         source: str | None = None,
         client: Client | None = None,
@@ -155,8 +156,9 @@ class AsyncSandbox:
     ) -> AsyncSandbox:
         """Make a VM and boot it. With a name it is persistent unless `persistent` says otherwise.
 
-        `profile` names the image, `source` a persistent VM whose disk is copied, `env` is for all its commands. Sizes are
-        in MiB. Raises AlreadyExists, InvalidInput, LimitReached, HostNotReady.
+        `profile` names the image, `source` a persistent VM whose disk is copied, `env` is for all its commands. `secrets` are
+        names of keys that it may use and never sees (`capsem secret`). Sizes are in MiB. Raises AlreadyExists, InvalidInput,
+        LimitReached, HostNotReady; NotFound for a secret.
         """
         call = core.provision(
             name,
@@ -165,6 +167,7 @@ class AsyncSandbox:
             cpus=cpus,
             disk_mb=disk_mb,
             env=env,
+            secrets=secrets,
             profile=profile,
             source=source,
         )
@@ -283,23 +286,38 @@ class AsyncSandbox:
     # -- copies and instants
 
     async def fork(
-        self, name: str, *, live: bool = True, checkpoint: str | None = None, timeout: float | None = None
+        self,
+        name: str,
+        *,
+        live: bool = True,
+        checkpoint: str | None = None,
+        inherit_secrets: bool = False,
+        timeout: float | None = None,
     ) -> AsyncSandbox:
         """A copy of it that runs on by itself, memory and all; without `live` a stopped one, of the disk alone.
 
-        With `checkpoint` a copy of that instant instead of the present. Copies are persistent.
+        With `checkpoint` a copy of that instant instead of the present. Copies are persistent. With `inherit_secrets` it is
+        lent what its source was lent.
         """
         (made,) = await self._transport.call(
-            core.fork(self.id, name, count=1, live=live, checkpoint=checkpoint), timeout
+            core.fork(self.id, name, count=1, live=live, checkpoint=checkpoint, inherit_secrets=inherit_secrets),
+            timeout,
         )
         return AsyncSandbox(made, client=self._transport.client)
 
     async def fork_many(
-        self, name: str, count: int, *, checkpoint: str | None = None, timeout: float | None = None
+        self,
+        name: str,
+        count: int,
+        *,
+        checkpoint: str | None = None,
+        inherit_secrets: bool = False,
+        timeout: float | None = None,
     ) -> builtins.list[AsyncSandbox]:
         """So many live copies, all of one instant: name-1, name-2 and so on."""
         made = await self._transport.call(
-            core.fork(self.id, name, count=count, live=True, checkpoint=checkpoint), timeout
+            core.fork(self.id, name, count=count, live=True, checkpoint=checkpoint, inherit_secrets=inherit_secrets),
+            timeout,
         )
         return [AsyncSandbox(each, client=self._transport.client) for each in made]
 

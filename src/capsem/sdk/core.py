@@ -250,6 +250,7 @@ def provision(  # noqa: D103
     cpus: int | None,
     disk_mb: int | None,
     env: Mapping[str, str] | None,
+    secrets: Sequence[str],
     profile: str | None,
     source: str | None,
 ) -> Call[str]:
@@ -260,6 +261,7 @@ def provision(  # noqa: D103
         "cpus": cpus,
         "disk_mb": disk_mb,
         "env": dict(env) if env else None,
+        "secrets": ([secrets] if isinstance(secrets, str) else [*secrets]) or None,
         "profile": profile,
         "from": source,
     }
@@ -316,8 +318,16 @@ def persist(vm_id: str, name: str) -> Call[str]:  # noqa: D103
     return Call("persist", lambda answer: str(answer["name"]), vm_id, {"name": name})
 
 
-def fork(vm_id: str, name: str, *, count: int, live: bool, checkpoint: str | None) -> Call[list[str]]:  # noqa: D103
-    body = {"name": name, "live": live, "count": count, "checkpoint": checkpoint}
+def fork(  # noqa: D103
+    vm_id: str, name: str, *, count: int, live: bool, checkpoint: str | None, inherit_secrets: bool
+) -> Call[list[str]]:
+    body = {
+        "name": name,
+        "live": live,
+        "count": count,
+        "checkpoint": checkpoint,
+        "inherit_secrets": inherit_secrets or None,
+    }
     return Call("fork", lambda answer: list(answer.get("names") or [answer["name"]]), vm_id, body)
 
 

@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -139,6 +139,7 @@ class Sandbox:
         cpus: int | None = None,
         disk_mb: int | None = None,
         env: Mapping[str, str] | None = None,
+        secrets: Sequence[str] = (),
         profile: str | None = None,
         source: str | None = None,
         client: Client | None = None,
@@ -146,8 +147,9 @@ class Sandbox:
     ) -> Sandbox:
         """Make a VM and boot it. With a name it is persistent unless `persistent` says otherwise.
 
-        `profile` names the image, `source` a persistent VM whose disk is copied, `env` is for all its commands. Sizes are
-        in MiB. Raises AlreadyExists, InvalidInput, LimitReached, HostNotReady.
+        `profile` names the image, `source` a persistent VM whose disk is copied, `env` is for all its commands. `secrets` are
+        names of keys that it may use and never sees (`capsem secret`). Sizes are in MiB. Raises AlreadyExists, InvalidInput,
+        LimitReached, HostNotReady; NotFound for a secret.
         """
         call = core.provision(
             name,
@@ -156,6 +158,7 @@ class Sandbox:
             cpus=cpus,
             disk_mb=disk_mb,
             env=env,
+            secrets=secrets,
             profile=profile,
             source=source,
         )
@@ -270,20 +273,39 @@ class Sandbox:
     # -- copies and instants
 
     def fork(
-        self, name: str, *, live: bool = True, checkpoint: str | None = None, timeout: float | None = None
+        self,
+        name: str,
+        *,
+        live: bool = True,
+        checkpoint: str | None = None,
+        inherit_secrets: bool = False,
+        timeout: float | None = None,
     ) -> Sandbox:
         """A copy of it that runs on by itself, memory and all; without `live` a stopped one, of the disk alone.
 
-        With `checkpoint` a copy of that instant instead of the present. Copies are persistent.
+        With `checkpoint` a copy of that instant instead of the present. Copies are persistent. With `inherit_secrets` it is
+        lent what its source was lent.
         """
-        (made,) = self._transport.call(core.fork(self.id, name, count=1, live=live, checkpoint=checkpoint), timeout)
+        (made,) = self._transport.call(
+            core.fork(self.id, name, count=1, live=live, checkpoint=checkpoint, inherit_secrets=inherit_secrets),
+            timeout,
+        )
         return Sandbox(made, client=self._transport.client)
 
     def fork_many(
-        self, name: str, count: int, *, checkpoint: str | None = None, timeout: float | None = None
+        self,
+        name: str,
+        count: int,
+        *,
+        checkpoint: str | None = None,
+        inherit_secrets: bool = False,
+        timeout: float | None = None,
     ) -> builtins.list[Sandbox]:
         """So many live copies, all of one instant: name-1, name-2 and so on."""
-        made = self._transport.call(core.fork(self.id, name, count=count, live=True, checkpoint=checkpoint), timeout)
+        made = self._transport.call(
+            core.fork(self.id, name, count=count, live=True, checkpoint=checkpoint, inherit_secrets=inherit_secrets),
+            timeout,
+        )
         return [Sandbox(each, client=self._transport.client) for each in made]
 
     def checkpoint(self, message: str | None = None, *, timeout: float | None = None) -> CheckpointResponse:

@@ -248,6 +248,7 @@ class Service:
         maker = Maker(fleet, driver, catalog, launcher, gate)
         handlers = Handlers(fleet, maker, self.settings, os.environ, ledgers)
         handlers.policies.load()
+        handlers.values.load()
         return handlers
 
 

@@ -58,6 +58,11 @@ async def _delete(manager: Manager, vm_id: str, _request: Any) -> SuccessRespons
     return _OK
 
 
+async def _remove_secret(manager: Manager, name: str, _request: Any) -> SuccessResponse:
+    await manager.secrets.remove(name)
+    return _OK
+
+
 async def _remove_checkpoint(manager: Manager, vm_id: str, request: Any) -> SuccessResponse:
     await manager.remove_checkpoint(vm_id, request)
     return SuccessResponse(success=True)
@@ -107,6 +112,10 @@ HANDLERS: Final = MappingProxyType[str, Handler](
         "triage": lambda manager, _id, query: manager.observation.triage(query),
         "panics": lambda manager, _id, query: manager.observation.panics(query),
         "host_logs": lambda manager, name, query: manager.observation.host_logs(name, query),
+        "secrets": lambda manager, _id, _request: manager.secrets.list(),
+        "set_secret": lambda manager, name, request: manager.secrets.set(name, request),
+        "remove_secret": _remove_secret,
+        "test_secret": lambda manager, name, _request: manager.secrets.test(name),
         "network": lambda manager, vm_id, _request: manager.network.show(vm_id),
         "set_network": lambda manager, vm_id, request: manager.network.set(vm_id, request),
         "network_allow": lambda manager, vm_id, request: manager.network.allow(vm_id, request),

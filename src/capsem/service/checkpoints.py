@@ -338,6 +338,7 @@ class Checkpoints(Lifecycle):
                             spec=spec,
                             checkpoint=checkpoint.id,
                             network=_network_of(checkpoint, request),
+                            secrets=self._inherited(source, request),
                         )
                     )
                 faults.at("fork.recorded")
@@ -371,6 +372,7 @@ class Checkpoints(Lifecycle):
                     checkpoint.layer_ids,
                     request.description,
                     network=_network_of(checkpoint, request),
+                    secrets=self._inherited(source, request),
                 )
                 await self._fleet.on_forked(source, [child])
         finally:

@@ -30,6 +30,7 @@ from capsem.tracing import span
 
 COLD = Boot()
 NO_NETWORK: Mapping[str, Any] = MappingProxyType({})
+NO_SECRETS: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 log = logging.getLogger("capsem_service.create")
 
@@ -54,6 +55,7 @@ class Maker:
         profile: str,
         policy: Policy = OFF,
         network: Mapping[str, Any] = NO_NETWORK,
+        secrets: Mapping[str, tuple[str, ...]] = NO_SECRETS,
         template: Checkpoint | None = None,
         is_template: bool = False,
         pooled: bool = False,
@@ -79,6 +81,7 @@ class Maker:
                 state=State.SUSPENDED if template else State.CREATED,
                 policy=policy,
                 network=network,
+                secrets=secrets,
                 template=is_template,
                 pooled=pooled,
             )
@@ -96,11 +99,13 @@ class Maker:
         checkpoint: str | None = None,
         policy: Policy = OFF,
         network: Mapping[str, Any] | None = None,
+        secrets: Mapping[str, tuple[str, ...]] = NO_SECRETS,
     ) -> Vm:
         """A new VM on top of another's frozen layers; it has the source's size, and neither its environment nor its
         policy of times.
 
-        With `checkpoint` it is suspended there. `network` is its own network policy, the source's unless given.
+        With `checkpoint` it is suspended there. `network` is its own network policy, the source's unless given;
+        `secrets` are what it is lent, and nothing of the source's unless given.
 
         Raises OSError (disk full).
         """
@@ -121,6 +126,7 @@ class Maker:
             state=State.SUSPENDED if checkpoint else State.CREATED,
             policy=policy,
             network=source.network if network is None else network,
+            secrets=secrets,
         )
         return self._write(record)
 
@@ -215,7 +221,8 @@ class Maker:
             with span("make a layer"):
                 boot = replace(boot, layer=self.new_layer(vm.record))
         layers = await self.fleet.network_layers(vm.record.network)
-        boot = replace(boot, ledger=self.fleet.ledger and not vm.record.nobodys, network=layers)
+        granted = self.fleet.granted(vm.record.secrets)
+        boot = replace(boot, ledger=self.fleet.ledger and not vm.record.nobodys, network=layers, secrets=granted)
         faults.at("start.layered")
         try:
             child, link = await self.launcher.start(vm.record, vm.session, image, volume, accelerator, boot)

@@ -55,6 +55,8 @@ class Fleet:
         self.on_forked: Callable[[Vm, Sequence[Vm]], Awaitable[None]] = _nothing
         # What supervisors are told of the network policy of a VM, by its own part of that.
         self.network_layers: Callable[[Mapping[str, Any]], Awaitable[str]] = _nothing_allowed
+        # What a VM that was lent secrets, by such placeholders, is granted, as its supervisor is told.
+        self.granted: Callable[[Mapping[str, tuple[str, ...]]], str] = lambda _lent: ""
         self.ledger = True  # whether commands and files of VMs that are started are recorded
         self._index_waits = False
         self._skipped = False  # there are session directories that are no VM's, and were left alone

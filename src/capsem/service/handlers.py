@@ -10,7 +10,7 @@ import msgspec
 
 from capsem.api.usage_types import UsageResponse
 from capsem.api.vm_types import AssetHealth, ListResponse, LogsResponse, SandboxInfo, VmPolicy
-from capsem.config import Settings
+from capsem.config import Paths, Settings
 from capsem.egress.floor import floor
 from capsem.egress.resolve import is_own
 from capsem.ledger.queries import Totals
@@ -25,10 +25,13 @@ from capsem.service.flattening import Flattening
 from capsem.service.fleet import Fleet
 from capsem.service.host import Host
 from capsem.service.ledgers import Ledgers
+from capsem.service.lending import Lending
 from capsem.service.network import Network
 from capsem.service.observation import Observation
 from capsem.service.policies import Policies
 from capsem.service.registries import discover, run_program
+from capsem.service.secret_desk import SecretDesk
+from capsem.service.secrets import Secrets
 from capsem.service.traces import Traces
 from capsem.service.transfer import Transfer
 from capsem.service.usage import Found, Named, usage
@@ -95,6 +98,10 @@ class Handlers(Transfer, Files):
         self.network = Network(fleet, self.policies, ledgers, lambda: self.settings.network_preset)
         self.asks = AskFeed(fleet)
         fleet.network_layers = self.network.layers
+        self.values = Secrets(environ, Paths.from_environment(environ).home, fleet.system.clock)
+        self.lending = Lending(fleet, self.values)
+        self.secrets = SecretDesk(fleet, self.values)
+        fleet.granted = self.lending.granted
         self.host = Host(environ, fleet.layout.run_dir, self, self.policies, self.network, self._configure)
 
     def _configure(self, settings: Settings) -> None:
@@ -102,6 +109,7 @@ class Handlers(Transfer, Files):
         self.settings = settings
         self._fleet.limit = settings.max_concurrent_vms
         self._fleet.ledger = settings.ledger
+        self.values.load()
         self.pool.look_anew()
 
     async def list(self) -> ListResponse:
@@ -180,6 +188,7 @@ class Handlers(Transfer, Files):
             resume_blocked_reason=str(blocked) if blocked is not None else None,
             available_actions=actions(status, record, blocked),
             policy=VmPolicy.of(record.policy) if record.policy != OFF else None,
+            secrets=sorted(record.secrets) or None,
         )
 
     async def logs(self, vm_id: str) -> LogsResponse:

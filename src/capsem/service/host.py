@@ -41,6 +41,7 @@ from capsem.egress.facts import Layer
 from capsem.egress.schema import PRESETS
 from capsem.model.errors import InvalidInput, MachineFailed, NotFound, PermissionDenied, ToolFailed, Unavailable
 from capsem.model.lifecycle import Status
+from capsem.service import secret_settings
 from capsem.service.network import Network
 from capsem.service.policies import Policies
 from capsem.service.settings_file import changed
@@ -138,6 +139,7 @@ class Host:
         on. Raises InvalidInput: a file is wrong, and everything stays as it was; MachineFailed: some VMs could not be told.
         """
         found = config.load(self._environ)
+        secret_settings.load(self._environ)  # what is wrong with them is told before anything is changed
         await self._policies.reload()
         for warning in found.warnings:
             log.warning("%s", warning)

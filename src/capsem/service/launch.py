@@ -51,6 +51,7 @@ class Boot:
     memory: Path | None = None
     layer: str | None = None
     network: str = ""  # the layers of its policy
+    secrets: str = ""  # what it is lent
     ledger: bool = True  # record commands, files and traffic
 
 
@@ -111,6 +112,7 @@ class Launcher:
             log_level=self.log_level,
             ledger=boot.ledger,
             network=boot.network,
+            secrets=boot.secrets,
             gate=str(self.gate or ""),
             trace=trace.name if (trace := tracing.active()) is not None else "",
             faults=self.environ.get(faults.VARIABLE) or None,

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -52,6 +52,7 @@ from capsem.service.create import COLD, Maker
 from capsem.service.fleet import Fleet
 from capsem.service.gate import Pass
 from capsem.service.launch import Boot
+from capsem.service.lending import NOTHING, Lending, Lent
 from capsem.service.network import Network
 from capsem.service.pool import Order, Pool
 from capsem.service.templates import Templates
@@ -67,10 +68,20 @@ RESUME = ResumeRequest()
 log = logging.getLogger("capsem_service.lifecycle")
 
 
+class _Copied(NamedTuple):
+    """What a VM on a copy of another's disk has of its own."""
+
+    persistent: bool
+    policy: Policy
+    network: Mapping[str, Any]
+    secrets: Lent
+
+
 class Lifecycle(Commands):
     """See service.manager.Manager."""
 
     network: Network
+    lending: Lending
 
     def __init__(self, fleet: Fleet, maker: Maker, settings: Settings) -> None:
         super().__init__(fleet)
@@ -128,13 +139,14 @@ class Lifecycle(Commands):
             policy.require(persistent=persistent)
         before = self._fleet.get(source).record.network if source is not None else None
         network = await self.network.document(request.network, before)
+        secrets = self.lending.lend(request.secrets or (), spec.env)
         name = self._fleet.reserve(None if name is None else check_name(name))
         try:
             if source is None:
                 profile = request.profile or DEFAULT_PROFILE
                 if not request.cold:
                     with span("take one of the pool"):
-                        pooled = await self.pool.take(Order(name, spec, profile, persistent, policy, network))
+                        pooled = await self.pool.take(Order(name, spec, profile, persistent, policy, network, secrets))
                     if pooled is not None:
                         return pooled
                 with span("find or make a template"):
@@ -147,10 +159,12 @@ class Lifecycle(Commands):
                         profile=profile,
                         policy=policy,
                         network=network,
+                        secrets=secrets,
                         template=template,
                     )
             else:
-                vm = await self._clone(name, spec, source, persistent=persistent, policy=policy, network=network)
+                copied = _Copied(persistent=persistent, policy=policy, network=network, secrets=secrets)
+                vm = await self._clone(name, spec, source, copied)
             async with vm.turn:
                 await self._begin(vm)
         except OSError as error:
@@ -159,9 +173,7 @@ class Lifecycle(Commands):
             self._fleet.release(name)
         return vm
 
-    async def _clone(
-        self, name: str, spec: VmSpec, source_id: str, *, persistent: bool, policy: Policy, network: Mapping[str, Any]
-    ) -> Vm:
+    async def _clone(self, name: str, spec: VmSpec, source_id: str, own: _Copied) -> Vm:
         """A VM of its own size and environment on a copy of a persistent VM's disk."""
         source = self._fleet.get(source_id)
         if not source.record.persistent:
@@ -173,9 +185,7 @@ class Lifecycle(Commands):
         async with source.turn:
             frozen = await self._freeze_top(source)
             spec = replace(spec, disk_mb=source.record.spec.disk_mb)
-            return self._maker.make_child(
-                name, source.record, frozen, None, spec=spec, persistent=persistent, policy=policy, network=network
-            )
+            return self._maker.make_child(name, source.record, frozen, None, spec=spec, **own._asdict())
 
     async def _begin(self, vm: Vm) -> None:
         """The first start of a VM, from the template it was made from if there is one; see `_start`."""
@@ -383,11 +393,17 @@ class Lifecycle(Commands):
             async with source.turn:
                 frozen = await self._freeze_top(source)
                 faults.at("fork.frozen")
-                child = self._maker.make_child(name, source.record, frozen, request.description)
+                child = self._maker.make_child(
+                    name, source.record, frozen, request.description, secrets=self._inherited(source, request)
+                )
                 await self._fleet.on_forked(source, [child])
         finally:
             self._fleet.release(name)
         return ForkResponse(name=name, size_bytes=self._fleet.chain_bytes(child.record))
+
+    def _inherited(self, source: Vm, request: ForkRequest) -> Lent:
+        """What a fork is lent: nothing of its source's, unless that is asked for."""
+        return self.lending.inherit(source.record) if request.inherit_secrets else NOTHING
 
     async def _freeze_top(self, source: Vm) -> tuple[str, ...]:
         """Put a new layer on top of a VM's volume; returns the layers below it, which nothing writes to any more."""

@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from capsem.service.files import Content
     from capsem.service.host import Host
     from capsem.service.network import Network
+    from capsem.service.secret_desk import SecretDesk
     from capsem.service.traces import Traces
 from capsem.service.observation import Observation
 
@@ -78,13 +79,14 @@ class Resize(NamedTuple):
 
 class Manager(Protocol):
     """The VMs of this user; `host` answers what is about none of them, `observation` what has happened, `network` what they
-    may reach, and `asks` what they want to."""
+    may reach, `asks` what they want to, and `secrets` what may be lent to them."""
 
     host: Host
     observation: Observation
     network: Network
     asks: AskFeed
     traces: Traces
+    secrets: SecretDesk
 
     async def provision(self, request: ProvisionRequest) -> ProvisionResponse:
         """Create and boot a VM; returns when the guest is ready or after 5 s."""

@@ -55,6 +55,7 @@ class Order(NamedTuple):
     persistent: bool
     policy: Policy
     network: Mapping[str, Any]
+    secrets: Mapping[str, tuple[str, ...]]
 
 
 class Pool:
@@ -104,6 +105,7 @@ class Pool:
             policy=order.policy.to_dict(),
             network=json.dumps(dict(order.network)),
             layers=layers,
+            secrets=self._fleet.granted(order.secrets),
             ledger=self._fleet.ledger,
             parent_pid=self._maker.launcher.parent_pid,
         )

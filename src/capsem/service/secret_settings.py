@@ -100,9 +100,8 @@ class Secret:
 def load(environ: Mapping[str, str]) -> dict[str, Secret]:
     """Every secret by its name. Raises InvalidInput that names the file."""
     found: dict[str, Secret] = {}
-    for path in (config.user_file(environ), environ.get("CAPSEM_CORP_CONFIG")):
-        if path:
-            found |= read(text_of(path), path)
+    for path in (config.user_file(environ), config.corporate_file(environ)):
+        found |= read(text_of(path), path)
     return found
 
 

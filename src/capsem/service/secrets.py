@@ -54,7 +54,7 @@ class Secrets:
         sources: Sources | None = None,
     ) -> None:
         """Nothing is read yet."""
-        self._environ = environ
+        self.environ = environ
         self._clock = clock
         self.changed = changed
         self._sources = sources or Sources(environ, home)
@@ -65,7 +65,7 @@ class Secrets:
 
     def load(self) -> None:
         """Read the settings. Raises InvalidInput; then everything stays as it was."""
-        defined = secret_settings.load(self._environ)
+        defined = secret_settings.load(self.environ)
         same = defined == self._defined
         self._defined = defined
         if not same:
@@ -171,7 +171,7 @@ class Secrets:
 
     @property
     def _file(self) -> str:
-        return config.user_file(self._environ)
+        return config.user_file(self.environ)
 
     def _write(self, change: Callable[[str], str]) -> None:
         path = Path(self._file)

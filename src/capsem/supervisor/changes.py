@@ -82,7 +82,9 @@ class Changes(Owned):
         if not record.pooled or record.state != Lifecycle.RUNNING or self._stop_asked is not None:
             raise WrongState(f"{record.id} is not in the pool any more", hint="create another VM")
         env = MappingProxyType(dict(request.env))
-        identity = Identity(request.name, request.name, env, record.machine_id, self._token)
+        self.lending.begin(request.secrets, None)
+        environment = {**env, **self.lending.environment}
+        identity = Identity(request.name, request.name, environment, record.machine_id, self._token)
         becoming = asyncio.create_task(self.guest.become(identity, ASSIGN_LIMIT), name="assign")
         try:
             await asyncio.sleep(0)  # let it speak to the guest first
@@ -94,6 +96,7 @@ class Changes(Owned):
                     spec=replace(record.spec, env=env),
                     policy=Policy.from_dict(request.policy),
                     network=MappingProxyType(table_of(request.network)),
+                    secrets=MappingProxyType(self.lending.placeholders),
                     boot_kind="pool",
                     created_at=self._system.clock.time(),
                     started_at=self._system.clock.time(),

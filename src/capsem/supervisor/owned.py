@@ -33,6 +33,7 @@ from capsem.supervisor.activity import Activity
 from capsem.supervisor.console import Console, Transcript
 from capsem.supervisor.gateway import Gateway
 from capsem.supervisor.jobs import JobTable
+from capsem.supervisor.lending import Lending
 from capsem.supervisor.policing import Policing
 from capsem.supervisor.recording import Recording
 from capsem.supervisor.saving import Saver
@@ -91,6 +92,7 @@ class Owned:
         self.pid = system.processes.own_pid()
         self.recording: Recording
         self.policing = Policing(system.clock, floor(is_own), self._write_network)
+        self.lending = Lending()
         self._server: Server
         self._gateway = Gateway(Trial(os.environ.get("CAPSEM_EGRESS_TRIAL", "")))
         self._listener: Listener | None = None
@@ -127,7 +129,8 @@ class Owned:
 
     def _identity(self) -> Identity:
         record = self._record
-        return Identity(record.id, record.id, record.spec.env, record.machine_id, self._token)
+        env = {**record.spec.env, **self.lending.environment}
+        return Identity(record.id, record.id, env, record.machine_id, self._token)
 
     async def _listen(self) -> Listener:
         self._names.socket.unlink(missing_ok=True)

@@ -44,11 +44,13 @@ from capsem.api.internal import (
     speaks,
 )
 from capsem.api.network_messages import AnswerAsk, FollowAsks, SetNetwork
+from capsem.api.secret_messages import LendSecrets, SetSecrets
 from capsem.control.channel import Channel, Stream
 from capsem.control.guest import Guest
 from capsem.model.errors import CapsemError, Interrupted, InvalidInput, Unsupported, host_failed
 from capsem.supervisor.activity import Activity
 from capsem.supervisor.jobs import Follower, Job, JobTable
+from capsem.supervisor.lending import Lending
 from capsem.supervisor.policing import Policing
 from capsem.supervisor.recording import Recording
 from capsem.tracing import span
@@ -85,6 +87,7 @@ class Supervised(Protocol):
     jobs: JobTable
     activity: Activity
     recording: Recording
+    lending: Lending
     policing: Policing
     pid: int
 
@@ -276,6 +279,10 @@ class _Connection:
             return self._supervised.policing.answer(request)
         if isinstance(request, FollowAsks):
             return await self._supervised.policing.follow(stream, request)
+        if isinstance(request, LendSecrets):
+            return await self._supervised.lending.serve(stream, request)
+        if isinstance(request, SetSecrets):
+            return self._supervised.lending.set(request)
         raise Unsupported(f"{request.tag} is not served here")
 
     async def _start(self, request: Exec | Terminal) -> Job:

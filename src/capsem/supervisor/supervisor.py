@@ -164,6 +164,7 @@ class Supervisor(Changes):
         self._token = token
         record = self._record
         self.policing.begin(record.id, bootstrap.network, record.network, record.learning_since)
+        self.lending.begin(bootstrap.secrets, record.forked_from)
         self.guest = Guest(self._identity(), clock, entropy, restored)
 
     async def _run_claimed(self) -> int:
