@@ -31,6 +31,7 @@ from capsem.ledger.database import reader
 from capsem.ledger.schema import iso
 from capsem.model.errors import Corrupt, InvalidInput, NotFound, NotRunning, QueryFailed
 from capsem.store.layout import SessionDir
+from capsem.supervisor import recording
 from service_world import World, play
 
 
@@ -269,6 +270,25 @@ def test_traffic_is_in_the_ledger_the_counts_and_the_index(tmp_path: Path) -> No
                 await it.handlers.stop("box")
         assert rows(session, "SELECT domain, decision FROM dns_events") == [("a.test", "allowed")]
         assert len(rows(session_of(it, "child"), "SELECT id FROM net_events")) == 2
+
+    play(tmp_path, scene)
+
+
+def test_a_guest_that_asks_for_ever_does_not_fill_the_hosts_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "TRAFFIC_LIMIT", 5)
+
+    async def scene(it: World) -> None:
+        session = await boot(it)
+        (child,) = it.processes.children.values()
+        for _ in range(9):
+            child.supervisor.recording.traffic.net(NetEvent(1_700_000_000.0, "a.test", 443, decision="denied"))
+        await it.handlers.execute("box", ExecRequest(command="true"))
+        await it.handlers.stop("box")
+        assert rows(session, "SELECT count(*) FROM net_events") == [(5,)]
+        assert rows(session, "SELECT count(*) FROM exec_events") == [(1,)], "what else happens is recorded"
+        assert rows(session, "SELECT sum(detail) FROM lifecycle_events WHERE event = 'lost'") == [(4,)]
 
     play(tmp_path, scene)
 

@@ -228,6 +228,9 @@ def test_bodies_are_left_alone_unless_it_says_so() -> None:
     broker = lender(places=IN_BODY)
     assert broker.body(Subject(443, HOST), Headers(), verified=True) is None
     assert send(broker, method=b"GET").secrets == ()
+    assert broker.body(Subject(443, HOST, method="GET"), Headers(), verified=True) is None
+    assert broker.body(Subject(443, HOST, method="POST"), Headers([(b"Content-Length", b"0")]), verified=True) is None
+    assert broker.body(Subject(443, HOST, method="POST"), Headers(), verified=True) is not None
     assert broker.vault.asked == []  # type: ignore[attr-defined]
     assert send(broker, LENGTH).secrets == ("openai",)  # it may be in there, and that is told
 

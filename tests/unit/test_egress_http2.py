@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,10 @@ from h2.events import (
 )
 
 from capsem.egress import http2
+from capsem.egress.broker import Lender
 from capsem.egress.facts import Action, Layer, TlsMode
+from capsem.egress.grants import Grant, Places
+from capsem.egress.parts import SecretUnavailable
 from capsem.egress.paths import PathPattern
 from capsem.egress.tls import TlsStream
 from egress_bench import Bench, MemoryStream, answering, bench, rule, run, sites
@@ -241,6 +244,66 @@ async def test_each_stream_is_judged(tmp_path: Path) -> None:
         assert (await caller.answer(await caller.request(host=b"other.test")))[0] == 421
         assert (await caller.answer(await caller.request()))[0] == 200
         assert [row.decision for row in world.rows.requests] == ["denied", "denied", "denied", "allowed"]
+
+
+class Known:
+    """The values of secrets, as long as there is one."""
+
+    value: bytes | None = b"sk-live-0123456789"
+
+    async def get(self, name: str) -> bytes:
+        if self.value is None:
+            raise SecretUnavailable(name, "its source is gone")
+        return self.value
+
+    def known(self, _name: str) -> list[bytes]:
+        return [self.value] if self.value is not None else []
+
+
+@run
+async def test_secrets_are_put_in_and_not_repeated(tmp_path: Path) -> None:
+    own, known = b"capsem-key-" + b"a" * 20, Known()
+    secret = known.value
+    assert secret is not None
+    grant = Grant("key", (own.decode(),), ("site.test",), Places(body=True))
+    seen: list[bytes] = []
+
+    async def tell(served: Served, stream_id: int) -> None:
+        body = b"".join([data async for data in received(served, stream_id)])
+        seen.append(dict(served.requests[stream_id])[b"x-api-key"])
+        said = b"you sent " + body
+        served.h2.send_headers(
+            stream_id, [(b":status", b"200"), (b"content-length", b"%d" % len(said)), (b"x-echo", secret)]
+        )
+        served.h2.send_data(stream_id, said, end_stream=True)
+        served.send()
+
+    async with bench(tmp_path, sites("site.test", http2=True), broker=Lender([grant], known)) as world:
+        caller = await call(world, await origin(world, tell))
+        more = [(b"x-api-key", own)]
+        stream_id = await caller.request(end=False, more=more)
+        await caller.data(stream_id, b"key=" + own[:20])
+        await caller.data(stream_id, own[20:] + b"!", end=True)
+        status, fields, body, _ = await caller.answer(stream_id)
+        assert (status, seen) == (200, [secret])
+        assert secret not in body
+        assert body.startswith(b"you sent key=capsem-key-")
+        assert int(fields[b"content-length"]) == len(body) == len(b"you sent key=" + secret + b"!")
+        assert secret not in fields[b"x-echo"]
+        status, fields, body, _ = await caller.answer(await caller.request(more=[(b"x-api-key", own[:-1] + b"b")]))
+        assert (status, fields[b"x-capsem-decision"]) == (403, b"denied")
+        known.value = None
+        status, fields, body, _ = await caller.answer(await caller.request(more=more))
+        assert (status, fields[b"x-capsem-decision"]) == (502, b"error")
+        assert b"its source is gone" in body
+        assert len(seen) == 1
+    rows = [(row.decision, row.secrets) for row in world.rows.requests]
+    assert rows == [("allowed", ("key",)), ("denied", ("key",)), ("error", ("key",))]
+
+
+async def received(served: Served, stream_id: int) -> AsyncIterator[bytes]:
+    while data := await served.data[stream_id].get():
+        yield data
 
 
 @run

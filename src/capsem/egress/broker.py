@@ -25,7 +25,8 @@ BODY_LIMIT: Final = 1024 * 1024  # bytes of a request's body that are looked at
 ECHO_LIMIT: Final = 64 * 1024  # and of an answer's
 
 _Found = tuple[bytes, Grant]  # a placeholder, all of it, and what it stands for
-_HAS_BODY: Final = (b"content-length", b"transfer-encoding")
+_LENGTHS: Final = (b"content-length", b"transfer-encoding")
+_WITH_BODY: Final = ("POST", "PUT", "PATCH")
 
 
 class Values(Protocol):
@@ -117,7 +118,8 @@ class Lender:
         """The grants whose values may be put into the body."""
         if not verified or subject.host is None or headers.get(b"content-encoding") not in (None, b"identity"):
             return []
-        if all(headers.get(name) in (None, b"0") for name in _HAS_BODY):
+        said = [value for name in _LENGTHS if (value := headers.get(name)) is not None]
+        if said == [b"0"] or (not said and subject.method not in _WITH_BODY):  # HTTP/2 need not say how long one is
             return []
         return [grant for grant in self._grants if grant.places.body and grant.fits(subject.host)]
 

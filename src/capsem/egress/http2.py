@@ -33,7 +33,7 @@ from capsem.egress.exchange import Filter, Incoming
 from capsem.egress.facts import Subject
 from capsem.egress.h2side import GoingAway, Side, SideFailed, plain
 from capsem.egress.heads import Header, RequestHead, ResponseHead
-from capsem.egress.parts import SecretMisuse, Tap
+from capsem.egress.parts import SecretMisuse, SecretRefused, Tap
 from capsem.egress.pool import Upstream
 from capsem.egress.requests import HEAD_TIME, IDLE_TIME
 
@@ -327,9 +327,11 @@ class Http2:
             note(event, denial.verdict)
             event.decision = "denied"
             await self._page(call, *pages.denied(denial.subject, denial.verdict, accept))
-        except SecretMisuse as misuse:
-            event.decision, event.error, event.secrets = "denied", str(misuse), (misuse.secret,)
-            await self._page(call, *pages.failed(403, str(misuse), accept, decision="denied"))
+        except SecretRefused as refused:
+            event.decision = "denied" if isinstance(refused, SecretMisuse) else "error"
+            event.error, event.secrets = str(refused), (refused.secret,)
+            status = 403 if event.decision == "denied" else 502
+            await self._page(call, *pages.failed(status, str(refused), accept, decision=event.decision))
         except Refused as refusal:
             event.error = str(refusal)
             event.decision = "denied" if refusal.status == 421 else "error"
@@ -415,7 +417,7 @@ class Http2:
                 await self._client.took(call.client_id, piece.size)
         except H2Error:
             return  # the origin has answered without waiting for all of it
-        except SecretMisuse:
+        except SecretRefused:
             call.down.lose()
             raise
 
@@ -432,12 +434,11 @@ class Http2:
                 call.answered = piece.end
                 continue
             data = piece.data
-            if data:
-                call.event.bytes_received += len(data)
-                if tap is not None:
-                    tap.response_body(data)
+            call.event.bytes_received += len(data)
             if change is not None:
                 data = (change(data) if data else b"") + (change(b"") if piece.end else b"")
+            if tap is not None and data:
+                tap.response_body(data)
             await self._client.data(call.client_id, data, end=piece.end and piece.trailers is None)
             if piece.trailers is not None:
                 await self._client.head(call.client_id, piece.trailers, end=True)
@@ -456,8 +457,7 @@ class Http2:
             if tap is not None:
                 tap.response(head)
             call.begun = True
-        changed = (b"content-length",) if change is not None else ()
-        fields = [(b":status", b"%d" % status), *plain(list(head.headers), *changed)]
+        fields = [(b":status", b"%d" % status), *plain(list(head.headers))]
         await self._client.head(call.client_id, fields, end=end)
         return change
 

@@ -82,9 +82,13 @@ class Writer:
     def put(self, statement: Statement) -> None:
         """Have it written soon. Never waits, never raises."""
         if self._closing or self._queue.qsize() >= LIMIT:
-            self._dropped += 1
+            self.drop()
         else:
             self._queue.put(statement)
+
+    def drop(self) -> None:
+        """Count one that is not to be written."""
+        self._dropped += 1
 
     def flush(self) -> Future[None]:
         """Done when everything that was put before is in the file, or lost."""

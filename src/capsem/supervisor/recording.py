@@ -29,6 +29,8 @@ OPEN_LIMIT = 2.0  # seconds that a guest which is ready waits for its ledger
 FLUSH_LIMIT = 1.0  # seconds that a reader of the ledger waits for what is on its way there
 CLOSE_LIMIT = 0.7  # seconds; the service allows two from SIGTERM to the end, and the guest gets one of them
 
+TRAFFIC_LIMIT = 1_000_000  # rows of traffic in one run, some 300 MB; what comes then is counted as lost
+
 log = logging.getLogger("capsem_process.recording")
 
 
@@ -42,6 +44,7 @@ class Recording:
         self._writer = Writer(
             path, SESSION, lambda lost: events.lifecycle_event(clock.time(), "lost", detail=str(lost))
         )
+        self._traffic = 0  # rows of it
         self._resting = False  # the VM is suspended: its commands have not ended
         if not resumed:
             self._put(events.commands_lost("the VM ended before the command did"))
@@ -127,10 +130,18 @@ class Recording:
     @property
     def traffic(self) -> Recorder:
         """Takes what the VM's traffic does; nothing of it is kept as long as commands are not."""
-        return TrafficRecord(self._put_if_on)
+        return TrafficRecord(self._put_traffic)
 
-    def _put_if_on(self, statement: Statement) -> None:
-        if self._on:
+    def _put_traffic(self, statement: Statement) -> None:
+        """A guest may make requests as fast as it can, for as long as it likes: the host's disk is not for it to fill."""
+        if not self._on:
+            return
+        self._traffic += 1
+        if self._traffic > TRAFFIC_LIMIT:
+            self._writer.drop()
+            if self._traffic == TRAFFIC_LIMIT + 1:
+                log.warning("no more of the traffic is recorded until the VM is started anew: %d rows", TRAFFIC_LIMIT)
+        else:
             self._put(statement)
 
     # -- the file
