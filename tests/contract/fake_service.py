@@ -79,6 +79,8 @@ class FakeManager:
         self.started = threading.Event()
         self.cancelled = threading.Event()
         self.finished = threading.Event()
+        self.go_on = threading.Event()  # for a transition that has begun
+        self.go_on.set()
         self.consumed = 0
 
     def settle(
@@ -105,7 +107,8 @@ class FakeManager:
 
     async def _transition(self) -> None:
         self.started.set()
-        await asyncio.sleep(0.3)
+        while not self.go_on.is_set():
+            await asyncio.sleep(0.005)
         self.finished.set()
 
     async def provision(self, request: ProvisionRequest) -> ProvisionResponse:
@@ -193,9 +196,10 @@ class FakeManager:
             yield stream.STDOUT, b"out\n"
             yield stream.STDERR, b"err\n"
         elif word == "slow":
-            for text in ("one\n", "two\n"):
-                yield stream.STDOUT, text.encode()
-                await asyncio.sleep(0.4)
+            yield stream.STDOUT, b"one\n"
+            while not self.go_on.is_set():
+                await asyncio.sleep(0.005)
+            yield stream.STDOUT, b"two\n"
         elif word == "cat":
             yield stream.STDOUT, b""
             async for chunk in stdin or _nothing():

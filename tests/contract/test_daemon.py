@@ -174,7 +174,5 @@ def test_odd_names_in_a_unit() -> None:
 def test_a_stopping_service_is_waited_for(home: Path) -> None:
     cli(home, "start")
     paths = Paths.from_environment({"CAPSEM_HOME": str(home)})
-    began = time.monotonic()
     pid = daemon.stop(paths)
-    assert time.monotonic() - began < 5
     assert not alive(pid)

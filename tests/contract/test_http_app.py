@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from urllib.parse import quote
 
 import pytest
@@ -20,6 +20,8 @@ from capsem.client.sync import Client
 from capsem.model.errors import InvalidInput, NotFound, NotRunning, TimedOut, Unavailable
 from capsem.model.lifecycle import State
 from contract.fake_service import FakeService, fake_service
+
+PATIENCE = 60.0  # seconds for what must come true, however busy the machine
 
 
 @pytest.fixture(scope="module")
@@ -217,33 +219,38 @@ def _hang_up_during(service: FakeService, head: str, body: bytes = b"") -> None:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(service.path))
         connection.sendall(f"{head} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
-        assert service.manager.started.wait(5)
+        assert service.manager.started.wait(PATIENCE)
+
+
+def _until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.005)
 
 
 def test_hanging_up_ends_a_command(service: FakeService) -> None:
     _hang_up_during(service, "POST /exec/box", b'{"command":"sleep"}')
-    assert service.manager.cancelled.wait(5)
+    assert service.manager.cancelled.wait(PATIENCE)
 
 
 def test_hanging_up_ends_a_run(service: FakeService) -> None:
     _hang_up_during(service, "POST /run", b'{"command":"sleep"}')
-    assert service.manager.cancelled.wait(5)
+    assert service.manager.cancelled.wait(PATIENCE)
     assert "run" not in service.manager.states
 
 
 @pytest.mark.parametrize("head", ["POST /stop/slowstop", "POST /provision"])
 def test_hanging_up_does_not_stop_a_transition(service: FakeService, head: str) -> None:
     service.manager.states["slowstop"] = State.RUNNING
+    service.manager.go_on.clear()
     _hang_up_during(service, head, b'{"name":"slow"}')
+    _until(lambda: len(service.app.state.transitions) == 1)
     assert not service.manager.finished.is_set()
-    deadline = time.monotonic() + 0.25
-    while not service.app.state.transitions and time.monotonic() < deadline:
-        time.sleep(0.005)
-    assert len(service.app.state.transitions) == 1
-    assert service.manager.finished.wait(5)
+    service.manager.go_on.set()
+    assert service.manager.finished.wait(PATIENCE)
     assert not service.manager.cancelled.is_set()
-    time.sleep(0.1)
-    assert not service.app.state.transitions
+    _until(lambda: not service.app.state.transitions)
 
 
 def test_hanging_up_in_the_middle_of_a_body(service: FakeService) -> None:
@@ -276,15 +283,12 @@ class Pieces:
 
 
 def test_output_arrives_while_the_command_runs(service: FakeService) -> None:
-    began = time.monotonic()
-    times = []
+    service.manager.go_on.clear()
     with Client(service.path).stream("box", {"command": "slow"}) as output:
-        for channel, data in output:
-            if data:
-                times.append((channel, data, time.monotonic() - began))
-    assert [(channel, data) for channel, data, _ in times] == [(1, b"one\n"), (1, b"two\n")]
-    assert times[0][2] < 0.3
-    assert times[1][2] > 0.35
+        seen = (each for each in output if each[1])
+        assert next(seen) == (1, b"one\n")
+        service.manager.go_on.set()
+        assert list(seen) == [(1, b"two\n")]
     assert output.result == {"exit_code": 0}
 
 
@@ -334,10 +338,11 @@ def test_hanging_up_is_noticed_though_the_command_does_not_read_its_input(servic
     pieces = Pieces(*[b"x" * 32768] * 1000)
     output = Client(service.path).stream("box", {"command": "sleep on"}, stdin=pieces)
     assert next(iter(output)) == (1, b"on")
-    time.sleep(0.2)
+    _until(lambda: pieces.read_size >= stream.WINDOW)
+    time.sleep(0.1)
     assert pieces.read_size == stream.WINDOW
     output.close()
-    assert service.manager.cancelled.wait(5)
+    assert service.manager.cancelled.wait(PATIENCE)
 
 
 def test_hanging_up_ends_a_command_that_floods(service: FakeService) -> None:
@@ -345,7 +350,7 @@ def test_hanging_up_ends_a_command_that_floods(service: FakeService) -> None:
     next(iter(output))
     time.sleep(0.2)
     output.close()
-    assert service.manager.cancelled.wait(5)
+    assert service.manager.cancelled.wait(PATIENCE)
 
 
 def test_an_empty_frame_ends_the_input(service: FakeService) -> None:
@@ -373,7 +378,7 @@ def test_garbage_after_the_beginning_ends_the_command(service: FakeService) -> N
         while piece := connection.recv(65536):
             answer += piece
     assert b"invalid_input" in answer
-    assert service.manager.cancelled.wait(5)
+    assert service.manager.cancelled.wait(PATIENCE)
 
 
 def test_errors_of_a_stream(service: FakeService) -> None:
@@ -426,12 +431,10 @@ def test_many_at_once_do_not_mix(service: FakeService) -> None:
 
 
 def test_no_service_and_no_answer(service: FakeService) -> None:
-    began = time.monotonic()
     with pytest.raises(Unavailable, match="cannot connect"):
         Client(service.path.with_name("none.sock")).call("list")
     with pytest.raises(TimedOut, match=r"did not answer within 0\.2 s"):
         Client(service.path, timeout=0.2).call("exec", vm_id="box", body={"command": "sleep"})
-    assert time.monotonic() - began < 2
 
 
 def test_every_operation_has_its_route(service: FakeService) -> None:

@@ -18,6 +18,7 @@ from capsem.model.errors import CapsemError
 
 BIN = Path(sys.executable).parent
 SMALL = {"ram_mb": 512, "cpus": 1}
+PATIENCE = 120.0  # seconds for what must come true, however busy the machine
 
 
 @dataclass
@@ -69,7 +70,7 @@ class Service:
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.wait(30)
+        self.process.wait(PATIENCE)
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -86,7 +87,7 @@ def start_process(home: Path, *options: str, **env: str) -> subprocess.Popen[byt
     return subprocess.Popen([BIN / "capsem-service", "--foreground", *options], env=environment(home) | env)
 
 
-def wait_until_it_answers(client: Client, limit: float = 15) -> None:
+def wait_until_it_answers(client: Client, limit: float = PATIENCE) -> None:
     deadline = time.monotonic() + limit
     while True:
         try:
@@ -98,8 +99,8 @@ def wait_until_it_answers(client: Client, limit: float = 15) -> None:
             return
 
 
-def wait_for(condition: object, limit: float = 30) -> None:
-    """Wait until a condition of the outside world holds."""
+def wait_for(condition: object, limit: float = PATIENCE) -> None:
+    """Wait until a condition of the outside world holds; the limit is for what never comes, not for how fast it does."""
     assert callable(condition)
     deadline = time.monotonic() + limit
     while not condition():

@@ -15,7 +15,7 @@ import pytest
 from capsem.image.catalog import Catalog
 from capsem.model.vm import VmRecord, record_from_json
 from capsem.store.flatten import MAX_DEPTH
-from real_service import Service, wait_for
+from real_service import PATIENCE, Service, wait_for
 
 TINY = {"ram_mb": 256, "cpus": 1}
 
@@ -105,7 +105,7 @@ def grow(service: Service, megabytes: int = 40) -> None:
 
 def half_merged(service: Service) -> str:
     """The id of a layer that nobody names yet: a merge is under way."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while not (fresh := layers_on_disk(service) - named(service)):
         assert time.monotonic() < deadline, "no merge has begun"
     return fresh.pop()

@@ -18,7 +18,7 @@ WHO = "hostname; cat /etc/machine-id /run/capsem/boot-token; echo $SECRET; env |
 @pytest.fixture(scope="module")
 def pooled() -> Iterator[Service]:
     with running_service(CAPSEM_POOL_SIZE="1", **SIZE) as it:
-        wait_for(lambda: waiting(it), 60)
+        wait_for(lambda: waiting(it))
         yield it
 
 
@@ -30,7 +30,7 @@ def waiting(service: Service) -> bool:
 def test_each_is_a_machine_of_its_own(pooled: Service) -> None:
     client, seen = pooled.client, []
     for name, secret in (("first", "a"), ("second", "b")):
-        wait_for(lambda: waiting(pooled), 60)
+        wait_for(lambda: waiting(pooled))
         answer = client.call("provision", body={"name": name, "env": {"SECRET": secret}})
         assert answer["boot_kind"] == "pool"
         seen.append(pooled.output(name, WHO).split())
@@ -46,9 +46,9 @@ def test_each_is_a_machine_of_its_own(pooled: Service) -> None:
 
 def test_a_service_that_is_killed_takes_the_pool_along_and_leaves_what_was_taken(pooled: Service) -> None:
     service, client = pooled, pooled.client
-    wait_for(lambda: waiting(service), 60)
+    wait_for(lambda: waiting(service))
     assert client.call("provision", body={"name": "taken"})["boot_kind"] == "pool"
-    wait_for(lambda: waiting(service), 60)
+    wait_for(lambda: waiting(service))
     taken = client.call("info", vm_id="taken")["pid"]
     [member] = [vm["id"] for vm in client.call("df")["vms"] if vm["id"] != "taken"]
     os.kill(service.process.pid, signal.SIGKILL)

@@ -49,7 +49,7 @@ def test_a_vm_is_saved_every_so_often_and_suspended_when_idle(service: Service) 
             seen.extend(each for each in found if each not in seen)
             return found
 
-        wait_for(lambda: automatic() and len(seen) >= 4, 60)
+        wait_for(lambda: automatic() and len(seen) >= 4)
         changed = service.cli("set", "timed", "--every", "off", "--idle", "2s")
         assert changed.stdout.decode().split() == "idle 2s ttl off every off keep 2 keep-for off".split(), (
             changed.stderr
@@ -58,7 +58,7 @@ def test_a_vm_is_saved_every_so_often_and_suspended_when_idle(service: Service) 
         assert client.call("info", vm_id="timed")["policy"] == {"idle_secs": 2.0, "checkpoint_keep": 2}
         code, out, _ = service.exec("timed", "sleep 4; echo done")
         assert (code, out) == (0, "done\n")
-        wait_for(lambda: service.status("timed") == "Suspended", 60)
+        wait_for(lambda: service.status("timed") == "Suspended")
         client.call("policy", vm_id="timed", body={"idle_secs": 0})
         client.call("resume", vm_id="timed")
         assert service.output("timed", "echo here") == "here\n"

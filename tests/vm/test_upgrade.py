@@ -56,7 +56,7 @@ def test_vms_are_kept_when_the_settings_say_so(own_service: Service) -> None:
     assert (command.returncode, out.split()) == (5, [str(i).encode() for i in range(2, 41)])
     assert service.output(passing, "echo here") == "here\n"
     service.stop()
-    wait_for(lambda: not any(map(alive, processes)), 3)
+    wait_for(lambda: not any(map(alive, processes)))
     service.restart()
     assert [box["id"] for box in client.call("list")["sandboxes"]] == ["kept"]
 
