@@ -35,6 +35,8 @@ man:
 
 bench:
 	.venv/bin/python -m bench
+	.venv/bin/python -m bench.warm
+	.venv/bin/python -m bench.density
 	.venv/bin/python -m bench.checkpoints
 	.venv/bin/python -m bench.transfer
 	.venv/bin/python -m bench.mcp

@@ -427,13 +427,14 @@ class AsyncFiles:
         """What is in a directory, `depth` levels of it, 1 to 6."""
         return await self._call(core.list_files(self._box.id, path, depth), timeout)
 
-    async def upload(self, local: str | os.PathLike[str], path: str) -> None:
-        """Copy a file of this host into the VM, of any size, with its mode."""
-        await asyncio.to_thread(upload_file, self._client, self._box.id, local, path)
+    async def upload(self, local: str | os.PathLike[str], path: str, *, timeout: float | None = None) -> None:
+        """Copy a file of this host into the VM, of any size, with its mode. Raises TimedOut after `timeout` seconds."""
+        await asyncio.to_thread(upload_file, self._client, self._box.id, local, path, timeout)
 
-    async def download(self, path: str, local: str | os.PathLike[str]) -> None:
-        """Copy a file of the VM to this host, of any size, with its mode; an old file stays until the new one is whole."""
-        await asyncio.to_thread(download_file, self._client, self._box.id, path, local)
+    async def download(self, path: str, local: str | os.PathLike[str], *, timeout: float | None = None) -> None:
+        """Copy a file of the VM to this host, of any size, with its mode; an old file stays until the new one is whole.
+        Raises TimedOut after `timeout` seconds."""
+        await asyncio.to_thread(download_file, self._client, self._box.id, path, local, timeout)
 
     @property
     def _client(self) -> Client:

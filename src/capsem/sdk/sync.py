@@ -414,13 +414,14 @@ class Files:
         """What is in a directory, `depth` levels of it, 1 to 6."""
         return self._call(core.list_files(self._box.id, path, depth), timeout)
 
-    def upload(self, local: str | os.PathLike[str], path: str) -> None:
-        """Copy a file of this host into the VM, of any size, with its mode."""
-        upload_file(self._client, self._box.id, local, path)
+    def upload(self, local: str | os.PathLike[str], path: str, *, timeout: float | None = None) -> None:
+        """Copy a file of this host into the VM, of any size, with its mode. Raises TimedOut after `timeout` seconds."""
+        upload_file(self._client, self._box.id, local, path, timeout)
 
-    def download(self, path: str, local: str | os.PathLike[str]) -> None:
-        """Copy a file of the VM to this host, of any size, with its mode; an old file stays until the new one is whole."""
-        download_file(self._client, self._box.id, path, local)
+    def download(self, path: str, local: str | os.PathLike[str], *, timeout: float | None = None) -> None:
+        """Copy a file of the VM to this host, of any size, with its mode; an old file stays until the new one is whole.
+        Raises TimedOut after `timeout` seconds."""
+        download_file(self._client, self._box.id, path, local, timeout)
 
     @property
     def _client(self) -> Client:
@@ -430,17 +431,21 @@ class Files:
         return self._box._transport.call(call, timeout)  # noqa: SLF001
 
 
-def upload_file(client: Client, vm_id: str, local: str | os.PathLike[str], path: str) -> None:
+def upload_file(
+    client: Client, vm_id: str, local: str | os.PathLike[str], path: str, timeout: float | None = None
+) -> None:
     """See Files.upload."""
     with Path(local).open("rb") as file:
-        status = os.fstat(file.fileno())
-        upload(client, vm_id, core.workspace_path(path), file.fileno(), status.st_size, status.st_mode)
+        status, to = os.fstat(file.fileno()), core.workspace_path(path)
+        upload(client, vm_id, to, file.fileno(), status.st_size, status.st_mode, timeout=timeout)
 
 
-def download_file(client: Client, vm_id: str, path: str, local: str | os.PathLike[str]) -> None:
+def download_file(
+    client: Client, vm_id: str, path: str, local: str | os.PathLike[str], timeout: float | None = None
+) -> None:
     """See Files.download."""
     target = Path(local)
-    incoming = Download(client, vm_id, core.workspace_path(path))
+    incoming = Download(client, vm_id, core.workspace_path(path), timeout)
     part = target.with_name(f".{target.name[:200]}.{os.urandom(4).hex()}")
     try:
         with part.open("xb") as file:
