@@ -16,6 +16,8 @@ from capsem.egress.policy import Policy
 from capsem.egress.resolve import Resolver, is_own
 from capsem.egress.rules import Rule
 from capsem.egress.sockets import SocketStream
+from capsem.egress.taps import prices
+from capsem.egress.taps.pick import model_taps
 from capsem.supervisor.recording import Recording
 from capsem.system.real import RealClock
 
@@ -48,6 +50,7 @@ async def serve(home: Path, origin_port: int) -> None:
         minter=Minter(open_authority(home, clock.time(), "bench"), clock.time),
         recorder=recording.traffic,
         clock=clock,
+        taps=model_taps(recording.traffic, clock, prices.load()),
     )
     tasks: set[asyncio.Task[None]] = set()
     loop = asyncio.get_running_loop()
