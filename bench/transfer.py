@@ -1,9 +1,12 @@
-"""`python -m bench.transfer`: 10 MB into a VM and out of it, beside the bare virtio port.
+"""`python -m bench.transfer`: a file into a VM and out of it, beside the bare virtio port.
 
 The floor is QEMU with the same guest and one more port: a socket on the host, and in the guest a Python that reads into
-one kept buffer, or writes 32 KiB at a time; no protocol, no file, no fsync. Each of ours is taken right after its floor.
-A second table tells what the fsync and the process of `capsem cp` cost of it, which no port could save, and the same
-ratios in CPU time of the two VMMs, which hold on a busy host too.
+one kept buffer, or writes what it holds 32 KiB at a time; no protocol. A file that was sent is durable when we say that
+it is there, so on the way in the floor is the port and then the same bytes written to a file and synced by the guest:
+both parts are told, too. Each of ours is taken right after its floor.
+
+A second table has what explains it: the port and the disk each alone, the CPU time of each process for one transfer (it
+holds on a busy host too, where times do not), what the process of `capsem cp` costs, and the memory of the two ends.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
-from bench.__main__ import BIN, cpu_seconds, milliseconds, service, status
+from bench.__main__ import BIN, milliseconds, service, status
 from bench.floor import SPARE_PORT, Bare, guest_of
 from bench.table import Row, show
 from capsem.client.http import Answer
@@ -28,29 +32,30 @@ from capsem.hypervisor.qemu.driver import QemuDriver
 from capsem.image.catalog import Catalog
 from capsem.wire.messages import Exec
 
-SIZE = 10_000_000
 PIECE = 256 * 1024
 
 # "i": read SIZE bytes, answer "."; "o": write SIZE bytes; "f": write and fsync a file of SIZE bytes, answer ".".
-GUEST = f"""
+GUEST = """
 import glob, os
-port = next(p for p in glob.glob("/sys/class/virtio-ports/*") if open(p + "/name").read().strip() == "{SPARE_PORT}")
+SIZE = %d
+port = next(p for p in glob.glob("/sys/class/virtio-ports/*") if open(p + "/name").read().strip() == "%s")
 fd = os.open("/dev/" + os.path.basename(port), os.O_RDWR)
 buffer = memoryview(bytearray(65536))
+data = memoryview(os.urandom(1 << 20) * (SIZE // (1 << 20) + 1))
 os.write(fd, b".")
 while True:
-    order, left = os.read(fd, 1), {SIZE}
+    order, left, at = os.read(fd, 1), SIZE, 0
     if order == b"i":
         while left:
             left -= os.readv(fd, [buffer])
     elif order == b"o":
-        while left:
-            left -= os.write(fd, buffer[:min(left, 32768)])
+        while at < SIZE:
+            at += os.write(fd, data[at:min(at + 32768, SIZE)])
         continue
     else:
         file = os.open("/root/floor", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        while left:
-            left -= os.write(file, buffer[:min(left, 32768)])
+        while at < SIZE:
+            at += os.write(file, data[at:min(at + 32768, SIZE)])
         os.fsync(file)
         os.close(file)
     os.write(fd, b".")
@@ -58,42 +63,43 @@ while True:
 
 
 class Floor:
-    """The bare port."""
+    """The bare port; times in milliseconds."""
 
-    def __init__(self, end: socket.socket) -> None:
+    def __init__(self, end: socket.socket, size: int) -> None:
         end.setblocking(True)
         self._end = end
-        self._data = bytes(SIZE)
+        self._data = os.urandom(size)
+        self._buffer = bytearray(PIECE)
+        self.port: list[float] = []
+        self.disk: list[float] = []
         assert self._end.recv(1) == b"."
 
     def into(self) -> float:
-        """Milliseconds for SIZE bytes to have come."""
+        """For a file's bytes to have come, and then to have become durable."""
         began = perf_counter()
         self._end.sendall(b"i")
         self._end.sendall(self._data)
         assert self._end.recv(1) == b"."
-        return milliseconds(began)
-
-    def out_of(self) -> float:
-        """Milliseconds for SIZE bytes to have gone."""
-        left, buffer, began = SIZE, bytearray(PIECE), perf_counter()
-        self._end.sendall(b"o")
-        while left:
-            left -= self._end.recv_into(buffer)
-        return milliseconds(began)
-
-    def durable(self) -> float:
-        """Milliseconds for the guest to write SIZE bytes to a file and fsync it."""
+        self.port.append(milliseconds(began))
         began = perf_counter()
         self._end.sendall(b"f")
         assert self._end.recv(1) == b"."
+        self.disk.append(milliseconds(began))
+        return self.port[-1] + self.disk[-1]
+
+    def out_of(self) -> float:
+        """For a file's bytes to have gone."""
+        left, began = len(self._data), perf_counter()
+        self._end.sendall(b"o")
+        while left:
+            left -= self._end.recv_into(self._buffer)
         return milliseconds(began)
 
 
 @contextlib.asynccontextmanager
-async def _echo(bare: Bare) -> AsyncIterator[None]:
+async def _echo(bare: Bare, size: int) -> AsyncIterator[None]:
     async with guest_of(bare.control) as guest:
-        stream = guest.execute(Exec(job="floor", command=f"exec python3 -c '{GUEST}'"))
+        stream = guest.execute(Exec(job="floor", command=f"exec python3 -c '{GUEST % (size, SPARE_PORT)}'"))
         try:
             yield
         finally:
@@ -101,12 +107,12 @@ async def _echo(bare: Bare) -> AsyncIterator[None]:
 
 
 @contextlib.contextmanager
-def floor(bare: Bare) -> Iterator[Floor]:
+def floor(bare: Bare, size: int) -> Iterator[Floor]:
     """The port of a bare VM, served by the guest; the agent's own channel idles on another thread."""
     begun, ended = threading.Event(), threading.Event()
 
     async def serve() -> None:
-        async with _echo(bare):
+        async with _echo(bare, size):
             begun.set()
             await asyncio.to_thread(ended.wait)
 
@@ -114,38 +120,50 @@ def floor(bare: Bare) -> Iterator[Floor]:
     thread.start()
     try:
         begun.wait(120)
-        yield Floor(bare.spare)
+        yield Floor(bare.spare, size)
     finally:
         ended.set()
         thread.join()
 
 
-def exchange(path: Path, head: bytes, body: bytes = b"") -> bytes:
-    """One HTTP request over a Unix socket; returns the answer's body, in a list of pieces joined at the end."""
-    answer, pieces = Answer(), []
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(str(path))
-        connection.sendall(head)
-        connection.sendall(body)
-        while not answer.done:
-            pieces.append(answer.feed(connection.recv(PIECE)))
-    assert answer.status == 200, (answer.status, pieces)
-    return b"".join(pieces)
-
-
 def upload(path: Path, data: bytes) -> float:
     """Milliseconds of POST /files/box/content."""
-    head = f"POST /files/box/content?path=ten HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
-    began = perf_counter()
-    exchange(path, head.encode(), data)
+    answer, began = Answer(), perf_counter()
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(path))
+        connection.sendall(
+            f"POST /files/box/content?path=ten HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+        )
+        connection.sendall(data)
+        while not answer.done:
+            answer.feed(connection.recv(PIECE))
+    assert answer.status == 200, answer.status
     return milliseconds(began)
 
 
 def download(path: Path, data: bytes) -> float:
     """Milliseconds of GET /files/box/content."""
-    began = perf_counter()
-    assert exchange(path, b"GET /files/box/content?path=ten HTTP/1.1\r\nHost: x\r\n\r\n") == data
-    return milliseconds(began)
+    got, left = bytearray(len(data) + PIECE), memoryview(b"")
+    answer, began = Answer(), perf_counter()
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(path))
+        connection.sendall(b"GET /files/box/content?path=ten&whole=1 HTTP/1.1\r\nHost: x\r\n\r\n")
+        size = 0
+        while not answer.status:
+            first = answer.feed(connection.recv(PIECE))
+            got[:size] = first
+            size = len(first)
+        left = memoryview(got)[size : len(data)]
+        while left:
+            left = left[connection.recv_into(left) :]
+    taken = milliseconds(began)
+    assert memoryview(got)[: len(data)] == data
+    return taken
+
+
+def cpu_milliseconds(pid: int) -> float:
+    """CPU time of all threads of a process."""
+    return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e6
 
 
 def children(pid: int) -> list[int]:
@@ -161,24 +179,52 @@ def command(home: Path, *words: str) -> float:
     return milliseconds(began)
 
 
-def measure(runs: int) -> tuple[list[Row], list[Row]]:
+@dataclass
+class Taken:
+    """Of one way of moving a file: milliseconds, and CPU milliseconds by process."""
+
+    ours: list[float]
+    floor: list[float]
+    cpu: dict[str, list[float]]
+    floor_cpu: list[float]
+
+
+def take(
+    steps: dict[str, tuple[Callable[[], float], Callable[[], float]]], pids: dict[str, int], bare: int, runs: int
+) -> dict[str, Taken]:
+    """Each step `runs` times in turn, right after its floor."""
+    found = {name: Taken([], [], {each: [] for each in pids}, []) for name in steps}
+    for _ in range(runs):
+        for name, (floor_of, ours_of) in steps.items():
+            taken, began = found[name], cpu_milliseconds(bare)
+            taken.floor.append(floor_of())
+            taken.floor_cpu.append(cpu_milliseconds(bare) - began)
+            before = {each: cpu_milliseconds(pid) for each, pid in pids.items()}
+            taken.ours.append(ours_of())
+            for each, pid in pids.items():
+                taken.cpu[each].append(cpu_milliseconds(pid) - before[each])
+    return found
+
+
+def measure(runs: int, size: int, ram_mb: int) -> tuple[list[Row], list[Row]]:
     """The ratios, and what explains them."""
     image = Catalog.from_environment(os.environ).find()
-    data = os.urandom(SIZE)
+    data, what = os.urandom(size), f"{size // 1_000_000} MB"
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         home, local = directory / "home", directory / "ten"
         local.write_bytes(data)
         client, service_pid = stack.enter_context(service(home))
         accelerator = asyncio.run(QemuDriver(directory / "cache").accelerator())
-        bare = Bare(image, directory, accelerator, 512, 1, spare_port=True)
+        bare = Bare(image, directory, accelerator, ram_mb, 1, spare_port=True)
         stack.callback(bare.end)
-        port = stack.enter_context(floor(bare))
-        client.call("provision", body={"name": "box", "ram_mb": 512, "cpus": 1})
+        port = stack.enter_context(floor(bare, size))
+        client.call("provision", body={"name": "box", "ram_mb": ram_mb, "cpus": 1})
         client.call("exec", vm_id="box", body={"command": "true"})
         supervisor, path = client.call("info", vm_id="box")["pid"], home / "run" / "service.sock"
-        peaks = {"service": service_pid, "supervisor": supervisor}
-        before = {name: status(pid, "VmHWM") for name, pid in peaks.items()}
+        [vmm] = children(supervisor)
+        pids = {"VMM": vmm, "supervisor": supervisor, "service": service_pid}
+        memory = {name: status(pid, "VmHWM") for name, pid in pids.items() if name != "VMM"}
 
         steps: dict[str, tuple[Callable[[], float], Callable[[], float]]] = {
             "HTTP in": (port.into, lambda: upload(path, data)),
@@ -186,32 +232,32 @@ def measure(runs: int) -> tuple[list[Row], list[Row]]:
             "cp in": (port.into, lambda: command(home, "cp", str(local), "box:ten")),
             "cp out": (port.out_of, lambda: command(home, "cp", "box:ten", str(local))),
         }
-        [vmm] = children(supervisor)
-        cpu = {name: Row(f"10 MB, {name}: CPU of the VMM (ms)", [], []) for name in steps}
-        rows = {name: Row(f"10 MB, {name} (ms)", [], [], "1.5 x") for name in steps}
-        extra: dict[str, list[float]] = {"write and fsync in the guest": [], "capsem list as a process": []}
-        for _ in range(runs):
-            for name, (floor_of, ours_of) in steps.items():
-                for pid, take, times, used in (
-                    (bare.process.pid, floor_of, rows[name].floor, cpu[name].floor),
-                    (vmm, ours_of, rows[name].ours, cpu[name].ours),
-                ):
-                    before_it = cpu_seconds(pid)
-                    times.append(take())
-                    used.append((cpu_seconds(pid) - before_it) * 1e3)
-            extra["write and fsync in the guest"].append(port.durable())
-            extra["capsem list as a process"].append(command(home, "list"))
-        explained = [*cpu.values(), *(Row(f"{name} (ms)", times) for name, times in extra.items())]
-        for name, pid in peaks.items():
-            explained.append(Row(f"{name}: peak RSS before (MB)", [before[name]]))
-            explained.append(Row(f"{name}: peak RSS after (MB)", [status(pid, "VmHWM")]))
-        return list(rows.values()), explained
+        take(steps, pids, bare.process.pid, 2)  # the emulator has to have met each instruction once
+        port.port, port.disk = [], []
+        taken = take(steps, pids, bare.process.pid, runs)
+        ratios = [Row(f"{what}, {name} (ms)", each.ours, each.floor, "1.5 x") for name, each in taken.items()]
+        explained = [
+            Row(f"{what} into the bare port (ms)", port.port),
+            Row(f"{what} written and synced in the guest (ms)", port.disk),
+        ]
+        for name, each in taken.items():
+            for process, used in each.cpu.items():
+                floor_cpu = each.floor_cpu if process == "VMM" else ()
+                explained.append(Row(f"{what}, {name}: CPU of the {process} (ms)", used, floor_cpu))
+        explained.append(Row("capsem list as a process (ms)", [command(home, "list") for _ in range(runs)]))
+        for name, before in memory.items():
+            explained.append(Row(f"{name}: peak RSS before (MB)", [before]))
+            explained.append(Row(f"{name}: peak RSS after (MB)", [status(pids[name], "VmHWM")]))
+        return ratios, explained
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5, help="transfers of each kind (default 5)")
-    ratios, explained = measure(parser.parse_args().runs)
+    parser.add_argument("--megabytes", type=int, default=10, help="how large the file is (default 10)")
+    parser.add_argument("--ram", type=int, default=512, help="memory of the VMs in MiB (default 512)")
+    arguments = parser.parse_args()
+    ratios, explained = measure(arguments.runs, arguments.megabytes * 1_000_000, arguments.ram)
     print(show(ratios), show(explained), sep="\n\n")
 
 

@@ -109,9 +109,9 @@ MUTANTS = (
     ),
     Mutant(
         "guest file acknowledged before it is durable",
-        "guest/files.py",
-        "    def _commit(self) -> None:\n        os.fsync(self._fd)\n",
-        "    def _commit(self) -> None:\n",
+        "guest/writer.py",
+        "        os.fsync(self._fd)\n",
+        "",
         "tests/unit/test_guest_files.py",
     ),
     Mutant(

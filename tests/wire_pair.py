@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
-from capsem.wire.frames import FIRST_NONCE, FrameDecoder
+from collections.abc import Iterable
+
+from capsem.wire.decoder import FrameDecoder
+from capsem.wire.frames import DATA, FIRST_NONCE, Frame, Marker
 from capsem.wire.streams import Event, Mux
+
+
+def merged(items: Iterable[Frame | Marker]) -> list[object]:
+    """Data as it was meant, in however many pieces it came; markers compare by what they say."""
+    found: list[object] = []
+    for item in items:
+        last = found[-1] if found else None
+        if isinstance(item, Marker):
+            found.append((item.nonce, item.answer))
+        elif isinstance(last, Frame) and item.kind == last.kind == DATA and _place(item) == _place(last):
+            found[-1] = Frame(DATA, item.stream, item.channel, bytes(last.payload) + bytes(item.payload))
+        elif item.kind != DATA or item.payload:
+            found.append(Frame(item.kind, item.stream, item.channel, bytes(item.payload)))
+    return found
+
+
+def _place(frame: Frame) -> tuple[int, int]:
+    return frame.stream, frame.channel
 
 
 class End:
@@ -18,10 +39,10 @@ class End:
     def send(self, pieces: int = 1 << 30) -> int:
         """Put up to `pieces` outputs of the mux on the wire; returns how many there were."""
         for count in range(pieces):
-            data = self.mux.output()
-            if not data:
+            pieces = self.mux.output()
+            if not pieces:
                 return count
-            self.peer.inbox += data
+            self.peer.inbox += b"".join(pieces)
         return pieces
 
     def take(self, size: int = 1 << 30) -> list[Event]:

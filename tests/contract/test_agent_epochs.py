@@ -15,6 +15,7 @@ from capsem.model.errors import AlreadyExists, GuestFailed, Interrupted, TimedOu
 from capsem.wire import frames
 from capsem.wire.frames import FIRST_NONCE, answer_to, encode
 from capsem.wire.messages import (
+    PROTOCOL_VERSION,
     STDOUT,
     BootConfigDone,
     Exec,
@@ -198,13 +199,14 @@ def test_another_protocol_version_is_refused_by_name_and_not_tried_for_ever(
     with_agent: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(bench: Bench) -> None:
-        monkeypatch.setattr("capsem.wire.handshake.PROTOCOL_VERSION", 2)
+        monkeypatch.setattr("capsem.wire.handshake.OLDEST_PROTOCOL", PROTOCOL_VERSION + 1)
+        monkeypatch.setattr("capsem.wire.handshake.PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
         bench.guest._set_ready(False)
         bench.guest._begin_epoch()
         with pytest.raises(GuestFailed) as caught:
             await bench.guest.wait_ready(20)
-        assert "protocol 1" in str(caught.value)
-        assert "host 2" in str(caught.value)
+        assert f"protocol {PROTOCOL_VERSION}" in str(caught.value)
+        assert f"host {PROTOCOL_VERSION + 1}" in str(caught.value)
         assert bench.guest.epoch == 1
         assert not bench.guest.channel.connected
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import stat
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from capsem.api.exec_types import ExecRequest
 from capsem.api.file_types import ReadFileRequest
-from capsem.api.internal import PROTOCOL, REQUESTS, Jobs, Stopping
+from capsem.api.internal import OLDEST_PROTOCOL, PROTOCOL, REQUESTS, Jobs, Stopping
 from capsem.api.vm_types import ForkRequest, ProvisionRequest, PurgeRequest, SandboxInfo
 from capsem.model.errors import Corrupt, Unavailable, Unsupported
 from capsem.service import fleet
@@ -22,6 +23,7 @@ from capsem.service.link import Link
 from capsem.store.layout import SessionDir
 from capsem.store.locks import Lock, try_lock
 from capsem.supervisor import server
+from capsem.wire.frames import MAX_DATA, ONE_WRITE
 from capsem.wire.messages import Message
 from service_world import World, play, status
 
@@ -40,7 +42,7 @@ def test_nobody_else_gets_to_the_socket(tmp_path: Path) -> None:
 # -- versions
 
 
-@pytest.mark.parametrize("protocol", [PROTOCOL - 1, PROTOCOL + 2])
+@pytest.mark.parametrize("protocol", [OLDEST_PROTOCOL - 1, PROTOCOL + 2])
 def test_a_supervisor_of_another_protocol_can_be_seen_and_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: int
 ) -> None:
@@ -91,6 +93,28 @@ def test_a_supervisor_of_another_protocol_can_be_deleted(
         assert machine._process is not None
         assert machine._process.returncode is not None
         assert not [*it.layout.sessions.iterdir(), *it.layout.persistent.iterdir(), *it.layout.layers.glob("*.qcow2")]
+
+    play(tmp_path, scene)
+
+
+@pytest.mark.parametrize(("protocol", "largest"), [(1, ONE_WRITE), (2, MAX_DATA)])
+def test_a_supervisor_of_the_protocol_before_is_spoken_to_in_frames_that_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: int, largest: int
+) -> None:
+    async def content() -> AsyncIterator[bytes]:
+        for _ in range(3):
+            yield bytes(500_000)
+
+    async def scene(it: World) -> None:
+        await it.handlers.provision(ProvisionRequest(name="box", persistent=True))
+        monkeypatch.setattr(server, "PROTOCOL", protocol)
+        await it.restart()
+        assert (await it.handlers.put_file("box", "file", content())).size == 1_500_000
+        assert (await it.handlers.execute("box", ExecRequest(command="wc -c < file"))).stdout.split() == ["1500000"]
+        link = Link()
+        await link.connect(it.processes.system, it.layout.instance_socket("box"))
+        assert link.channel.mux.largest == largest
+        link.channel.hang_up()
 
     play(tmp_path, scene)
 

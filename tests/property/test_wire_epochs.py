@@ -31,7 +31,7 @@ class Peer(End):
 
     def die(self, written: int) -> None:
         """In the middle of a write; what comes after it begins anew."""
-        self.peer.inbox += self.mux.output()[:written]
+        self.peer.inbox += b"".join(self.mux.output())[:written]
         self.mux = new_mux(initiator=self.initiator, hunting=True)
         self.begin()
 

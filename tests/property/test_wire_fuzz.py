@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from capsem.wire import frames
+from capsem.wire.decoder import FrameDecoder
 from capsem.wire.frames import (
     FIRST_NONCE,
     HEADER,
@@ -18,7 +19,6 @@ from capsem.wire.frames import (
     NONCE_SIZE,
     OVERHEAD,
     Frame,
-    FrameDecoder,
     Marker,
     ProtocolError,
     answer_to,
@@ -27,6 +27,7 @@ from capsem.wire.frames import (
 )
 from capsem.wire.messages import MESSAGES, STREAMS, Exec, Message, ReadFile, decode_message, encode_message
 from capsem.wire.streams import CHANNELS, Event, Mux
+from wire_pair import merged
 
 NONCE = bytes.fromhex("8fe1b70c5ad3926e01f4a83b7d20c695")
 KINDS = range(1, len(frames.KINDS) + 1)
@@ -69,10 +70,6 @@ def chunked(data: bytes, sizes: list[int]) -> list[bytes]:
 sizes = st.lists(st.integers(1, 50), max_size=8)
 
 
-def tidy(items: list[Frame | Marker]) -> list[object]:
-    return [(item.nonce, item.answer) if isinstance(item, Marker) else item for item in items]
-
-
 def outcome(decoder: FrameDecoder, chunks: list[bytes]) -> tuple[list[object], bool]:
     """What was found, and whether it ended in an error. Anything but ProtocolError is a failed test."""
     found: list[Frame | Marker] = []
@@ -81,25 +78,27 @@ def outcome(decoder: FrameDecoder, chunks: list[bytes]) -> tuple[list[object], b
             for item in decoder.feed(chunk):
                 found.append(item)  # noqa: PERF402 - what was found before an error counts
         except ProtocolError:
-            return tidy(found), True
-        assert len(decoder._buffer) <= MAX_MESSAGE + OVERHEAD + NONCE_SIZE
-    return tidy(found), False
+            return merged(found), True
+        assert decoder.buffered <= MAX_MESSAGE + OVERHEAD + NONCE_SIZE
+    return merged(found), False
 
 
 @given(st.lists(whole_frames, max_size=10), sizes)
 def test_frames_are_the_same_however_they_come(items: list[Frame], sizes: list[int]) -> None:
     data = b"".join(encode(item.kind, item.stream, item.channel, item.payload) for item in items)
     decoder = FrameDecoder(NONCE, hunting=False)
-    assert outcome(decoder, chunked(data, sizes)) == (items, False)
-    assert not decoder._buffer
+    assert outcome(decoder, chunked(data, sizes)) == (merged(items), False)
+    assert not decoder.buffered
 
 
 @settings(max_examples=150)
 @given(noise, sizes)
 @example(b"\xff" * 12 + NONCE[:15], [1])
 def test_garbage_for_the_decoder(data: bytes, sizes: list[int]) -> None:
-    outcome(FrameDecoder(NONCE, hunting=False), chunked(data, sizes))
-    outcome(FrameDecoder(NONCE, hunting=False), chunked(data, [1]))
+    for pieces in (sizes, [1]):
+        decoder = FrameDecoder(NONCE, hunting=False)
+        decoder.announced(NONCE)
+        outcome(decoder, chunked(data, pieces))
     outcome(FrameDecoder(hunting=False), [data])
 
 
@@ -108,23 +107,30 @@ def test_garbage_for_the_decoder(data: bytes, sizes: list[int]) -> None:
 def test_a_marker_inside_a_half_read_frame(
     before: list[Frame], victim: bytes, data: st.DataObject, answer: bool, after: list[Frame], sizes: list[int]
 ) -> None:
-    """What was whole is delivered, nothing of what was cut, everything after; and no byte is waited for."""
+    """What was whole is delivered, of what was cut the data that had been in it and nothing else, everything after; and
+    no byte is waited for.
+    """
     place = data.draw(st.integers(0, len(victim) - 1))
+    kind, channel, _, stream, length = HEADER.unpack_from(victim)
+    meant = victim[HEADER.size : min(place, HEADER.size + length)] if kind == frames.DATA else b""
     marker = answer_to(NONCE) if answer else NONCE
     first, last = (
         b"".join(encode(item.kind, item.stream, item.channel, item.payload) for item in items)
         for items in (before, after)
     )
     decoder = FrameDecoder(NONCE, hunting=False)
+    decoder.announced(NONCE)
     chunks = chunked(first + victim[:place] + marker + last, sizes)
-    assert outcome(decoder, chunks) == ([*before, (NONCE, answer), *after], False)
-    assert not decoder._buffer
+    expected = [*merged([*before, Frame(frames.DATA, stream, channel, meant)]), (NONCE, answer), *merged(after)]
+    assert outcome(decoder, chunks) == (expected, False)
+    assert not decoder.buffered
 
 
 @given(st.binary(max_size=200), st.lists(whole_frames, max_size=3), sizes)
 def test_hunting_never_fails(data: bytes, after: list[Frame], sizes: list[int]) -> None:
     rest = b"".join(encode(item.kind, item.stream, item.channel, item.payload) for item in after)
-    assert outcome(FrameDecoder(NONCE), chunked(data + NONCE + rest, sizes)) == ([(NONCE, False), *after], False)
+    expected = [(NONCE, False), *merged(after)]
+    assert outcome(FrameDecoder(NONCE), chunked(data + NONCE + rest, sizes)) == (expected, False)
 
 
 @given(st.binary(min_size=20, max_size=60).filter(lambda data: len(data.replace(b"\n", b"")) >= NONCE_SIZE))

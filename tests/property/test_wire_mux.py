@@ -23,7 +23,7 @@ from capsem.wire.streams import (
 )
 from wire_pair import End, pair, settle
 
-WINDOW, NARROW, SHARED, MAX_DATA = 64, 24, 100, 20  # small ones are reached sooner
+WINDOW, NARROW, SHARED, WIDE, LARGEST, ONE_WRITE = 64, 24, 100, 200, 20, 12  # small ones are reached sooner
 
 ANY = st.integers(0, 5)
 SIZES = st.sampled_from([1, 2, 19, 64, 65, 100, 200])
@@ -40,9 +40,11 @@ class Side:
         self.peer: Side = self
         self.sent: dict[Key, bytearray] = defaultdict(bytearray)
         self.ended: set[Key] = set()
+        self.pouring: set[Key] = set()
         self.closing: set[int] = set()
         self.received: dict[Key, bytearray] = defaultdict(bytearray)
         self.consumed: dict[Key, int] = defaultdict(int)
+        self.windows: dict[Key, int] = defaultdict(lambda: WINDOW)
         self.end_seen: set[Key] = set()
         self.close_seen: set[int] = set()
         self.over: set[int] = set()  # nothing is sent on these any more
@@ -60,7 +62,7 @@ class Side:
             assert stream not in self.close_seen, "data after the close"
             self.received[key] += event.data
             assert self.peer.sent[key].startswith(self.received[key]), "lost, twice or out of order"
-            assert len(self.received[key]) <= self.consumed[key] + WINDOW, "over the credit"
+            assert len(self.received[key]) <= self.consumed[key] + self.windows[key], "over the credit"
         elif isinstance(event, CreditReceived):
             assert self.end.mux.room(stream, event.channel) >= 0
         elif isinstance(event, EndReceived):
@@ -92,8 +94,9 @@ class Connection(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         for name, value in (("WINDOW", WINDOW), ("NARROW", NARROW), ("SHARED", SHARED)):
             self.patch.setattr(streams, name, value)
-        self.patch.setattr(frames, "MAX_DATA", MAX_DATA)
+        self.patch.setattr(frames, "ONE_WRITE", ONE_WRITE)
         host, guest = pair()
+        host.mux.largest = guest.mux.largest = LARGEST
         self.host, self.guest = Side(host, "host"), Side(guest, "guest")
         self.host.peer, self.guest.peer = self.guest, self.host
         self.open_ids: list[tuple[int, Side]] = []  # with who opened it
@@ -171,6 +174,39 @@ class Connection(RuleBasedStateMachine):
         side.sent[key] += data
         side.end.mux.send(stream, channel, data)
 
+    @rule(index=ANY, of_host=st.booleans(), channel=st.integers(0, 2), size=SIZES)
+    def pours(self, index: int, of_host: bool, channel: int, size: int) -> None:
+        """It is asked for no more than what goes out at once: what it gives counts as sent."""
+        side = self._side(of_host)
+        stream, _ = self._pick(index)
+        key = (stream, channel)
+        known = side.end.mux.request(stream) is not None
+        if not known or key in side.ended | side.pouring or stream in side.over | side.closing:
+            return
+        side.pouring.add(key)
+        left = size
+
+        def source(room: int) -> bytes:
+            nonlocal left
+            assert 0 < room <= LARGEST
+            at = len(side.sent[key])
+            data = bytes((at + i) % 251 for i in range(min(room, left)))
+            left -= len(data)
+            side.sent[key] += data
+            if not data:
+                side.pouring.discard(key)
+            return data
+
+        side.end.mux.pour(stream, channel, source)
+
+    @rule(index=ANY, of_host=st.booleans(), channel=st.integers(0, 2))
+    def widens(self, index: int, of_host: bool, channel: int) -> None:
+        side = self._side(of_host)
+        stream, opener = self._pick(index)
+        if side.end.mux.request(stream) is not None and opener is self.host:
+            side.windows[stream, channel] = WIDE
+            side.end.mux.widen(stream, channel, WIDE)
+
     @rule(index=ANY, of_host=st.booleans(), channel=st.integers(0, 2))
     def ends(self, index: int, of_host: bool, channel: int) -> None:
         side = self._side(of_host)
@@ -235,7 +271,7 @@ class Connection(RuleBasedStateMachine):
                 for channel in range(streams.CHANNELS):
                     key = (stream, channel)
                     if side.end.mux.room(stream, channel):
-                        granted = side.peer.consumed[key] + WINDOW
+                        granted = side.peer.consumed[key] + side.peer.windows[key]
                         assert len(side.sent[key]) + side.end.mux.room(stream, channel) <= granted
 
     @invariant()

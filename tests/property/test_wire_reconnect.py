@@ -116,7 +116,7 @@ class World:
     # -- what can happen
 
     def agent_writes(self, size: int) -> None:
-        data = self.agent._mux.output()
+        data = b"".join(self.agent._mux.output())
         if data:
             # A write may be short: the rest follows, as Port sees to.
             self.wire.to_host += data
@@ -131,11 +131,11 @@ class World:
         data = bytearray(self.wire.to_guest[:size])
         del self.wire.to_guest[:size]
         if data:
-            self.agent._receive(memoryview(data))
+            self.agent._receive(data, len(data))
 
     def agent_dies(self, size: int) -> None:
         """In the middle of a write, of which `size` bytes are out."""
-        self.wire.to_host += self.agent._mux.output()[:size]
+        self.wire.to_host += b"".join(self.agent._mux.output())[:size]
         self._bury()
         self.agent = self._new_agent()
 
@@ -171,8 +171,8 @@ class World:
     def fall_silent(self) -> None:
         self.host_can_write(0)
         for _ in range(QUIET_AFTER):
-            while data := self.agent._mux.output():
-                self.wire.to_host += data
+            while pieces := self.agent._mux.output():
+                self.wire.to_host += b"".join(pieces)
             if not self.wire.to_host and not self.wire.to_guest:
                 return
             self.host_reads(1 << 20)

@@ -12,7 +12,8 @@ from capsem.control.channel import Channel, Stream
 from capsem.model.errors import GuestFailed, Interrupted, InvalidInput, NotFound
 from capsem.supervisor.server import relay
 from capsem.wire import frames
-from capsem.wire.frames import FIRST_NONCE, FrameDecoder, ProtocolError, encode
+from capsem.wire.decoder import FrameDecoder
+from capsem.wire.frames import FIRST_NONCE, ProtocolError, encode
 from capsem.wire.messages import (
     STDERR,
     STDIN,

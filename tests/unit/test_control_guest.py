@@ -15,7 +15,8 @@ from capsem.control import heartbeat as heartbeat_module
 from capsem.control.guest import Guest, Identity, Restored
 from capsem.control.heartbeat import Heartbeat
 from capsem.model.errors import GuestFailed, Interrupted, TimedOut
-from capsem.wire.frames import FIRST_NONCE, FrameDecoder, answer_to
+from capsem.wire.decoder import FrameDecoder
+from capsem.wire.frames import FIRST_NONCE, answer_to
 from capsem.wire.messages import (
     PROTOCOL_VERSION,
     STDOUT,
@@ -113,7 +114,7 @@ class Bench(asyncio.Transport):
         self.deliver()
 
     def deliver(self) -> None:
-        while data := self.mux.output():
+        while data := b"".join(self.mux.output()):
             self.guest.channel.data_received(data)
 
     def begin(self, nonce: bytes = FIRST_NONCE, **ready: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 
 from capsem.guest import files
-from capsem.guest.files import Reader, Refused, Writer, open_parent, refusal
+from capsem.guest.files import Reader, Refused, open_parent, refusal
+from capsem.guest.writer import Rings, Writer
 from capsem.wire.messages import STDIN, STDOUT, Failed, FileRead, FileWritten, ReadFile, WriteFile
-from capsem.wire.streams import WINDOW, Closed, DataReceived
+from capsem.wire.streams import BULK_WINDOW, WINDOW, Closed, CreditReceived, DataReceived, EndReceived
 from wire_pair import pair, settle
 
 
@@ -30,7 +32,7 @@ class Deferred:
         self.work.append((work, then))
 
     def run(self) -> None:
-        work, then = self.work.pop()
+        work, then = self.work.pop(0)
         try:
             result = work()
         except OSError as error:
@@ -72,11 +74,24 @@ class Case:
     def writer(self, path: str = "file") -> Writer:
         request = WriteFile(path=path)
         stream = self.open(request)
-        return Writer(self.loop, self.guest.mux, stream, request, str(self.workspace), self.finished.append)  # type: ignore[arg-type]
+        rings, done = Rings(), self.finished.append
+        return Writer(self.loop, self.guest.mux, stream, request, str(self.workspace), rings, done)  # type: ignore[arg-type]
 
     def answer(self) -> list[object]:
         settle(self.host, self.guest)
         return [event.message for event in self.host.told() if isinstance(event, Closed)]
+
+    def arrives(self, writer: Writer) -> int:
+        """Hand on what can come from the host; returns how many bytes of the file there were."""
+        settle(self.host, self.guest)
+        size = 0
+        for event in self.guest.told():
+            if isinstance(event, DataReceived):
+                writer.feed(event.data)
+                size += len(event.data)
+            elif isinstance(event, EndReceived) and not isinstance(event, CreditReceived):
+                writer.feed_end()
+        return size
 
     def names(self) -> list[str]:
         return sorted(path.name for path in self.workspace.iterdir())
@@ -163,11 +178,10 @@ def test_a_parent_that_somebody_else_makes_meanwhile_is_used(case: Case, monkeyp
 
 
 def test_short_writes_are_continued(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.write
-    monkeypatch.setattr(files.os, "write", lambda fd, data: real(fd, data[:7]))
+    real = os.pwrite
+    monkeypatch.setattr(files.os, "pwrite", lambda fd, data, at: real(fd, data[:7], at))
     writer = case.writer()
     writer.feed(bytes(range(100)))
-    monkeypatch.undo()
     writer.feed_end()
     case.loop.run()
     assert (case.workspace / "file").read_bytes() == bytes(range(100))
@@ -190,17 +204,105 @@ def test_giving_up_at_any_moment_leaves_nothing_behind(case: Case) -> None:
     assert descriptors() == before
 
 
-def test_credit_is_given_as_bytes_are_written(case: Case) -> None:
+def test_credit_is_given_as_bytes_are_written_and_no_more_comes_than_there_is_memory_for(case: Case) -> None:
+    content = random.Random(1).randbytes(3 * BULK_WINDOW + 12345)
     writer = case.writer()
-    stream = 1
-    case.host.mux.send(stream, STDIN, bytes(WINDOW))
-    settle(case.host, case.guest)
-    for event in case.guest.told():
-        if isinstance(event, DataReceived):
-            writer.feed(event.data)
-    settle(case.host, case.guest)
-    assert case.host.mux.room(stream, STDIN) >= WINDOW // 2
+    case.host.mux.send(1, STDIN, content)
+    case.host.mux.end(1, STDIN)
+    received, most = case.arrives(writer), 0
+    assert received == BULK_WINDOW
+    while not case.finished:
+        case.loop.run()
+        received += case.arrives(writer)
+        most = max(most, received - writer._written)
+    assert most <= BULK_WINDOW
+    assert case.answer() == [FileWritten(size=len(content), created=True)]
+    assert (case.workspace / "file").read_bytes() == content
+
+
+def test_what_comes_while_a_part_is_written_waits(case: Case) -> None:
+    writer = case.writer()
+    case.host.mux.send(1, STDIN, bytes(BULK_WINDOW))
+    case.host.mux.end(1, STDIN)
+    case.arrives(writer)
+    for _ in range(3):  # two halves of the ring, and the commit
+        assert len(case.loop.work) == 1
+        assert case.finished == []
+        case.loop.run()
+    assert case.finished == [1]
+
+
+@pytest.mark.parametrize(
+    "error", [None, OSError(22, "Invalid argument"), OSError(95, "Operation not supported")], ids=str
+)
+def test_a_large_file_is_written_past_the_page_cache_where_that_can_be_done(
+    case: Case, monkeypatch: pytest.MonkeyPatch, error: OSError | None
+) -> None:
+    real, flags = files.os.open, []
+
+    def open_(path: str, how: int, *rest: Any, **options: Any) -> int:
+        flags.append(how)
+        if how & os.O_DIRECT and error is not None:
+            raise error
+        return real(path, how & ~os.O_DIRECT, *rest, **options)  # what lies below the tests may not take it
+
+    monkeypatch.setattr(files.os, "open", open_)
+    content = random.Random(2).randbytes(BULK_WINDOW + 5)
+    for data, direct in ((content[:1000], False), (content, True)):
+        flags.clear()
+        writer = case.writer()
+        case.host.mux.send(writer._stream, STDIN, data)
+        case.host.mux.end(writer._stream, STDIN)
+        case.arrives(writer)
+        while case.loop.work:
+            case.loop.run()
+            case.arrives(writer)
+        assert (case.workspace / "file").read_bytes() == data
+        assert any(how & os.O_DIRECT for how in flags) is direct
+
+
+def test_a_write_that_fails_ends_the_upload_at_once_and_leaves_what_was_there(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pwrite(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    (case.workspace / "file").write_bytes(b"old")
+    before = descriptors()
+    monkeypatch.setattr(files.os, "pwrite", pwrite)
+    writer = case.writer()
+    case.host.mux.send(1, STDIN, bytes(BULK_WINDOW))
+    case.arrives(writer)
+    case.loop.run()
+    (failed,) = case.answer()
+    assert isinstance(failed, Failed)
+    assert failed.message == "file: No space left on device"
+    assert case.names() == ["file"]
+    assert (case.workspace / "file").read_bytes() == b"old"
+    assert (case.finished, descriptors()) == ([1], before)
+
+
+def test_who_gives_up_while_a_thread_writes_takes_nothing_away_from_under_it(case: Case) -> None:
+    """The number of a descriptor that was closed may be another file's by the time of the write."""
+    before = descriptors()
+    writer = case.writer()
+    case.host.mux.send(1, STDIN, bytes(BULK_WINDOW))
+    case.arrives(writer)
     writer.cancelled()
+    assert descriptors() > before
+    case.loop.run()
+    assert descriptors() == before
+    assert case.loop.work == []
+    assert case.names() == []
+
+
+def test_many_files_at_once_have_little_memory_each(case: Case) -> None:
+    rings = Rings()
+    sizes = [rings.take() for _ in range(20)]
+    assert (sizes.count(BULK_WINDOW), sizes.count(WINDOW)) == (8, 12)
+    for size in sizes:
+        rings.give_back(size)
+    assert rings.take() == BULK_WINDOW
 
 
 # -- a parent that changes while it is opened
@@ -247,8 +349,9 @@ def test_reading_keeps_within_credit(case: Case) -> None:
     (case.workspace / "file").write_bytes(bytes(3 * WINDOW))
     request = ReadFile(path="file")
     stream = case.open(request)
-    reader = Reader(case.guest.mux, stream, request, str(case.workspace), case.finished.append)
-    reader.credit(STDOUT)
+    buffer = memoryview(bytearray(WINDOW))
+    Reader(case.guest.mux, stream, request, str(case.workspace), buffer, case.finished.append)
+    settle(case.host, case.guest)
     assert case.guest.mux.room(stream, STDOUT) == 0
     size = 0
     while not case.finished:
@@ -258,7 +361,6 @@ def test_reading_keeps_within_credit(case: Case) -> None:
                 size += len(event.data)
                 case.host.mux.consumed(stream, STDOUT, len(event.data))
         settle(case.host, case.guest)
-        reader.credit(STDOUT)
     settle(case.host, case.guest)
     *data, last = case.host.told()
     assert isinstance(last, Closed)

@@ -217,14 +217,14 @@ class Ends:
             loop,
             self.fd,
             self._receive,
-            lambda: self.output.pop(0) if self.output else b"",
+            lambda: [self.output.pop(0)] if self.output else [],
             missing=lambda: 0,
             ends=ends,
         )
         self.ours.setblocking(False)
 
-    def _receive(self, data: memoryview) -> None:
-        self.received += data
+    def _receive(self, buffer: bytearray, size: int) -> None:
+        self.received += buffer[:size]
 
     def close(self) -> None:
         self.ours.close()
@@ -247,9 +247,12 @@ def test_bytes_pass_both_ways(loop: Loop, ends: Ends) -> None:
     assert ends.ours.recv(1 << 20) == b"a" + b"b" * 1000 + b"c"
 
 
-def test_a_host_that_does_not_read_is_waited_for(loop: Loop, ends: Ends) -> None:
+@pytest.mark.parametrize("size", [1000, 32768, 100_000, 3 << 20])
+def test_a_host_that_does_not_read_is_waited_for(loop: Loop, ends: Ends, size: int) -> None:
     data = os.urandom(3 << 20)
-    ends.output = [data[at : at + 32768] for at in range(0, len(data), 32768)]
+    ends.output = [data[at : at + size] for at in range(0, len(data), size)]
+    ends.output.append(b"last")
+    data += b"last"
     ends.port.flush()
     assert ends.output
     assert ends.port._events == READ | WRITE

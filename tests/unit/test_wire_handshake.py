@@ -6,6 +6,7 @@ from capsem.wire.frames import ProtocolError
 from capsem.wire.handshake import DONE, OFFERED, WAITING, GuestHandshake, HostHandshake
 from capsem.wire.messages import (
     MESSAGES,
+    OLDEST_PROTOCOL,
     PROTOCOL_VERSION,
     BootConfig,
     BootConfigDone,
@@ -16,6 +17,7 @@ from capsem.wire.messages import (
     SetEnv,
     decode_message,
     encode_message,
+    largest_data,
 )
 
 NONCE = bytes(range(0x80, 0x90))
@@ -151,6 +153,16 @@ def test_messages_of_other_business_never_move_a_handshake(tag: str) -> None:
             with pytest.raises(ProtocolError):
                 end.receive(message)
             assert end.state == state
+
+
+def test_the_host_speaks_the_version_before_and_the_guest_only_its_own() -> None:
+    """A restored guest's agent is as old as its checkpoint."""
+    host = HostHandshake()
+    host.receive(ready(OLDEST_PROTOCOL))
+    assert host.ready == ready(OLDEST_PROTOCOL)
+    with pytest.raises(ProtocolError):
+        GuestHandshake().receive(config(OLDEST_PROTOCOL))
+    assert largest_data(OLDEST_PROTOCOL) < largest_data(PROTOCOL_VERSION)
 
 
 @pytest.mark.parametrize("other", [0, PROTOCOL_VERSION + 1, -1])

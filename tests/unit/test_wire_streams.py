@@ -6,7 +6,8 @@ from collections.abc import Callable
 import pytest
 
 from capsem.wire import frames
-from capsem.wire.frames import FIRST_NONCE, MAX_DATA, ProtocolError, answer_to, encode
+from capsem.wire.decoder import FrameDecoder
+from capsem.wire.frames import FIRST_NONCE, ONE_WRITE, ProtocolError, answer_to, encode
 from capsem.wire.messages import (
     STDERR,
     STDIN,
@@ -67,7 +68,7 @@ def content(end: End, stream: int, channel: int) -> bytes:
 
 
 def kinds(data: bytes) -> list[str]:
-    found = frames.FrameDecoder(hunting=False).feed(data)
+    found = FrameDecoder(hunting=False).feed(data)
     return [frames.KINDS[frame.kind - 1] for frame in found if isinstance(frame, frames.Frame)]
 
 
@@ -76,7 +77,7 @@ def received(mux: Mux, data: bytes) -> list[Event]:
 
 
 def outputs(mux: Mux) -> list[bytes]:
-    return list(iter(mux.output, b""))
+    return [b"".join(pieces) for pieces in iter(mux.output, [])]
 
 
 # -- a stream's life
@@ -252,8 +253,8 @@ def test_a_repeated_or_older_credit_does_no_harm() -> None:
 
 def test_data_over_the_credit_is_an_error() -> None:
     host, _, stream = opened()
-    piece = encode(frames.DATA, stream, STDOUT, bytes(MAX_DATA))
-    for _ in range(WINDOW // MAX_DATA):
+    piece = encode(frames.DATA, stream, STDOUT, bytes(ONE_WRITE))
+    for _ in range(WINDOW // ONE_WRITE):
         received(host.mux, piece)
     with pytest.raises(ProtocolError, match="credit"):
         received(host.mux, piece)
@@ -288,10 +289,10 @@ def test_control_overtakes_data() -> None:
     host.mux.message(stream, Signal(number=2))
     second = host.mux.open(ReadFile(path="x"))
     host.mux.consumed(stream, STDOUT, 0)
-    assert kinds(host.mux.output()) == ["control", "message", "open"]
-    assert kinds(host.mux.output()) == ["data"]
+    assert kinds(b"".join(host.mux.output())) == ["control", "message", "open"]
+    assert kinds(b"".join(host.mux.output())) == ["data"]
     host.mux.reset(second)
-    assert kinds(host.mux.output()) == ["reset"]
+    assert kinds(b"".join(host.mux.output())) == ["reset"]
 
 
 def test_small_frames_share_a_write_and_large_ones_do_not() -> None:
@@ -303,7 +304,7 @@ def test_small_frames_share_a_write_and_large_ones_do_not() -> None:
     pieces = outputs(host.mux)
     assert sum(len(kinds(piece)) for piece in pieces) == 1002
     assert len(pieces) == 4
-    assert all(len(piece) <= MAX_DATA or len(kinds(piece)) == 1 for piece in pieces)
+    assert all(len(piece) <= ONE_WRITE or len(kinds(piece)) == 1 for piece in pieces)
 
 
 def test_two_busy_streams_alternate() -> None:
@@ -516,7 +517,7 @@ def test_beginning_an_epoch_forgets_everything_on_both_sides() -> None:
     guest.mux.send(stream, STDOUT, bytes(10 * WINDOW))
     guest.mux.control(Pong(id=1))
     host.mux.begin_epoch(FIRST_NONCE)
-    assert host.mux.output() == FIRST_NONCE
+    assert host.mux.output() == [FIRST_NONCE]
     assert host.mux.streams == 0
     host.peer.inbox += FIRST_NONCE
     (event,) = guest.take()
@@ -532,6 +533,7 @@ def test_beginning_an_epoch_forgets_everything_on_both_sides() -> None:
 
 def test_an_answer_is_not_answered() -> None:
     host, _ = pair()
+    host.mux.decoder.announced(FIRST_NONCE)
     received(host.mux, answer_to(FIRST_NONCE))
     assert outputs(host.mux) == []
 
@@ -541,6 +543,7 @@ def test_an_answer_to_what_a_predecessor_began_forgets_everything_too() -> None:
     host, guest, stream = opened()
     host.mux.send(stream, STDIN, b"x")
     host.mux.control(Ping(id=1))
+    host.mux.decoder.announced(FIRST_NONCE)
     (event,) = received(host.mux, answer_to(FIRST_NONCE))
     assert isinstance(event, EpochStarted)
     assert host.mux.streams == 0

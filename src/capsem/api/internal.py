@@ -42,8 +42,8 @@ from capsem.wire.messages import (
     WriteFile,
 )
 
-PROTOCOL = 1
-OLDEST_PROTOCOL = 1  # PROTOCOL - 1, once there is one
+PROTOCOL = 2  # since 2, data frames may be as long as the wire's largest_data says
+OLDEST_PROTOCOL = 1
 BOUND = b"bound\n"
 RETAINED = 10 * 1024 * 1024  # bytes kept of each output of a command
 

@@ -33,7 +33,7 @@ class Stream:
         self.request = request
         self.on_message: Callable[[Message], None] = lambda _message: None
         self._channel = channel
-        self._chunks: dict[int, deque[bytes]] = {}
+        self._chunks: dict[int, deque[bytes | memoryview]] = {}
         self._ended: set[int] = set()
         self._result: Message | CapsemError | None = None
         self._changed = asyncio.Event()
@@ -47,8 +47,17 @@ class Stream:
         """Whether the peer has said that this was all; a stream that was given up, or lost, ends without that."""
         return channel in self._ended
 
+    def widen(self, channel: int) -> None:
+        """Much will come on a channel: let more of it be under way."""
+        self._channel.mux.widen(self.id, channel)
+        self._channel.flush()
+
     async def read(self, channel: int) -> bytes:
         """The next bytes on a channel; b"" when no more will come (see `ended` and `result` for why)."""
+        return bytes(await self.take(channel))
+
+    async def take(self, channel: int) -> bytes | memoryview:
+        """As `read`, without a copy: for what only hands them on."""
         while True:
             chunks = self._chunks.get(channel)
             if chunks:
@@ -180,10 +189,10 @@ class Channel(asyncio.Protocol):
         if self._transport is None:
             return
         while not self._blocked and not self._held and not self._transport.is_closing():
-            data = self.mux.output()
-            if not data:
+            pieces = self.mux.output()
+            if not pieces:
                 return
-            self._transport.write(data)
+            self._transport.writelines(pieces)
 
     def hold(self) -> None:
         """Send nothing until `release`: what is said meanwhile waits. What comes is taken as ever."""

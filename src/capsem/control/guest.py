@@ -13,10 +13,10 @@ from capsem import tracing
 from capsem.control.channel import Channel, Stream, limited
 from capsem.model.errors import GuestFailed, Interrupted, TimedOut
 from capsem.system import Clock, Entropy
-from capsem.wire.frames import FIRST_NONCE, FrameDecoder, ProtocolError, make_nonce
+from capsem.wire.decoder import FrameDecoder
+from capsem.wire.frames import FIRST_NONCE, ProtocolError, make_nonce
 from capsem.wire.handshake import DONE, OFFERED, WAITING, HostHandshake, VersionMismatch
 from capsem.wire.messages import (
-    PROTOCOL_VERSION,
     STDIN,
     STDOUT,
     BootConfig,
@@ -44,6 +44,7 @@ from capsem.wire.messages import (
     Thaw,
     Thawed,
     WriteFile,
+    largest_data,
 )
 from capsem.wire.streams import EpochStarted, Mux
 
@@ -158,6 +159,7 @@ class Guest:
 
     def _offer(self, ready: Ready) -> None:
         self.boot_id, self.restarts = ready.boot_id, ready.restarts
+        self.channel.mux.largest = largest_data(ready.protocol)
         self.epoch += 1
         self._offered = tracing.now()
         # Until the guest has confirmed, its agent may die knowing the present nonce or the next. So there is but one
@@ -165,7 +167,7 @@ class Guest:
         self._next_nonce = self._next_nonce or make_nonce(self._entropy.token_bytes)
         self.channel.mux.decoder.arm(self._nonce, self._next_nonce)
         config = BootConfig(
-            protocol=PROTOCOL_VERSION,
+            protocol=ready.protocol,
             vm_id=self.identity.vm_id,
             hostname=self.identity.hostname,
             epoch=self.epoch,

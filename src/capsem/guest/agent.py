@@ -6,7 +6,7 @@ import os
 import time
 
 from capsem.guest.capture import Capture
-from capsem.guest.files import Lister, Reader, Refused, Writer, refusal
+from capsem.guest.files import Lister, Reader, Refused, refusal
 from capsem.guest.forward import Forwarder
 from capsem.guest.freeze import Freezer
 from capsem.guest.group import Group
@@ -19,12 +19,13 @@ from capsem.guest.processes import Command
 from capsem.guest.servant import Servant
 from capsem.guest.system import Bystander
 from capsem.guest.terminal import TerminalCommand
+from capsem.guest.writer import Rings, Writer
+from capsem.wire.decoder import FrameDecoder
 from capsem.wire.environment import TRUST_ENV, env_problem
-from capsem.wire.frames import FrameDecoder, ProtocolError
+from capsem.wire.frames import MAX_DATA, ProtocolError
 from capsem.wire.handshake import DONE, GuestHandshake
 from capsem.wire.messages import (
     PROTOCOL_VERSION,
-    STDOUT,
     BootReady,
     Exec,
     Failed,
@@ -98,6 +99,7 @@ class Agent:
         self._group = Group(system.groups)
         self._held_too_long: Timer | None = None
         self._mux = Mux(FrameDecoder(memory.next_nonce), initiator=False)
+        self._mux.largest = MAX_DATA  # a host that speaks this version takes it
         self._handshake = GuestHandshake()
         self._env = dict(BASE_ENV)
         self._servants: dict[int, Servant] = {}
@@ -105,6 +107,8 @@ class Agent:
         self._awaiting_network: Timer | None = None
         self._capture = Capture(self._loop, self._mux, system, self._servants.__setitem__, self._finished)
         self._connections_reset = 0
+        self._buffer = memoryview(bytearray(MAX_DATA))
+        self._rings = Rings()
         decoder = self._mux.decoder
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             self._boot_id = file.read().strip()
@@ -233,18 +237,18 @@ class Agent:
 
     # -- events
 
-    def _receive(self, data: memoryview) -> None:
-        left: memoryview | bytes | None = data
+    def _receive(self, buffer: bytearray, size: int) -> None:
+        left: bytearray | bytes | None = buffer
         while left is not None:
             try:
-                for event in self._mux.receive(left):
+                for event in self._mux.receive(left, size):
                     self._dispatch(event)
                 left = None
             except ProtocolError as error:
                 # The way out of garbage, for both ends: a new epoch, from the nonce that only it can have.
                 log(f"protocol error: {error}; beginning a new epoch")
                 self._begin_epoch()
-                left = b""  # the host's own way out may be in what came with it
+                left, size = b"", 0  # the host's own way out may be in what came with it
 
     def _dispatch(self, event: Event) -> None:
         if isinstance(event, EpochStarted):
@@ -336,10 +340,11 @@ class Agent:
         elif isinstance(request, Forward):
             self._servants[stream] = Forwarder(self._loop, self._mux, stream, request, self._finished)
         elif isinstance(request, ReadFile):
-            self._servants[stream] = Reader(self._mux, stream, request, self._workspace, self._finished)
-            self._servants[stream].credit(STDOUT)
+            self._servants[stream] = Reader(self._mux, stream, request, self._workspace, self._buffer, self._finished)
         elif isinstance(request, WriteFile):
-            self._servants[stream] = Writer(self._loop, self._mux, stream, request, self._workspace, self._finished)
+            self._servants[stream] = Writer(
+                self._loop, self._mux, stream, request, self._workspace, self._rings, self._finished
+            )
         elif isinstance(request, ListDir):
             self._servants[stream] = Lister(self._loop, self._mux, stream, request, self._workspace, self._finished)
         elif isinstance(request, Freeze):

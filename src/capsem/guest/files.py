@@ -1,4 +1,4 @@
-"""Files of the workspace for the host: confined, race-free, durable before they are acknowledged (interface.md 6.4).
+"""Files of the workspace for the host: confined and race-free (interface.md 6.4); writer.py has how they are written.
 
 A path is resolved once, its real directory must lie inside the workspace, and is then opened component by component
 without following links: what is swapped in between is refused, not followed.
@@ -12,31 +12,26 @@ import stat
 
 from capsem.guest.loop import Loop
 from capsem.guest.servant import Servant
-from capsem.wire import frames
 from capsem.wire.messages import (
-    STDIN,
     STDOUT,
     DirListed,
     Failed,
     FileFound,
     FileRead,
-    FileWritten,
     ListDir,
     ReadFile,
-    WriteFile,
 )
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from capsem.wire.messages import Message
     from capsem.wire.streams import Mux
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 MAX_ENTRIES = 50_000  # of one listing
-_PIECE = frames.MAX_DATA  # a frame's worth: cut nowhere, and of a size that the allocator has at hand
 _QUOTED = 1000  # characters of what was asked for that an answer repeats
-_NO_TMPFILE = (21, 22, 95)  # EISDIR, EINVAL, EOPNOTSUPP: a file system that knows no files without a name
 _TOO_LONG = (7, 36)  # E2BIG, ENAMETOOLONG
 
 
@@ -106,12 +101,24 @@ def _descend(fd: int, part: str, *, create: bool) -> int:
 
 
 class Reader(Servant):
-    """Serves a ReadFile request."""
+    """Serves a ReadFile request: reads no more than what goes out at once."""
 
-    def __init__(self, mux: Mux, stream: int, request: ReadFile, workspace: str, done: Callable[[int], None]) -> None:
-        """Open the file; `credit` then sends it. Raises Refused, OSError."""
+    def __init__(
+        self,
+        mux: Mux,
+        stream: int,
+        request: ReadFile,
+        workspace: str,
+        buffer: memoryview,
+        done: Callable[[int], None],
+    ) -> None:
+        """Open the file, and begin to send it. Raises Refused, OSError. `buffer` may be all readers' of one connection:
+        what it holds is written before any is asked for more.
+        """
+        self._buffer = buffer
         self._mux = mux
         self._stream = stream
+        self._path = request.path
         self._done = done
         directory, name = open_parent(workspace, request.path, create=False)
         try:
@@ -143,24 +150,35 @@ class Reader(Servant):
         if request.announce:
             self._left = info.st_size
             mux.message(stream, FileFound(size=info.st_size, mode=self._mode))
+        mux.pour(stream, STDOUT, self._next)
 
-    def credit(self, channel: int) -> None:
-        """Send as much as the host takes. Raises OSError."""
-        while self._fd >= 0 and (room := self._mux.room(self._stream, STDOUT)):
-            data = os.read(self._fd, min(room, _PIECE) if self._left is None else min(room, _PIECE, self._left))
-            self._size += len(data)
-            if self._left is not None:
-                if not data and self._left:
-                    raise Refused("guest_failed", "the file shrank while it was read")
-                self._left -= len(data)  # what it has grown by since is another reading's
-            elif self._limit is not None and self._size > self._limit:
-                raise Refused("payload_too_large", "the file grew while it was read")
-            if not data:
+    def _next(self, room: int) -> memoryview:
+        """The next bytes; the stream is closed where there are no more, or none to be had."""
+        size = 0
+        if self._fd >= 0:
+            result: Message
+            try:
+                size = self._read(room)
+                result = FileRead(size=self._size, mode=self._mode)
+            except (Refused, OSError) as error:
+                result = refusal(error, self._path)
+            if not size:
                 self.cancelled()
-                self._mux.close(self._stream, FileRead(size=self._size, mode=self._mode))
+                self._mux.close(self._stream, result)
                 self._done(self._stream)
-                return
-            self._mux.send(self._stream, STDOUT, data)
+        return self._buffer[:size]
+
+    def _read(self, room: int) -> int:
+        room = min(room, len(self._buffer))
+        size = os.readv(self._fd, [self._buffer[: room if self._left is None else min(room, self._left)]])
+        self._size += size
+        if self._left is not None:
+            if not size and self._left:
+                raise Refused("guest_failed", "the file shrank while it was read")
+            self._left -= size  # what it has grown by since is another reading's
+        elif self._limit is not None and self._size > self._limit:
+            raise Refused("payload_too_large", "the file grew while it was read")
+        return size
 
     def cancelled(self) -> None:
         """Let go of the file."""
@@ -221,8 +239,6 @@ class Lister(Servant):
         self._stream = stream
         self._path = request.path
         self._done = done
-        self._text = memoryview(b"")
-        self._result: DirListed | None = None
         fd = open_directory(workspace, request.path)
         loop.offload(lambda: list_directory(fd, request.depth), self._listed)
 
@@ -232,110 +248,8 @@ class Lister(Servant):
             self._done(self._stream)
             return
         entries = result[:MAX_ENTRIES]
-        self._text = memoryview(json.dumps(entries).encode("ascii"))
-        self._result = DirListed(entries=len(entries), truncated=len(result) > MAX_ENTRIES)
-        self.credit(STDOUT)
-
-    def credit(self, channel: int) -> None:
-        """Send as much as the host takes."""
-        if self._result is None:
-            return
-        while self._text and (room := self._mux.room(self._stream, STDOUT)):
-            self._mux.send(self._stream, STDOUT, self._text[:room])
-            self._text = self._text[room:]
-        if not self._text:
-            self._mux.close(self._stream, self._result)
-            self._done(self._stream)
-
-
-class Writer(Servant):
-    """Serves a WriteFile request: a file without a name, which gets the target's when all has come.
-
-    So an agent that is killed in the middle leaves nothing behind. A link cannot replace a file: it is made beside the
-    target and renamed over it, at the very end.
-    """
-
-    def __init__(
-        self, loop: Loop, mux: Mux, stream: int, request: WriteFile, workspace: str, done: Callable[[int], None]
-    ) -> None:
-        """Open the file. Raises Refused, OSError."""
-        self._loop = loop
-        self._mux = mux
-        self._stream = stream
-        self._path = request.path
-        self._done = done
-        self._size = 0
-        self._directory, self._name = open_parent(workspace, request.path, create=True)
-        self._temporary = f".capsem-{stream}-{os.urandom(8).hex()}"
-        self._nameless = False
-        self._created = False
-        self._fd = -1
-        try:
-            self._check_target()
-            self._open()
-            os.fchmod(self._fd, request.mode & 0o777)
-        except BaseException:
-            self.cancelled()
-            raise
-
-    def _open(self) -> None:
-        flags = os.O_WRONLY | os.O_CLOEXEC
-        try:
-            self._fd = os.open(".", flags | os.O_TMPFILE, 0o600, dir_fd=self._directory)
-            self._nameless = True
-        except OSError as error:
-            if error.errno not in _NO_TMPFILE:
-                raise
-            flags |= os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-            self._fd = os.open(self._temporary, flags, 0o600, dir_fd=self._directory)
-
-    def _check_target(self) -> None:
-        try:
-            mode = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False).st_mode
-        except FileNotFoundError:
-            self._created = True
-            return
-        if stat.S_ISLNK(mode):
-            raise Refused("permission_denied", f"{self._path}: is a symbolic link", "write to the file it points to")
-        if not stat.S_ISREG(mode):
-            raise Refused("invalid_input", f"{self._path}: exists and is not a regular file")
-
-    def feed(self, data: bytes) -> None:
-        """Bytes of the file. Raises OSError."""
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._fd, view) :]
-        self._size += len(data)
-        self._mux.consumed(self._stream, STDIN, len(data))
-
-    def feed_end(self) -> None:
-        """All has come: make it durable, then say so."""
-        self._loop.offload(self._commit, self._committed)
-
-    def _commit(self) -> None:
-        os.fsync(self._fd)
-        if self._nameless:
-            os.link(f"/proc/self/fd/{self._fd}", self._temporary, dst_dir_fd=self._directory)
-            self._nameless = False
-        os.rename(self._temporary, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
-        self._temporary = ""
-        os.fsync(self._directory)
-
-    def _committed(self, error: BaseException | None) -> None:
-        self.cancelled()
-        result = refusal(error, self._path) if error else FileWritten(size=self._size, created=self._created)
-        self._mux.close(self._stream, result)
+        text = json.dumps(entries).encode("ascii")
+        listed = DirListed(entries=len(entries), truncated=len(result) > MAX_ENTRIES)
+        self._mux.send(self._stream, STDOUT, text)
+        self._mux.close(self._stream, listed)
         self._done(self._stream)
-
-    def cancelled(self) -> None:
-        """Let go, and remove the temporary file if it is still there."""
-        if self._temporary and self._fd >= 0 and not self._nameless:
-            try:
-                os.unlink(self._temporary, dir_fd=self._directory)
-            except FileNotFoundError:
-                pass
-            self._temporary = ""
-        for fd in (self._fd, self._directory):
-            if fd >= 0:
-                os.close(fd)
-        self._fd = self._directory = -1

@@ -90,10 +90,10 @@ class Forwarder(Servant):
         if self._feed_ended:
             self._socket.shutdown(_socket.SHUT_WR)
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes | memoryview) -> None:
         """Bytes for the port."""
         if self._open:
-            self._queue.append(memoryview(data))
+            self._queue.append(memoryview(bytes(data)))
             self._watch()
 
     def feed_end(self) -> None:

@@ -308,9 +308,9 @@ class Command(Servant):
 
     # -- input
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes | memoryview) -> None:
         """Bytes for the command's standard input."""
-        self._stdin_queue.append(memoryview(data))
+        self._stdin_queue.append(memoryview(bytes(data)))
         self._push()
 
     def feed_end(self) -> None:

@@ -11,7 +11,7 @@ import os
 
 from capsem.guest.loop import READ, WRITE, Loop
 from capsem.guest.servant import Servant
-from capsem.wire.frames import MAX_DATA
+from capsem.wire.frames import ONE_WRITE
 from capsem.wire.messages import STDIN, STDOUT, Message
 
 TYPE_CHECKING = False
@@ -75,7 +75,7 @@ class Relay(Servant):
 
     def _pull(self) -> None:
         for _ in range(_FRAMES_PER_TURN):
-            room = MAX_DATA if self._closed else min(self._capture.may_read(self), MAX_DATA)
+            room = ONE_WRITE if self._closed else min(self._capture.may_read(self), ONE_WRITE)
             if not room or not self._reads:
                 return
             data = os.read(self._fd, room)
@@ -94,7 +94,7 @@ class Relay(Servant):
 
     # -- to the program
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes | memoryview) -> None:
         """Bytes for the program."""
         size = 0
         if not self._queue:
@@ -108,7 +108,7 @@ class Relay(Servant):
             self._mux.consumed(self.stream, STDIN, size)
             if size == len(data):
                 return
-        self._queue.append(memoryview(data)[size:])
+        self._queue.append(memoryview(bytes(data[size:])))
         self._watch()
 
     def _push(self) -> None:

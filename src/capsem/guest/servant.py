@@ -10,8 +10,10 @@ if TYPE_CHECKING:
 class Servant:
     """Base: takes what happens on its stream; what it does not expect it ignores."""
 
-    def feed(self, data: bytes) -> None:
-        """Bytes from the host. Raises Refused, OSError: the stream is then closed with that."""
+    def feed(self, data: bytes | memoryview) -> None:
+        """Bytes from the host, to be dealt with or copied before this returns. Raises Refused, OSError: the stream is
+        then closed with that.
+        """
 
     def feed_end(self) -> None:
         """No more bytes will come."""

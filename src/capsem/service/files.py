@@ -63,7 +63,7 @@ class Content(NamedTuple):
     mime: str
     size: int | None
     mode: int | None
-    pieces: AsyncGenerator[bytes, None]
+    pieces: AsyncGenerator[bytes | memoryview, None]
 
 
 def clean_path(path: str, *, directory: bool = False) -> str:
@@ -175,6 +175,7 @@ class Files(Commands):
                     return Content(name, mime, found[0].size, found[0].mode, pieces_of(found[1]))
             link = await vm.ready_link()
             stream = link.open(ReadFile(path=where, limit=None if whole else CONTENT_LIMIT, announce=True))
+            stream.widen(STDOUT)
             announced: list[Message] = []
             stream.on_message = announced.append
             pieces = _pieces(stream, f"reading {where}")
@@ -222,12 +223,12 @@ class Files(Commands):
         return FileWrittenResponse(success=True, size=result.size)
 
 
-async def _pieces(stream: Stream, what: str) -> AsyncGenerator[bytes, None]:
+async def _pieces(stream: Stream, what: str) -> AsyncGenerator[bytes | memoryview, None]:
     """What the guest sends on a stream, to its end. Raises what it was refused with."""
     try:
         while True:
             async with _moving(what):
-                data = await stream.read(STDOUT)
+                data = await stream.take(STDOUT)
             if not data:
                 break
             yield data
@@ -236,7 +237,9 @@ async def _pieces(stream: Stream, what: str) -> AsyncGenerator[bytes, None]:
         stream.reset()
 
 
-async def _joined(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+async def _joined(
+    first: bytes | memoryview, rest: AsyncGenerator[bytes | memoryview, None]
+) -> AsyncGenerator[bytes | memoryview, None]:
     async with contextlib.aclosing(rest):
         if first:
             yield first

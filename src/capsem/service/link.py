@@ -13,8 +13,9 @@ from capsem.api.internal import MESSAGES, PROTOCOL, REQUESTS, Hello, ShutdownAsk
 from capsem.control.channel import Channel, Stream
 from capsem.model.errors import Interrupted, TimedOut, Unsupported
 from capsem.system import System
-from capsem.wire.frames import FrameDecoder, ProtocolError
-from capsem.wire.messages import Message
+from capsem.wire.decoder import FrameDecoder
+from capsem.wire.frames import ProtocolError
+from capsem.wire.messages import Message, largest_data
 from capsem.wire.streams import Mux
 
 HELLO_LIMIT = 5.0  # seconds
@@ -72,6 +73,7 @@ class Link:
     def _control(self, message: Message) -> None:
         if isinstance(message, Hello):
             self.pid = message.pid
+            self.channel.mux.largest = largest_data(message.protocol)
             if not speaks(message.protocol):
                 self._refused = _unsupported(
                     f"its supervisor (Capsem {message.version}) speaks protocol {message.protocol}, "

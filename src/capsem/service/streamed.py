@@ -23,7 +23,10 @@ class Streamed(StreamingResponse):
     """However it ends, the pieces are closed: whoever makes them stops."""
 
     def __init__(
-        self, pieces: AsyncGenerator[bytes, None], media_type: str, headers: Mapping[str, str] | None = None
+        self,
+        pieces: AsyncGenerator[bytes | memoryview, None] | AsyncGenerator[bytes, None],
+        media_type: str,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(pieces, headers=headers)
         self.headers["Content-Type"] = media_type  # as it is: nobody here knows the charset of a guest's text

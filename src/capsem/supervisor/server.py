@@ -54,7 +54,8 @@ from capsem.supervisor.lending import Lending
 from capsem.supervisor.policing import Policing
 from capsem.supervisor.recording import Recording
 from capsem.tracing import span
-from capsem.wire.frames import FrameDecoder, ProtocolError
+from capsem.wire.decoder import FrameDecoder
+from capsem.wire.frames import ProtocolError
 from capsem.wire.messages import (
     STDERR,
     STDIN,
@@ -68,6 +69,7 @@ from capsem.wire.messages import (
     ReadFile,
     Terminal,
     WriteFile,
+    largest_data,
 )
 from capsem.wire.streams import Mux
 
@@ -180,6 +182,7 @@ class _Connection:
         if not isinstance(message, Hello) or self._greeted:
             raise ProtocolError(f"unexpected {message.tag}")
         self._deadline.cancel()
+        self.channel.mux.largest = largest_data(message.protocol)
         self.channel.control(Hello(protocol=PROTOCOL, version=__version__, pid=self._supervised.pid))
         if not speaks(message.protocol):
             log.error(
@@ -371,7 +374,7 @@ async def while_wanted(stream: Stream, work: Coroutine[Any, Any, T]) -> T:
 
 async def copy(source: Stream, target: Stream, channel: int) -> None:
     """Copy a channel until it ends, at the pace of the slower side. What breaks off is not ended: half a file is none."""
-    while data := await source.read(channel):
+    while data := await source.take(channel):
         await target.write(channel, data)
     if source.ended(channel):
         target.end(channel)
@@ -386,6 +389,10 @@ async def _feed(source: Stream, command: Stream) -> None:
 async def relay(stream: Stream, target: Stream) -> Message:
     """Join a peer's stream with one to the guest, in both directions; returns the guest's result."""
     target.on_message = stream.send
+    if isinstance(target.request, WriteFile):
+        stream.widen(STDIN)
+    elif isinstance(target.request, ReadFile):
+        target.widen(STDOUT)
     tasks = [
         asyncio.create_task(copy(stream, target, STDIN)),
         asyncio.create_task(copy(target, stream, STDOUT)),

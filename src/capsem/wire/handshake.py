@@ -8,12 +8,15 @@
 Each direction of an epoch begins with the epoch's nonce. While the handshake runs, both ends stay armed for its own
 nonce, so that it can be begun again; after it, for the next one. A handshake that does not finish in time is begun
 again by the host.
+
+The guest's version is the one that is spoken. The host knows that and the one before.
 """
 
 from __future__ import annotations
 
 from capsem.wire.frames import ProtocolError, check_nonce
 from capsem.wire.messages import (
+    OLDEST_PROTOCOL,
     PROTOCOL_VERSION,
     BootConfig,
     BootConfigDone,
@@ -42,7 +45,7 @@ class HostHandshake:
     def receive(self, message: Message) -> None:
         """Take a control message. Raises ProtocolError when it does not belong here, or the versions do not match."""
         if self.state == WAITING and isinstance(message, Ready):
-            if message.protocol != PROTOCOL_VERSION:
+            if not OLDEST_PROTOCOL <= message.protocol <= PROTOCOL_VERSION:
                 raise VersionMismatch(
                     f"the guest agent speaks protocol {message.protocol}, this host {PROTOCOL_VERSION}"
                 )

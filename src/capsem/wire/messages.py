@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 
-from capsem.wire.frames import MAX_MESSAGE, ProtocolError
+from capsem.wire.frames import MAX_DATA, MAX_MESSAGE, ONE_WRITE, ProtocolError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,9 +26,18 @@ else:
         return lambda cls: cls
 
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+# A host also speaks to agents of the version before: a VM stays with the image that it was made of, and a restored one
+# with the agent that its memory holds.
+OLDEST_PROTOCOL = 1
 
 STDIN, STDOUT, STDERR = 0, 1, 2  # channels of a stream; file contents travel on STDIN towards and STDOUT from the guest
+
+
+def largest_data(protocol: int) -> int:
+    """How many bytes of data in a frame a peer of `protocol` takes."""
+    return MAX_DATA if protocol >= 2 else ONE_WRITE
+
 
 _MISSING = object()
 _KINDS: dict[str, tuple[type, ...]] = {

@@ -2,7 +2,8 @@
 
 Flow control. Each channel of a stream has a window. The receiver grants it by *absolute* offset: a CREDIT frame says
 "you may send up to byte N of this channel", so that a credit that is lost or repeated with an epoch does no harm. N is
-what the application has consumed plus the window; a credit is sent when half the window has been used.
+what the application has consumed plus the window; a credit is sent when half the window has been used. Whoever expects
+much may have a larger window than what both ends begin with.
 
 Streams that a guest opens may be many, and what has come for each lies in the memory of the other end until it is consumed.
 So their window is narrow at first, and grows with the first credit, as long as all of them together have no more than
@@ -10,6 +11,9 @@ So their window is narrow at first, and grows with the first credit, as long as 
 
 Order. What belongs to the connection (control messages, opening, credits, resets, messages on streams) goes out before
 data. Data goes out one frame a stream in turn. The message that closes a stream waits until its data is out.
+
+Sizes. How long a data frame may be depends on what the peer takes (`largest`). One that is too long for one write is
+handed on in pieces, without a copy.
 
 Versions. A request of a kind that this end does not know is a newer peer's: its stream is closed with `Failed`, and
 nothing else happens.
@@ -23,7 +27,8 @@ import struct
 from collections import deque
 
 from capsem.wire import frames
-from capsem.wire.frames import Frame, FrameDecoder, Marker, ProtocolError
+from capsem.wire.decoder import FrameDecoder
+from capsem.wire.frames import Frame, Marker, ProtocolError
 from capsem.wire.messages import (
     GUEST_STREAMS,
     MESSAGES,
@@ -36,6 +41,7 @@ from capsem.wire.messages import (
 )
 
 WINDOW = 256 * 1024  # bytes a channel may have under way; egress.md section 3 has the measurement
+BULK_WINDOW = 1024 * 1024  # and one that carries a file: about what passes while the two ends hear of each other
 NARROW = 64 * 1024  # at first, where there may be many
 SHARED = 16 * 1024 * 1024  # bytes beyond that, for all of them together
 MAX_STREAMS = 1024
@@ -44,7 +50,7 @@ _OFFSET = struct.Struct(">Q")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 class Event:
@@ -94,11 +100,12 @@ class Closed(MessageReceived):
 
 
 class DataReceived(Event):
-    """Bytes on a channel; give them back with `consumed` once they are dealt with."""
+    """Bytes on a channel; give them back with `consumed` once they are dealt with. `data` may be a view of what was
+    received: see FrameDecoder.feed."""
 
     __slots__ = ("channel", "data")
 
-    def __init__(self, stream: int, channel: int, data: bytes) -> None:
+    def __init__(self, stream: int, channel: int, data: bytes | memoryview) -> None:
         super().__init__(stream)
         self.channel = channel
         self.data = data
@@ -127,11 +134,12 @@ class ResetReceived(Event):
 
 
 class _Out:
-    __slots__ = ("end", "end_sent", "limit", "queue", "queued", "sent")
+    __slots__ = ("end", "end_sent", "limit", "queue", "queued", "sent", "source")
 
     def __init__(self, window: int) -> None:
         self.queue: deque[memoryview] = deque()
         self.queued = 0  # bytes in the queue
+        self.source: Callable[[int], bytes | memoryview] | None = None  # of what comes after it
         self.sent = 0  # offset of the first byte not yet sent
         self.limit = window
         self.end = False
@@ -139,12 +147,13 @@ class _Out:
 
 
 class _In:
-    __slots__ = ("consumed", "ended", "limit", "received", "window")
+    __slots__ = ("consumed", "ended", "limit", "received", "shared", "window")
 
     def __init__(self, window: int) -> None:
         self.received = 0
         self.consumed = 0
         self.limit = self.window = window
+        self.shared = 0  # bytes of the window that are taken from what all have
         self.ended = False
 
 
@@ -200,6 +209,7 @@ class Mux:
         self.backlog = 0  # bytes of data that are queued, on all streams
         self._spare = SHARED  # bytes that windows may still be widened by
         self._begun = b""  # the epoch that this end announced and the peer has not answered yet
+        self.largest = frames.ONE_WRITE  # bytes of data in a frame; MAX_DATA once the peer is known to take that
 
     # -- sending
 
@@ -210,6 +220,7 @@ class Mux:
         """
         self.forget()
         self.decoder.hunt()
+        self.decoder.announced(nonce)
         self._urgent.append(frames.check_nonce(nonce))
         self._begun = nonce
 
@@ -252,7 +263,8 @@ class Mux:
         return 0 if out.end else max(0, out.limit - out.sent - out.queued)
 
     def confirmed(self, stream: int, channel: int) -> int:
-        """How many of the bytes sent on a channel the peer has dealt with, as far as it has said so."""
+        """How many of the bytes sent on a channel, of which it has not widened the window, the peer has dealt with, as
+        far as it has said so."""
         state = self._streams.get(stream)
         return 0 if state is None else max(0, state.out(channel).limit - WINDOW)
 
@@ -264,6 +276,15 @@ class Mux:
             out.queue.append(memoryview(data))
             out.queued += len(data)
             self.backlog += len(data)
+            self._take_turn(state)
+
+    def pour(self, stream: int, channel: int, source: Callable[[int], bytes | memoryview]) -> None:
+        """Send what `source(n)` returns, at most n bytes, whenever it can go out at once; nothing ends that, not the
+        channel. What it returned may be overwritten when what `output` returned has been written.
+        """
+        state = self._streams.get(stream)
+        if state is not None:
+            state.out(channel).source = source
             self._take_turn(state)
 
     def end(self, stream: int, channel: int) -> None:
@@ -297,9 +318,17 @@ class Mux:
             wider = WINDOW - into.window
             if 0 < wider <= self._spare:
                 self._spare -= wider
+                into.shared += wider
                 into.window = WINDOW
             into.limit = into.consumed + into.window
             self._urgent.append(frames.encode(frames.CREDIT, stream, channel, _OFFSET.pack(into.limit)))
+
+    def widen(self, stream: int, channel: int, window: int = BULK_WINDOW) -> None:
+        """Let the peer have `window` bytes of a channel under way, no less than so far. A stream that is gone has none."""
+        state = self._streams.get(stream)
+        if state is not None:
+            state.into(channel).window = window
+            self.consumed(stream, channel, 0)
 
     @property
     def streams(self) -> int:
@@ -311,66 +340,79 @@ class Mux:
         state = self._streams.get(stream)
         return state.request if state else None
 
-    def output(self) -> bytes:
-        """The next bytes for the wire, in one piece for one write; b"" when there is nothing (or no credit)."""
+    def output(self) -> list[bytes | memoryview]:
+        """The next bytes for the wire, to be written one after the other; none when there is nothing (or no credit)."""
         if self._urgent:
             taken = [self._urgent.popleft()]
             size = len(taken[0])
-            while self._urgent and size + len(self._urgent[0]) <= frames.MAX_DATA:
+            while self._urgent and size + len(self._urgent[0]) <= frames.ONE_WRITE:
                 taken.append(self._urgent.popleft())
                 size += len(taken[-1])
-            return b"".join(taken)
+            return [b"".join(taken)]
         for _ in range(len(self._turns)):
             stream = self._turns.popleft()
             state = self._streams.get(stream)
             if state is None:
                 continue
-            piece = self._piece(state)
-            if piece:
+            pieces = self._pieces(state)
+            if pieces:
                 if stream in self._streams:
                     self._turns.append(stream)
-                return piece
+                return pieces
             state.waits = False
-        return b""
+        return []
 
     def _take_turn(self, state: _Stream) -> None:
         if not state.waits:
             state.waits = True
             self._turns.append(state.id)
 
-    def _piece(self, state: _Stream) -> bytes:
-        """The next frame of one stream, or b"" when it must wait."""
+    def _pieces(self, state: _Stream) -> list[bytes | memoryview]:
+        """The next frame of one stream; nothing when it must wait."""
         drained = True
         for channel, out in state.outgoing.items():
+            room = min(self.largest, out.limit - out.sent)
+            if out.source is not None and not out.queue and room > 0:
+                data = out.source(room)
+                if data:
+                    out.queue.append(memoryview(data))
+                    out.queued = len(data)
+                    self.backlog += len(data)
+                else:
+                    out.source = None
             if out.queue:
-                size = min(len(out.queue[0]), frames.MAX_DATA, out.limit - out.sent)
-                if size <= 0:
+                if room <= 0:
                     drained = False
                     continue
                 head = out.queue.popleft()
-                if size < len(head):
-                    out.queue.appendleft(head[size:])
-                out.sent += size
-                out.queued -= size
-                self.backlog -= size
+                if room < len(head):
+                    out.queue.appendleft(head[room:])
+                    head = head[:room]
+                out.sent += len(head)
+                out.queued -= len(head)
+                self.backlog -= len(head)
                 state.outgoing[channel] = state.outgoing.pop(channel)  # the other channels come first next time
-                return frames.encode(frames.DATA, state.id, channel, head[:size])
-            if out.end and not out.end_sent:
+                if len(head) <= frames.ONE_WRITE:
+                    return [frames.encode(frames.DATA, state.id, channel, head)]
+                return [frames.HEADER.pack(frames.DATA, channel, 0, state.id, len(head)), head, frames.TRAILER]
+            if out.source is not None:
+                drained = False
+            elif out.end and not out.end_sent:
                 out.end_sent = True
-                return frames.encode(frames.EOF, state.id, channel)
+                return [frames.encode(frames.EOF, state.id, channel)]
         if drained and state.closing is not None:
             self._drop(state.id)
-            return state.closing
-        return b""
+            return [state.closing]
+        return []
 
     # -- receiving
 
-    def receive(self, data: bytes | bytearray | memoryview) -> Iterator[Event]:
-        """Take received bytes; return what happened, step by step, so that what the caller does about one event comes
-        before the next. Raises ProtocolError: hang up, or begin a new epoch and receive b"" (a marker may be among
-        what is left).
+    def receive(self, data: bytes | bytearray, size: int | None = None) -> Iterator[Event]:
+        """Take received bytes, the first `size` of `data`; return what happened, step by step, so that what the caller
+        does about one event comes before the next. Raises ProtocolError: hang up, or begin a new epoch and receive b""
+        (a marker may be among what is left).
         """
-        for item in self.decoder.feed(data):
+        for item in self.decoder.feed(data, size):
             if isinstance(item, Marker):
                 if not item.answer:
                     self.forget()
@@ -389,7 +431,7 @@ class Mux:
         if kind == frames.CONTROL:
             if stream:
                 raise ProtocolError("control frame on a stream")
-            return MessageReceived(0, decode_message(frame.payload, self._messages))
+            return MessageReceived(0, decode_message(bytes(frame.payload), self._messages))
         if not stream or frame.channel >= CHANNELS:
             raise ProtocolError(f"bad stream or channel in {frame!r}")
         if kind == frames.OPEN:
@@ -418,7 +460,7 @@ class Mux:
         if kind == frames.RESET:
             self._drop(stream)
             return ResetReceived(stream)
-        message = decode_message(frame.payload, self._messages)
+        message = decode_message(bytes(frame.payload), self._messages)
         if kind == frames.CLOSE:
             if not self._is_ours(stream) or not isinstance(message, (self._requests[type(state.request)], Failed)):
                 raise ProtocolError(f"{message.tag} does not close this stream")
@@ -431,7 +473,7 @@ class Mux:
         for out in state.outgoing.values():
             self.backlog -= out.queued
         for into in state.incoming.values():
-            self._spare += into.window - state.window
+            self._spare += into.shared
 
     def _is_ours(self, stream: int) -> bool:
         """Whether this end opens streams of that id."""
@@ -443,7 +485,7 @@ class Mux:
         if len(self._streams) >= MAX_STREAMS:
             raise ProtocolError(f"more than {MAX_STREAMS} streams at once")
         try:
-            request = decode_message(frame.payload, self._messages)
+            request = decode_message(bytes(frame.payload), self._messages)
         except UnknownMessage as error:
             self._peer_last = frame.stream
             refusal = Failed(
@@ -459,9 +501,9 @@ class Mux:
         self._streams[frame.stream] = _Stream(frame.stream, request)
         return Opened(frame.stream, request)
 
-    def _data(self, state: _Stream, frame: Frame) -> Event:
+    def _data(self, state: _Stream, frame: Frame) -> Event | None:
         into = state.into(frame.channel)
         into.received += len(frame.payload)
         if into.ended or into.received > into.limit:
             raise ProtocolError(f"{frame!r} after the end or over the credit")
-        return DataReceived(state.id, frame.channel, frame.payload)
+        return DataReceived(state.id, frame.channel, frame.payload) if frame.payload else None

@@ -16,7 +16,8 @@ from capsem.hypervisor.sim.plan import Dice
 from capsem.hypervisor.sim.timers import Alarm, Timers
 from capsem.hypervisor.sim.volume import Disk, File
 from capsem.wire import frames
-from capsem.wire.frames import FrameDecoder, ProtocolError
+from capsem.wire.decoder import FrameDecoder
+from capsem.wire.frames import ProtocolError
 from capsem.wire.handshake import DONE, GuestHandshake
 from capsem.wire.messages import (
     PROTOCOL_VERSION,
@@ -153,7 +154,7 @@ class Guest(asyncio.Protocol):
 
     def flush(self) -> None:
         """Hand everything to the host."""
-        while self.timers.running and self._transport is not None and (data := self._mux.output()):
+        while self.timers.running and self._transport is not None and (data := b"".join(self._mux.output())):
             if self._handshake.state == DONE and self._dice.strikes(plan.CUT):
                 self._transport.write(data[: self._dice.below(len(data))])
                 self._restart()
