@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -58,6 +59,53 @@ def test_input_and_output_of_any_size(box: Sandbox) -> None:
     assert box.exec("sha256sum", input=data).stdout == box.exec("cat | sha256sum", input=data).stdout
     assert box.exec("wc -c; head -c 3000000 /dev/zero | tr '\\0' x", input=data).stdout == "2048000\n" + "x" * 3_000_000
     assert box.exec("head -c 1 > /dev/null; echo done", input=data * 4).stdout == "done\n"
+
+
+def greeter() -> tuple[socket.socket, int]:
+    """A server that greets whoever connects, in what is "the guest" here; its port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection:
+                connection.sendall(b"hello " + connection.recv(100))
+
+    threading.Thread(target=serve, daemon=True).start()
+    return listener, listener.getsockname()[1]
+
+
+def greeted(address: tuple[str, int]) -> bytes:
+    with socket.create_connection(address) as connection:
+        connection.sendall(b"you")
+        return connection.makefile("rb").read()
+
+
+def test_a_port_leads_into_the_vm_again_after_a_resume(client: Client) -> None:
+    listener, port = greeter()
+    with listener, Sandbox.create("ports", client=client, persistent=True) as box:
+        with box.forward(port) as forwarding:
+            assert greeted(forwarding.address) == b"hello you"
+            box.stop()
+            assert greeted(forwarding.address) == b""
+            box.resume()
+            assert greeted(forwarding.address) == b"hello you"
+        with pytest.raises(ConnectionRefusedError):
+            greeted(forwarding.address)
+        with pytest.raises(NotFound):
+            Sandbox("nothing", client=client).forward(port)
+
+        async def main() -> None:
+            again = await AsyncSandbox.connect("ports", client=client)
+            with await again.forward(port) as it:
+                assert await asyncio.to_thread(greeted, it.address) == b"hello you"
+
+        asyncio.run(main())
+        box.delete()
+        listener.shutdown(socket.SHUT_RDWR)
 
 
 def test_a_process_is_followed_fed_and_killed(box: Sandbox) -> None:

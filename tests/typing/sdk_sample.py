@@ -21,6 +21,11 @@ def blocking() -> None:
         entries: list[FileEntry] = box.files.list(depth=2)
         forks: list[Sandbox] = box.fork_many("try", 3)
         kept: str = box.checkpoint("works").id
+        with box.forward(8000, local_port=8080) as forwarding:
+            address: tuple[str, int] = forwarding.address
+            _ = address
+        box.files.upload("a", "b", timeout=5)
+        box.forward("8000")  # error: arg-type
         _ = (code, pieces, ended, data, text, entries, forks, kept)
         box.exec(5)  # error: arg-type
         box.exec("ls", timeout="5")  # error: arg-type

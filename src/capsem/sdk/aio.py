@@ -20,6 +20,7 @@ from capsem.api.checkpoint_types import CheckpointInfo, CheckpointResponse, Roll
 from capsem.api.exec_types import JobInfo
 from capsem.api.file_types import FileEntry
 from capsem.api.vm_types import LogsResponse, SandboxInfo
+from capsem.client.forward import Forwarding
 from capsem.client.http import Answer, BadAnswer
 from capsem.client.sync import BrokenOff, Client
 from capsem.model.errors import NotFound
@@ -261,6 +262,18 @@ class AsyncSandbox:
     async def logs(self, *, timeout: float | None = None) -> LogsResponse:
         """The guest's console and the supervisor's log."""
         return await self._transport.call(core.logs(self.id), timeout)
+
+    async def forward(self, port: int, *, local_port: int = 0, host: str = "127.0.0.1") -> Forwarding:
+        """A port of this computer that leads to TCP port `port` in the VM; the answer's `address` says which.
+
+        `local_port` 0 chooses one. It stays when the VM is suspended or stopped: connections break, and what connects after
+        the resume gets through again. Leave the answer's `with`, or `close` it, to listen no more; threads of its own carry
+        the connections. Raises NotFound, MachineFailed (the port cannot be had).
+        """
+        await self.info()  # no listener for a VM that there is not
+        forwarding = Forwarding(self._transport.client, self.id, port, host=host, port=local_port)
+        forwarding.start()
+        return forwarding
 
     async def suspend(self, *, timeout: float | None = None) -> SuspendResponse:
         """Save it, memory and all, and end its processes on this host. Commands go on after the resume."""
