@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import gc
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -33,15 +34,21 @@ Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]
 
 
 def run(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Have pytest run an asynchronous test, which is ended if it hangs."""
+    """Have pytest run an asynchronous test, which is ended if it hangs, and fails if it leaves an error behind that nobody
+    looked at."""
 
     @wraps(test)
     def wrapper(*args: Any, **more: Any) -> None:
+        left: list[dict[str, Any]] = []
+
         async def limited() -> None:
+            asyncio.get_running_loop().set_exception_handler(lambda _loop, context: left.append(context))
             async with asyncio.timeout(60):
                 await test(*args, **more)
+            gc.collect()
 
         asyncio.run(limited())
+        assert not left, left
 
     return wrapper
 

@@ -55,7 +55,10 @@ async def test_a_name_that_leads_nowhere_good_leads_to_the_page(tmp_path: Path) 
 
 @run
 async def test_what_is_not_allowed_never_leaves_the_host(tmp_path: Path) -> None:
-    rules = rule("no", Action.DENY, hosts=("denied.test",)), rule("ask", Action.ASK, hosts=("asked.test",))
+    rules = (
+        rule("no", Action.DENY, hosts=("denied.test",), protocol=None),
+        rule("ask", Action.ASK, hosts=("asked.test",)),
+    )
     async with bench(tmp_path, *rules) as world:
         assert await ask(world, "denied.test") == (Code.NXDOMAIN, [])
         for name in ("asked.test", "other.test"):
@@ -67,7 +70,9 @@ async def test_what_is_not_allowed_never_leaves_the_host(tmp_path: Path) -> None
 
 @run
 async def test_there_is_no_ipv6_and_nothing_but_addresses(tmp_path: Path) -> None:
-    async with bench(tmp_path, sites("site.test"), rule("no", Action.DENY, hosts=("denied.test",))) as world:
+    async with bench(
+        tmp_path, sites("site.test"), rule("no", Action.DENY, hosts=("denied.test",), protocol=None)
+    ) as world:
         for kind in (Kind.AAAA, Kind.HTTPS, Kind.SVCB):
             assert await ask(world, "site.test", kind) == (Code.OK, [])
             assert await ask(world, "other.test", kind) == (Code.OK, [])

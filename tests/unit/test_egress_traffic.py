@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from capsem.egress import requests
 from capsem.egress.facts import Action, Layer, Protocol, Subject, TlsMode, Verdict
 from capsem.egress.heads import Headers, RequestHead, ResponseHead
 from capsem.egress.parts import SecretMisuse
@@ -368,8 +369,12 @@ async def test_the_length_of_an_answer_is_not_believed_beyond_itself(tmp_path: P
         assert connections == 2
 
 
+@pytest.mark.parametrize("secure", [False, True])
 @run
-async def test_a_client_that_leaves_ends_the_request_at_the_origin(tmp_path: Path) -> None:
+async def test_a_client_that_leaves_ends_the_request_at_the_origin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secure: bool
+) -> None:
+    monkeypatch.setattr(requests, "PATIENCE", 0.0)
     asked, left = asyncio.Event(), asyncio.Event()
 
     async def origin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -381,12 +386,43 @@ async def test_a_client_that_leaves_ends_the_request_at_the_origin(tmp_path: Pat
             left.set()
 
     async with bench(tmp_path, sites("site.test")) as world:
-        _, client = await plain(world, origin)
+        port = await world.origin(origin, *(["site.test"] if secure else []))
+        client = await world.tls("site.test", port=port) if secure else world.plain(port=port)
         await client.send(b"GET / HTTP/1.1\r\n" + HOST + b"\r\n")
         await asked.wait()
         client.raw.abort()
         await left.wait()
-        assert (await world.rows.row()).error is not None
+        assert (await world.rows.row()).error == "the client left"
+
+
+@pytest.mark.parametrize("secure", [False, True])
+@run
+async def test_a_client_that_was_watched_and_leaves_later_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secure: bool
+) -> None:
+    monkeypatch.setattr(requests, "PATIENCE", 0.0)
+    go_on = asyncio.Event()
+
+    async def origin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await read_head(reader)
+            await go_on.wait()
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 500000\r\n\r\n" + bytes(500_000))
+
+    async with bench(tmp_path, sites("site.test")) as world:
+        port = await world.origin(origin, *(["site.test"] if secure else []))
+        for read in (True, False):
+            client = await world.tls("site.test", port=port) if secure else world.plain(port=port)
+            await client.send(b"GET / HTTP/1.1\r\n" + HOST + b"\r\n")
+            await asyncio.sleep(0.01)
+            go_on.set()
+            if read:
+                assert (await client.answer())[0] == 200
+            else:
+                await client.until(b"\r\n\r\n")
+            client.raw.abort()
+        while len(world.rows.requests) < 2:
+            await asyncio.sleep(0)
 
 
 @run

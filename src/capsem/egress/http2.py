@@ -157,7 +157,7 @@ class Http2:
         self._last: int | None = None  # of the origin's streams that go on
         self._resets = self._done = 0
         self._interrupted = True
-        self._limit = asyncio.timeout(None)  # on how long nothing is asked
+        self._limit: asyncio.Timeout | None = None  # on how long nothing is asked, while the client is read
 
     async def serve(self) -> None:
         """Until one side ends. Raises ConnectionError."""
@@ -186,7 +186,8 @@ class Http2:
 
     async def _read_client(self) -> None:
         try:
-            async with asyncio.timeout(HEAD_TIME) as self._limit:
+            async with asyncio.timeout(HEAD_TIME) as limit:
+                self._limit = limit
                 while (events := await self._client.events()) is not None:
                     for event in events:
                         self._from_client(event)
@@ -196,6 +197,13 @@ class Http2:
                         raise SideFailed(f"HTTP/2: {self._resets} requests were taken back by the client")
         except TimeoutError:
             return
+        finally:
+            self._limit = None
+
+    def _give_time(self, until: float | None) -> None:
+        """Wait for the client's next request until then."""
+        if self._limit is not None and not self._limit.expired():
+            self._limit.reschedule(until)
 
     def _from_client(self, event: Event | GoingAway) -> None:
         if isinstance(event, RequestReceived):
@@ -227,7 +235,7 @@ class Http2:
         whole = event.stream_ended is not None
         call = _Call(event.stream_id, event.headers, row, whole, received=whole, sent=whole)
         self._calls[event.stream_id] = call
-        self._limit.reschedule(None)
+        self._give_time(None)
         call.task = asyncio.create_task(self._serve(call))
 
     # What the origin sends.
@@ -292,7 +300,7 @@ class Http2:
         """It is over: neither side has a stream for it any more, and windows are as they were."""
         self._calls.pop(call.client_id, None)
         if not self._calls:
-            self._limit.reschedule(asyncio.get_running_loop().time() + IDLE_TIME)
+            self._give_time(asyncio.get_running_loop().time() + IDLE_TIME)
         try:
             await self._client.took(call.client_id, call.up.left())
             if not call.answered:

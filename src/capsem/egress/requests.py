@@ -49,6 +49,12 @@ class Requests:
 
     async def serve(self) -> None:
         """Until the client ends, or has to be hung up on. Raises ConnectionError when it breaks off, and Tunnel."""
+        try:
+            await self._serve_all()
+        finally:
+            await self._client.finish()
+
+    async def _serve_all(self) -> None:
         keep = True
         while keep:
             try:
