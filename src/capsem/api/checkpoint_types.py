@@ -36,7 +36,8 @@ class RollbackRequest(Body, frozen=True):
 class SuspendResponse(Body, frozen=True):
     """Suspended, durably: `checkpoint` is where. `bytes` of memory were written, `pause_ms` is from the guest's last
     instruction to its state being in our hands; `synced`: the guest had flushed its file systems before, `frozen`: and held
-    its processes still; `warning`: there may be no room for the next one; `waited_ms`: see ProvisionResponse."""
+    its processes still; `warning`: there may be no room for the next one; `waited_ms`: see ProvisionResponse; `lost`: how many
+    `streams`, connections of its programs, will not be there when it is resumed."""
 
     success: bool
     checkpoint: str
@@ -46,6 +47,7 @@ class SuspendResponse(Body, frozen=True):
     frozen: bool = False
     warning: str | None = None
     waited_ms: float | None = None
+    lost: dict[str, int] | None = None
 
 
 class ExportQuery(Body, frozen=True):

@@ -104,7 +104,7 @@ class Hello(Message, tag="hello"):
 
 class State(Message, tag="state"):
     """Where the VM is: `state` of model.lifecycle, and whether its guest may be spoken to now. `warning` is for people:
-    what keeps a VM that runs from getting on.
+    what keeps a VM that runs from getting on. `lost_streams`: connections of the guest that its restore has ended.
     """
 
     state: str
@@ -113,6 +113,7 @@ class State(Message, tag="state"):
     boot_kind: str | None = None
     reason: str | None = None
     warning: str | None = None
+    lost_streams: int = 0
 
 
 class ShutdownAsked(Message, tag="shutdown-asked"):
@@ -330,7 +331,8 @@ class CheckpointMade(Message, tag="checkpoint-made"):
     """Closes a Save stream: the checkpoint is durable. Without `go_on` the supervisor's exit follows.
 
     `pause` is how many seconds the vCPUs stood still, `written` how many bytes of RAM went to disk; `synced`, `frozen`:
-    the guest had flushed its file systems and held its processes still.
+    the guest had flushed its file systems and held its processes still. `streams`: connections that were under way, which
+    whoever is restored from it has lost.
     """
 
     checkpoint: str
@@ -338,6 +340,7 @@ class CheckpointMade(Message, tag="checkpoint-made"):
     written: int
     synced: bool
     frozen: bool = False
+    streams: int = 0
 
 
 # request -> what closes its stream

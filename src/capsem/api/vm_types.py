@@ -147,7 +147,8 @@ class ProvisionResponse(Body, frozen=True):
     """A VM that runs; `uds_path` is its control socket, a path that no client may compute itself.
 
     `boot_kind` is cold, warm, forked, template, pool or cold-after-failure, `boot_note` why it was not what could be expected. It
-    waited `waited_ms` until its turn came, because of what happened to other VMs.
+    waited `waited_ms` until its turn came, because of what happened to other VMs. `lost`: of a machine that was restored,
+    how many `streams` (connections of its programs) it does not have any more; each was reset before it went on.
     """
 
     id: str
@@ -155,6 +156,7 @@ class ProvisionResponse(Body, frozen=True):
     boot_kind: str | None = None
     boot_note: str | None = None
     waited_ms: float | None = None
+    lost: dict[str, int] | None = None
 
 
 class PrepareResponse(Body, frozen=True):
@@ -262,7 +264,8 @@ class PurgeResponse(Body, frozen=True):
 class ForkResponse(Body, frozen=True):
     """A forked VM: `size_bytes` counts its whole chain of layers, those it shares too. `names`: all live ones.
 
-    Of a live fork of a running VM, `pause_ms` is how long that stood still. `waited_ms`: see ProvisionResponse.
+    Of a live fork of a running VM, `pause_ms` is how long that stood still. `waited_ms`: see ProvisionResponse. `lost` is what
+    a live fork has lost; its source has lost nothing.
     """
 
     name: str
@@ -270,6 +273,7 @@ class ForkResponse(Body, frozen=True):
     names: list[str] | None = None
     pause_ms: float | None = None
     waited_ms: float | None = None
+    lost: dict[str, int] | None = None
 
 
 class LogsResponse(Body, frozen=True):

@@ -43,6 +43,11 @@ class Stream:
         """Whether the peer closed the stream, gave it up, or is gone."""
         return self._result is not None
 
+    @property
+    def backlog(self) -> int:
+        """How many bytes wait for the peer, on all streams of the connection."""
+        return self._channel.mux.backlog
+
     def ended(self, channel: int) -> bool:
         """Whether the peer has said that this was all; a stream that was given up, or lost, ends without that."""
         return channel in self._ended

@@ -89,6 +89,7 @@ class Guest:
         self.restarts = 0
         self.on_request: Callable[[Message], None] = lambda _message: None  # ShutdownRequest, SuspendRequest
         self.on_ready: Callable[[bool], None] = lambda _ready: None
+        self.on_epoch: Callable[[], None] = lambda: None  # what the guest had open is gone
         self._clock = clock
         self._entropy = entropy
         self._restored = restored
@@ -122,6 +123,7 @@ class Guest:
             self._nonce, self._next_nonce = self._next_nonce, b""
         self._handshake = HostHandshake()
         self._holding = False  # the handshake's end lets them go
+        self.on_epoch()
         self._set_ready(False)
 
     def _garbage(self, error: ProtocolError) -> None:

@@ -7,6 +7,7 @@ to the page that says why. There is no IPv6 in the guest, and nothing but addres
 from __future__ import annotations
 
 import asyncio
+from ipaddress import IPv4Address, IPv4Network
 from typing import Final
 
 from capsem.egress import hosts
@@ -24,6 +25,9 @@ _TTL: Final = 30  # seconds; the host's resolver, which knows better, does not t
 _NOTHING: Final = frozenset(
     {Kind.AAAA, Kind.HTTPS, Kind.SVCB}
 )  # truly nothing of that kind here, rather than a refusal
+
+# Where a guest finds itself, whatever the host has there (a server of its own, which a rule may allow).
+_GUESTS_OWN: Final = tuple(map(IPv4Network, ("0.0.0.0/8", "127.0.0.0/8", "10.0.0.1/32")))
 
 
 class Lookups:
@@ -98,7 +102,9 @@ class Lookups:
         usable = [
             each
             for each in found
-            if ":" not in each and judge.judge(Subject(ANY_PORT, name, each)).action is not Action.DENY
+            if ":" not in each
+            and not any(IPv4Address(each) in network for network in _GUESTS_OWN)
+            and judge.judge(Subject(ANY_PORT, name, each)).action is not Action.DENY
         ]
         # An address of the host's own network means another machine, or none, to a guest; and IPv6 it has not.
         return self._give(query, event, usable or [self._names.synthetic(name)])

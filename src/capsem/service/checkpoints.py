@@ -31,7 +31,7 @@ from capsem.service import space
 from capsem.service.create import Maker
 from capsem.service.fleet import Fleet
 from capsem.service.gate import VISIT
-from capsem.service.lifecycle import Lifecycle
+from capsem.service.lifecycle import Lifecycle, lost
 from capsem.service.vm import READY_LIMIT, Vm
 from capsem.store import durable
 from capsem.store.checkpoints import CheckpointStore
@@ -71,6 +71,7 @@ class Checkpoints(Lifecycle):
             synced=made.synced,
             frozen=made.frozen,
             warning=self._space_warning(vm),
+            lost={"streams": made.streams},
         )
 
     def _suspend_asked(self, vm: Vm, action: str) -> None:
@@ -355,6 +356,7 @@ class Checkpoints(Lifecycle):
             size_bytes=self._fleet.chain_bytes(children[0].record),
             names=request.names,
             pause_ms=pause,
+            lost=lost(children[0]),
         )
 
     async def _fork_disk(self, source: Vm, request: ForkRequest) -> ForkResponse:

@@ -28,7 +28,7 @@ from capsem.wire.messages import encode_message
 # Nothing else of the service's environment reaches a supervisor: a user's secrets stay here (interface.md 1.3).
 PASSED_ON = (
     "HOME PATH USER TMPDIR CAPSEM_HOME CAPSEM_USER_CONFIG CAPSEM_CORP_CONFIG RUST_LOG "
-    "CAPSEM_VM_ID CAPSEM_TRACE_ID TRACEPARENT CAPSEM_QEMU CAPSEM_SIM CAPSEM_EGRESS_TRIAL"
+    "CAPSEM_VM_ID CAPSEM_TRACE_ID TRACEPARENT CAPSEM_QEMU CAPSEM_SIM CAPSEM_HOSTS"
 ).split()
 BIND_LIMIT = 15.0  # seconds for a supervisor to come up
 LOG_LINES = 20

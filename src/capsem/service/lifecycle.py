@@ -77,6 +77,14 @@ class _Copied(NamedTuple):
     secrets: Lent
 
 
+def lost(vm: Vm) -> dict[str, int] | None:
+    """What a VM that was just restored has lost by that; None if it was not."""
+    state = vm.link.state if vm.link is not None else None
+    if state is None or vm.record.boot_kind not in ("warm", "forked"):
+        return None
+    return {"streams": state.lost_streams}
+
+
 class Lifecycle(Commands):
     """See service.manager.Manager."""
 
@@ -241,6 +249,7 @@ class Lifecycle(Commands):
             uds_path=str(self._fleet.layout.instance_socket(vm.id)),
             boot_kind=vm.record.boot_kind,
             boot_note=vm.record.boot_note,
+            lost=lost(vm),
         )
 
     async def _restore(self, vm: Vm) -> None:

@@ -11,19 +11,26 @@ import argparse
 import asyncio
 import logging
 import os
+import platform
+import resource
 import signal
 import sys
 from pathlib import Path
 
-from capsem import faults, tracing
+from capsem import config, faults, tracing
 from capsem import log as logs
 from capsem.api.internal import BOUND, PROTOCOL, Bootstrap, Stop, speaks
+from capsem.egress.mint import AuthorityError, open_authority
+from capsem.egress.resolve import Resolver, with_hosts
+from capsem.egress.taps import prices
 from capsem.hypervisor.registry import make_driver
 from capsem.model.errors import CapsemError, InvalidInput, host_failed
 from capsem.model.ids import check_name
 from capsem.store.layout import Layout, SessionDir
+from capsem.supervisor.outlet import Outside
 from capsem.supervisor.owned import Names
 from capsem.supervisor.supervisor import Supervisor
+from capsem.system import System
 from capsem.system.process import command_line, set_command_line, set_process_name
 from capsem.system.real import real_system
 from capsem.wire.frames import ProtocolError
@@ -31,6 +38,8 @@ from capsem.wire.messages import decode_message
 
 SIGTERM_GRACE = 1.0  # seconds for the guest's processes: the service allows two in all
 SIGTERM_WAIT = 0.5  # and for the gate
+HOSTS = "CAPSEM_HOSTS"  # a file like /etc/hosts with names that come first
+DESCRIPTORS = 2048  # open files, for 512 streams of a guest and what they lead to
 
 log = logging.getLogger("capsem_process")
 
@@ -85,6 +94,29 @@ def _trace(file: str, vm_id: str, *, spare: bool) -> None:
     tracing.follow(trace)
 
 
+def outside(system: System) -> Outside | None:
+    """This host, for connections of guests; None, with the reason in the log, when they cannot be carried."""
+    home = config.Paths.from_environment(os.environ).home
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < DESCRIPTORS:
+        few = hard != resource.RLIM_INFINITY and hard < DESCRIPTORS
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard if few else DESCRIPTORS, hard))
+        if few:
+            log.warning("this host allows %d open files, %d would be enough for any VM", hard, DESCRIPTORS)
+    try:
+        authority = open_authority(home, system.clock.time(), platform.node())
+    except (AuthorityError, OSError) as error:
+        log.error("VMs have no network: %s", error)
+        return None
+    try:
+        known = prices.load(home / prices.FILE)
+    except InvalidInput as error:
+        log.error("costs of models are told without the user's list: %s", error)
+        known = prices.load()
+    names = os.environ.get(HOSTS)
+    return Outside(authority, Resolver(with_hosts(Path(names))) if names else Resolver(), known)
+
+
 async def serve(vm_id: str, session_dir: Path, bootstrap: Bootstrap) -> int:
     """Supervise until the VM has ended; returns the exit status."""
     layout = Layout(Path(bootstrap.run_dir))
@@ -98,6 +130,7 @@ async def serve(vm_id: str, session_dir: Path, bootstrap: Bootstrap) -> int:
         bootstrap,
         announce_bound,
         lambda now: show(now.session.path.name, now.session.path),
+        outside(system),
     )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

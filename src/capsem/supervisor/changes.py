@@ -223,6 +223,7 @@ class Changes(Owned):
                 faults.at("checkpoint.recorded", machine.pid)
             else:
                 self._suspend(checkpoint)
+                await self._gateway.close()
                 faults.at("suspend.recorded", machine.pid)
                 layer.path.unlink(missing_ok=True)
         memory, guest, pause = checkpoint.memory, checkpoint.guest, checkpoint.pause or 0.0
@@ -230,7 +231,12 @@ class Changes(Owned):
         assert guest is not None
         log.info("saved as %s: %d bytes, paused %.3f s", checkpoint.id, memory.written, pause)
         return CheckpointMade(
-            checkpoint=checkpoint.id, pause=pause, written=memory.written, synced=guest.synced, frozen=guest.frozen
+            checkpoint=checkpoint.id,
+            pause=pause,
+            written=memory.written,
+            synced=guest.synced,
+            frozen=guest.frozen,
+            streams=saver.streams,
         )
 
     @contextlib.asynccontextmanager

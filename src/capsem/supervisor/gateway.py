@@ -16,7 +16,9 @@ from capsem.egress.facts import Connection
 from capsem.egress.stream import GuestStream
 from capsem.wire.messages import STDIN, STDOUT, Egress, EgressEnded, Failed, Resolve, Resolved
 
-MAX_STREAMS = 512  # connections and questions of one guest; its agent opens no more, another might
+# What one guest may have open, and have waiting for it; its agent keeps to less, another might not.
+MAX_STREAMS = 512
+MAX_BACKLOG = 64 * 1024 * 1024  # bytes
 
 log = logging.getLogger("capsem_process.gateway")
 
@@ -37,6 +39,8 @@ class GuestConnection:
     def __init__(self, stream: Stream, request: Egress) -> None:
         self.connection = Connection(address=request.address, port=request.port, explicit=request.explicit)
         self._stream = stream
+        self._ended = False  # nothing more will be sent
+        self._closed = False
 
     async def read(self) -> bytes:
         """See ByteStream."""
@@ -53,15 +57,21 @@ class GuestConnection:
 
     async def write_eof(self) -> None:
         """See ByteStream."""
+        self._ended = True
         self._stream.end(STDIN)
 
     def abort(self) -> None:
-        """See ByteStream."""
-        self._stream.reset()
+        """See ByteStream. Once the end was said, what is still on its way there comes first."""
+        if self._ended:
+            self.finish()
+        elif not self._closed:
+            self._closed = True
+            self._stream.reset()
 
     def finish(self) -> None:
         """Let the program have what it was sent, then end the connection, if it has not ended otherwise."""
-        if not self._stream.over:
+        if not self._closed and not self._stream.over:
+            self._closed = True
             self._stream.end(STDIN)
             self._stream.close(EgressEnded())
 
@@ -82,8 +92,8 @@ class Gateway:
     def opened(self, stream: Stream) -> None:
         """The guest has opened a stream."""
         request = stream.request
-        if len(self._tasks) >= MAX_STREAMS:
-            log.warning("the guest has more than %d streams open: another one is refused", MAX_STREAMS)
+        if len(self._tasks) >= MAX_STREAMS or stream.backlog > MAX_BACKLOG:
+            log.warning("the guest has too many streams open, or reads too little of them: another one is refused")
             stream.reset()
         elif isinstance(request, Egress):
             self._start(self._carry(stream, request))
@@ -131,10 +141,12 @@ class Gateway:
                 Resolved(answer=answer.hex()) if answer else Failed(code="unavailable", message="there is no answer")
             )
 
-    async def interrupt(self) -> int:
-        """End everything that is under way, without a word to the guest; returns how many connections that were."""
-        count, tasks = self._connections, tuple(self._tasks)
-        for task in tasks:
+    def cut(self) -> None:
+        """End everything that is under way, as interrupted rather than as whatever its end looks like from there."""
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        return count
+
+    async def close(self) -> None:
+        """The same, and return when all of it has ended."""
+        self.cut()
+        await asyncio.gather(*self._tasks, return_exceptions=True)

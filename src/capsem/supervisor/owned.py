@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,11 +33,11 @@ from capsem.supervisor.console import Console, Transcript
 from capsem.supervisor.gateway import Gateway
 from capsem.supervisor.jobs import JobTable
 from capsem.supervisor.lending import Lending
+from capsem.supervisor.outlet import Outlet, Outside
 from capsem.supervisor.policing import Policing
 from capsem.supervisor.recording import Recording
 from capsem.supervisor.saving import Saver
 from capsem.supervisor.server import Server
-from capsem.supervisor.trial import Trial
 from capsem.system import Listener, System
 
 WORK_WAIT = 10.0  # seconds for an operation of a service that was killed to be over
@@ -68,6 +67,7 @@ class Owned:
         bootstrap: Bootstrap,
         bound: Callable[[], None],
         renamed: Callable[[Names], None] = lambda _names: None,
+        outside: Outside | None = None,
     ) -> None:
         """`bound` and `renamed` are called when the socket is there, and when the VM has another name."""
         self._system = system
@@ -76,6 +76,7 @@ class Owned:
         self._bootstrap = bootstrap
         self._bound = bound
         self._renamed = renamed
+        self._outside = outside
         self._followed = bootstrap.parent_pid  # the process that this one ends with
         self._follows_other = asyncio.Event()
         self._record: VmRecord
@@ -91,10 +92,12 @@ class Owned:
         self.activity = Activity(system.clock)
         self.pid = system.processes.own_pid()
         self.recording: Recording
-        self.policing = Policing(system.clock, floor(is_own), self._write_network)
         self.lending = Lending()
         self._server: Server
-        self._gateway = Gateway(Trial(os.environ.get("CAPSEM_EGRESS_TRIAL", "")))
+        self.policing = Policing(system.clock, floor(is_own), self._write_network)
+        self._outlet: Outlet
+        self._gateway: Gateway
+        self._lost_streams = 0  # by the restore that this run began with
         self._listener: Listener | None = None
         self._console: Console
         self._store = CheckpointStore(names.layout)
@@ -116,7 +119,27 @@ class Owned:
             boot_kind=self._record.boot_kind,
             reason=reason,
             warning=self._warning,
+            lost_streams=self._lost_streams,
         )
+
+    def _begin_network(self) -> None:
+        """What of the guest's connections is carried, and how."""
+        clock, recorder = self._system.clock, self.recording.traffic
+        self._outlet = Outlet(clock, self.policing, self.lending, recorder, self._outside, self._open_network)
+        self._gateway = Gateway(self._outlet)
+        self.guest.serve_streams(self._gateway.opened)
+        self.guest.on_epoch = self._epoch_began
+        self.guest.set_authority(self._outlet.authority)
+        self._open_network()
+
+    def _epoch_began(self) -> None:
+        """What the guest had open is gone: so is what that had led to."""
+        self._gateway.cut()
+        self._outlet.new_epoch()
+
+    def _open_network(self) -> None:
+        # A template's forks may have a network though it has none: it waits for its rules to be there.
+        self.guest.set_network(on=self._outlet.open or self._record.template)
 
     def _follow(self, pid: int | None) -> None:
         """End with another process from here on, or with none."""

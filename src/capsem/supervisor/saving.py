@@ -36,6 +36,7 @@ from capsem.store.layout import CheckpointDir
 from capsem.store.lines import read_tail
 from capsem.store.ram import PAGE, RamFile, RamIdentity, RamWriter
 from capsem.supervisor import room
+from capsem.supervisor.gateway import Gateway
 from capsem.supervisor.jobs import JobTable, Mark, saved_jobs
 from capsem.system import System
 
@@ -88,6 +89,7 @@ class Saver:
         spec: MachineSpec,
         guest: Guest,
         jobs: JobTable,
+        gateway: Gateway,
         assets: Mapping[str, str],
     ) -> None:
         """`assets`: the digests of what the machine boots from, for the manifest."""
@@ -98,6 +100,7 @@ class Saver:
         self._spec = spec
         self._guest = guest
         self._jobs = jobs
+        self._gateway = gateway
         self._assets = assets
         self._base: RamFile | None = None  # what the next RAM file begins with; None: with nothing
         self._own = False  # the base is this machine's own
@@ -105,6 +108,7 @@ class Saver:
         self._preparing: asyncio.Task[None] | None = None
         self._syncing: asyncio.Task[bool] | None = None
         self._frozen = False  # at the last save
+        self.streams = 0  # connections of the guest at the last save
 
     def restored_from(self, files: CheckpointDir) -> None:
         """The machine's memory was mapped from this checkpoint. Raises OSError."""
@@ -225,6 +229,10 @@ class Saver:
             channel.hold()
             faults.at(f"{what}.held", self._machine.pid)
 
+        def instant() -> None:
+            marks.extend(self._jobs.marks())
+            self.streams = self._gateway.connections
+
         def release() -> None:
             channel.release()
             self._guest.go_on()
@@ -235,7 +243,7 @@ class Saver:
                 order.layer,
                 go_on=order.go_on,
                 hold=hold,
-                instant=lambda: marks.extend(self._jobs.marks()),
+                instant=instant,
                 release=release,
             )
         except BaseException:

@@ -48,6 +48,7 @@ from capsem.store.locks import Lock, holders, take_lock, try_lock
 from capsem.supervisor import room
 from capsem.supervisor.changes import Changes
 from capsem.supervisor.console import Console
+from capsem.supervisor.outlet import Outside
 from capsem.supervisor.owned import Names
 from capsem.supervisor.recording import Recording
 from capsem.supervisor.saving import Saver
@@ -80,8 +81,9 @@ class Supervisor(Changes):
         bootstrap: Bootstrap,
         bound: Callable[[], None],
         renamed: Callable[[Names], None] = lambda _names: None,
+        outside: Outside | None = None,
     ) -> None:
-        super().__init__(system, driver, names, bootstrap, bound, renamed)
+        super().__init__(system, driver, names, bootstrap, bound, renamed, outside)
         self._server = Server(self)
 
     # -- for the server
@@ -166,6 +168,7 @@ class Supervisor(Changes):
         self.policing.begin(record.id, bootstrap.network, record.network, record.learning_since)
         self.lending.begin(bootstrap.secrets, record.forked_from)
         self.guest = Guest(self._identity(), clock, entropy, restored)
+        self._begin_network()
 
     async def _run_claimed(self) -> int:
         try:
@@ -241,7 +244,15 @@ class Supervisor(Changes):
         finally:
             vmm_lock.release()
         self._saver = saver = Saver(
-            self._system, self._driver, self._store, machine, spec, self.guest, self.jobs, self._bootstrap.assets
+            self._system,
+            self._driver,
+            self._store,
+            machine,
+            spec,
+            self.guest,
+            self.jobs,
+            self._gateway,
+            self._bootstrap.assets,
         )
         if restore:
             saver.restored_from(files)
@@ -252,8 +263,6 @@ class Supervisor(Changes):
         await network.attach(machine.console, lambda: self._console)
         self.guest.on_request = self._guest_asked
         self.guest.on_ready = self._guest_ready
-        self.guest.serve_streams(self._gateway.opened)
-        self.guest.set_network(on=True)
         await network.attach(machine.control, lambda: self.guest.channel)
         with span("let the vCPUs run"):
             await machine.run()
@@ -288,6 +297,8 @@ class Supervisor(Changes):
             await (
                 self._saving.acquire()
             )  # a save that is under way learns that the machine is gone, and puts things right
+            await self._gateway.close()
+            await self._outlet.close()
             await saver.close()
 
     def _restore_jobs(self, files: CheckpointDir) -> None:
@@ -303,6 +314,8 @@ class Supervisor(Changes):
     def _guest_ready(self, ready: bool) -> None:
         if ready and self.guest.boot_ready is not None:
             self.recording.files_written(self.guest.boot_ready.written)
+            if self._record.state == Lifecycle.RESUMING:
+                self._lost_streams = self.guest.boot_ready.reset
         self._server.broadcast(self.state())
 
     def _inherit_console(self, files: CheckpointDir) -> None:
