@@ -228,7 +228,8 @@ def measure(runs: int, size: int, ram_mb: int) -> tuple[list[Row], list[Row]]:
 
         steps: dict[str, tuple[Callable[[], float], Callable[[], float]]] = {
             "HTTP in": (port.into, lambda: upload(path, data)),
-            "HTTP out": (port.out_of, lambda: download(path, data)),
+            "HTTP out": (port.out_of, lambda: download(path, data)),  # read from the guest's disk
+            "HTTP out again": (port.out_of, lambda: download(path, data)),  # from its page cache
             "cp in": (port.into, lambda: command(home, "cp", str(local), "box:ten")),
             "cp out": (port.out_of, lambda: command(home, "cp", "box:ten", str(local))),
         }
