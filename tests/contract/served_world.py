@@ -12,12 +12,12 @@ from pathlib import Path
 import uvicorn
 
 from capsem.service.app import build_app
-from service_world import world
+from service_world import World, world
 
 
 @contextlib.contextmanager
-def served_world() -> Iterator[str]:
-    """The path of its socket."""
+def served_world(worlds: list[World] | None = None) -> Iterator[str]:
+    """The path of its socket; it is put into `worlds`, for tests that reach around its face."""
     with tempfile.TemporaryDirectory(prefix="capsem-") as text:
         directory, socket = Path(text), f"{text}/service.sock"
         up, done = threading.Event(), asyncio.Event()
@@ -26,6 +26,8 @@ def served_world() -> Iterator[str]:
         async def serve() -> None:
             loops.append(asyncio.get_running_loop())
             async with world(directory, 20) as it:
+                if worlds is not None:
+                    worlds.append(it)
                 config = uvicorn.Config(build_app(it.handlers, "1.2.3"), uds=socket, log_config=None, lifespan="off")
                 server = uvicorn.Server(config)
                 serving = asyncio.create_task(server.serve())

@@ -28,6 +28,7 @@ class World:
         self.driver = ProcessDriver()
         self.processes = InProcess(self.driver)
         self.catalog = OneImage(directory)
+        self.loop = asyncio.get_running_loop()
         self.start(limit)
 
     async def restart(self) -> None:

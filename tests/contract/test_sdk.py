@@ -26,6 +26,8 @@ from capsem import (
     WrongState,
 )
 from capsem.sdk import aio, sync
+from capsem.sdk.aio_network import AsyncNetwork
+from capsem.sdk.network import Network
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +258,7 @@ def test_both_faces_are_one() -> None:
         (sync.Sandbox, aio.AsyncSandbox),
         (sync.Process, aio.AsyncProcess),
         (sync.Files, aio.AsyncFiles),
+        (Network, AsyncNetwork),
     ):
         names = [name for name in vars(blocking) if not name.startswith("_")]
         assert names == [name for name in vars(awaited) if not name.startswith("_")]

@@ -41,6 +41,7 @@ def rules(draw):
         tuple(PathPattern(each) for each in draw(some(PATH_PATTERNS))) if requests else (),
         tuple(network(each) for each in cidrs),
         protocol,
+        answers=action is Action.ALLOW and draw(st.booleans()),
     )
 
 
@@ -111,6 +112,11 @@ def test_the_index_finds_what_a_plain_search_finds(table, subject):
         assert (verdict.action, verdict.layer) == (Action.DENY, Layer.DEFAULT)
         return
     layer = min((rule.layer for rule in fitting), key=LAYERS.index)
+    if any(rule.answers for rule in fitting if rule.layer is layer) and not any(
+        rule.action is Action.DENY for rule in fitting if rule.layer is layer
+    ):
+        assert (verdict.layer, verdict.action) == (layer, Action.ALLOW)
+        return
     strongest = min(
         (rule.action for rule in fitting if rule.layer is layer), key=[Action.DENY, Action.ASK, Action.ALLOW].index
     )
@@ -150,7 +156,11 @@ def test_what_is_allowed_in_the_end_was_let_through_on_its_way(table, subject):
     ]
     seen = [each for each in early if each.action is Action.DENY]
     # A rule of pass-through that may not be used is the one thing that an early look refuses: it has no request to judge.
-    assert all(verdict.reason.startswith("rule ") and "through" in verdict.reason for verdict in seen), (early, end)
+    assert all(verdict.reason.startswith("rule ") and "through" in verdict.reason for verdict in seen), (
+        table,
+        early,
+        end,
+    )
 
 
 @given(st.text("ab./%2eEfF5cC;\\", max_size=30))

@@ -46,6 +46,7 @@ cidr = ["192.168.7.0/24"]
 port = [5432]
 protocol = "tcp"
 until = 2027-01-31T12:00:00Z
+answers = true
 
 [[network.rule]]
 name = "pinned"
@@ -79,7 +80,7 @@ def test_everything_that_may_be_said_is_read_and_goes_through_json():
     assert (api.ports, api.methods, api.http2, api.certificate) == ((443,), ("GET", "POST"), True, "work")
     assert api.model == "openai"
     assert (lab.name, lab.protocol, lab.until) == ("rule-2", Protocol.TCP, 1801396800.0)
-    assert (never.protocol, never.where) == (None, "policy.toml, line 44")
+    assert (never.protocol, never.where) == (None, "policy.toml, line 45")
     table = found.to_dict()
     assert set(table) == {key.name for key in NETWORK_KEYS}
     assert {key for rule in table["rule"] for key in rule} == {key.name for key in RULE_KEYS}
@@ -140,6 +141,8 @@ def test_what_is_wrong_with_a_rule_is_told_with_its_line(line, told):
         ('action = "allow"\nhost = "a.test"\nprotocol = "passthrough"\nmethod = "GET"', "method means nothing"),
         ('action = "ask"\ncidr = "10.0.0.0/8"\nport = 1\nprotocol = "passthrough"', "it needs host"),
         ('action = "deny"\nhost = "a.test"\nhttp2 = true', "needs no http2"),
+        ('action = "ask"\nhost = "a.test"\nanswers = true', "only what allows can answer"),
+        ('action = "allow"\nhost = "a.test"\nech = true', "only where something is passed through"),
     ],
 )
 def test_contradictions(lines, told):

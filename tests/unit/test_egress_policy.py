@@ -122,11 +122,29 @@ def test_what_is_not_known_yet_may_go_on_only_if_it_may_be_allowed():
     assert closed.judge_name("example.com").rule == "closed"
 
 
-def test_a_name_that_may_be_asked_about_at_some_port_alone_may_go_on():
+def test_a_name_is_looked_up_before_somebody_was_asked_only_if_something_there_needs_no_asking():
     asks = rule("asks", "ask", host="example.com", port=[443])
-    assert Policy((asks,)).judge_name("example.com").action is Action.ALLOW
+    assert Policy((asks,)).judge_name("example.com").action is Action.ASK
     assert judge([asks]).action is Action.ASK
-    assert Policy((rule("asks", "ask", host="example.com"),)).judge_name("example.com").action is Action.ASK
+    elsewhere = rule("elsewhere", host="example.com", port=[80])
+    assert Policy((asks, elsewhere)).judge_name("example.com").action is Action.ALLOW
+    closed = rule("closed", "deny", host="example.com", protocol="tcp")
+    assert Policy((closed, elsewhere)).judge_name("example.com").action is Action.ALLOW
+    assert Policy((rule("closed", "deny", host="example.com"), asks)).judge_name("example.com").rule == "closed"
+    late = rule("late", "ask", Layer.VM, "example.com", method=["POST"])
+    assert judge([late]).action is Action.ASK  # whatever it will be, it is not allowed without
+    assert judge([late, elsewhere], port=80).action is Action.ALLOW
+
+
+def test_an_answer_stands_above_what_asks_in_its_layer_and_below_what_denies():
+    asks = rule("asks", "ask", host="*.com")
+    assert judge([asks, rule("plain", host="example.com")]).rule == "asks"
+    answer = rule("answer", host="example.com", port=[443], answers=True)
+    assert judge([asks, answer]).rule == "answer"
+    assert judge([asks, answer], port=80).rule == "asks"
+    assert Policy((asks, answer)).judge_name("example.com").action is Action.ALLOW  # may be answered
+    assert judge([asks, answer, rule("no", "deny", host="*")]).rule == "no"
+    assert judge([rule("asks", "ask", Layer.CORPORATE, "*"), answer]).rule == "asks"
 
 
 def test_what_may_not_be_passed_through_may_still_be_ended_here():

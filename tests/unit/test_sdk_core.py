@@ -36,10 +36,19 @@ def test_a_call_says_where_and_what() -> None:
     assert head.startswith(b"POST /files/my%20box/content?path=a%20b&mode=755 HTTP/1.1\r\n")
     assert body == b"\0data"
     provision = core.provision(
-        "box", persistent=None, ram_mb=None, cpus=2, disk_mb=None, env=None, secrets=(), profile=None, source="old"
+        "box",
+        persistent=None,
+        ram_mb=None,
+        cpus=2,
+        disk_mb=None,
+        env=None,
+        secrets=(),
+        profile=None,
+        source="old",
+        network="off",
     )
     sent = json.loads(provision.encode().partition(b"\r\n\r\n")[2])
-    assert sent == {"name": "box", "persistent": True, "cpus": 2, "from": "old"}
+    assert sent == {"name": "box", "persistent": True, "cpus": 2, "from": "old", "network": {"preset": "off"}}
 
 
 def test_an_answer_becomes_a_value_or_an_error() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from capsem.cli.context import GIGABYTES, IMAGE, SESSION, Context, parse_env
+from capsem.cli.net import net_option, wanted
 from capsem.cli.policy import given, policy_options
 from capsem.cli.terminal import waiting
 
@@ -12,7 +13,7 @@ from capsem.cli.terminal import waiting
 @click.command(
     "create",
     epilog="\b\nExamples:\n  capsem create\n  capsem create -n box --ram 0.5 --cpu 1 -e TOKEN=abc\n"
-    "  capsem create --profile code\n  capsem create -n box --idle 15m",
+    "  capsem create --profile code\n  capsem create -n box --idle 15m\n  capsem create -n box --net policy.toml",
 )
 @click.option("-n", "--name", metavar="N", help="Its name; a VM with a name is persistent.")
 @click.option("--ram", type=GIGABYTES, metavar="GB", help="Memory, 0.25 to 16; 4 unless the settings say otherwise.")
@@ -25,6 +26,7 @@ from capsem.cli.terminal import waiting
 @click.option("--profile", type=IMAGE, metavar="NAME", help="The image it is made from; `default`, or say `code`.")
 @click.option("--cold", is_flag=True, help="Boot it, though there is a template of its size to fork.")
 @click.option("--from", "--image", "source", type=SESSION, metavar="NAME", help="Begin with a copy of this VM's disk.")
+@net_option
 @policy_options
 @click.pass_obj
 def create_command(
@@ -39,6 +41,7 @@ def create_command(
     profile: str | None,
     cold: bool,
     source: str | None,
+    net: str | None,
     **policy: float | None,
 ) -> None:
     """Create a VM, boot it, and print its id.
@@ -58,6 +61,7 @@ def create_command(
         "from": source,
         "persistent": persistent,
         "policy": given(policy),
+        "network": None if net is None else wanted(net),
     }
     with waiting(f"creating {name or 'a VM'}"):
         answer = obj.client().call("provision", body=body)

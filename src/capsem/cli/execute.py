@@ -15,6 +15,7 @@ import click
 
 from capsem.api import stream
 from capsem.cli.context import GIGABYTES, IMAGE, SECONDS, SESSION, Context, parse_env
+from capsem.cli.net import net_option, wanted
 from capsem.cli.terminal import waiting
 from capsem.client.sync import BrokenOff, ExecStream
 from capsem.model.errors import CapsemError
@@ -85,6 +86,7 @@ def exec_command(
 @click.option("--disk", type=GIGABYTES, metavar="GB", help="Room on its volume.")
 @click.option("--profile", type=IMAGE, metavar="NAME", help="The image it is made from; `default`, or say `code`.")
 @click.option("--cold", is_flag=True, help="Boot it, though there is a template of its size to fork.")
+@net_option
 @click.argument("command", nargs=-1, required=True)
 @click.pass_obj
 def run_command(
@@ -97,6 +99,7 @@ def run_command(
     disk: int | None,
     profile: str | None,
     cold: bool,
+    net: str | None,
     command: tuple[str, ...],
 ) -> int:
     """Run a command in a VM of its own.
@@ -113,6 +116,7 @@ def run_command(
         "disk_mb": disk,
         "profile": profile,
         "cold": cold,
+        "network": None if net is None else wanted(net),
     }
     with waiting("running in a new VM"):
         answer = obj.client().call("run", body=body)

@@ -57,6 +57,7 @@ COMMANDS: Final = MappingProxyType(
         "rollback": "capsem.cli.checkpoint",
         "set": "capsem.cli.policy",
         "secret": "capsem.cli.secret",
+        "net": "capsem.cli.net",
         "purge": "capsem.cli.change",
         "cp": "capsem.cli.copy",
         "mcp": "capsem.cli.mcp",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import ip_address, ip_network
 from typing import Final
@@ -70,34 +70,22 @@ def destination(text: str, port: int | None = None, *, tcp: bool = False) -> Des
         ) from error
 
 
-def with_allowed(
-    own: Document, wanted: Destination, methods: Sequence[str] = (), until: float | None = None
-) -> tuple[Document, Rule, list[str]]:
-    """The VM's own policy with a rule that allows it; and the names of rules that went: those that this one makes idle, and
-    those by which the very same was denied. Raises InvalidInput, LimitReached."""
+def allowing(own: Document, wanted: Destination, methods: Sequence[str] = (), until: float | None = None) -> Rule:
+    """A rule for the VM's own policy that allows it. Raises InvalidInput."""
     for method in methods:
         if not _METHOD.match(method):
             raise InvalidInput(f"{method!r} is no method of HTTP", hint="those are in capitals: GET")
-    rule = _rule(own, "allowed", Action.ALLOW, wanted, wanted.protocol, methods=tuple(methods), until=until)
-    return _with(own, rule)
+    rule = _rule(own, "allowed", Action.ALLOW, wanted)
+    return replace(rule, protocol=wanted.protocol, methods=tuple(methods), until=until)
 
 
-def with_denied(own: Document, wanted: Destination) -> tuple[Document, Rule, list[str]]:
-    """The VM's own policy with a rule that denies it, on those ports or, of the web's, on all; see `with_allowed`."""
+def denying(own: Document, wanted: Destination) -> Rule:
+    """A rule for the VM's own policy that denies it, on its ports or, where those are the web's, on all."""
     ports = () if wanted.ports == WEB_PORTS else wanted.ports
-    return _with(own, _rule(own, "denied", Action.DENY, replace(wanted, ports=ports), None))
+    return _rule(own, "denied", Action.DENY, replace(wanted, ports=ports))
 
 
-def _rule(
-    own: Document,
-    word: str,
-    action: Action,
-    wanted: Destination,
-    protocol: Protocol | None,
-    *,
-    methods: tuple[str, ...] = (),
-    until: float | None = None,
-) -> Rule:
+def _rule(own: Document, word: str, action: Action, wanted: Destination) -> Rule:
     name = f"{word}-{re.sub('[^A-Za-z0-9.-]+', '-', wanted.text).strip('-.') or 'all'}"[:50]
     taken, number, found = {rule.name for rule in own.rules}, 1, name
     while found in taken:
@@ -109,24 +97,35 @@ def _rule(
         Layer.VM,
         hosts=(wanted.host,) if wanted.host else (),
         ports=wanted.ports,
-        methods=methods,
         cidrs=(wanted.network,) if wanted.network else (),
-        protocol=protocol,
-        until=until,
+        protocol=None,
     )
 
 
-def _with(own: Document, rule: Rule) -> tuple[Document, Rule, list[str]]:
-    def goes(other: Rule) -> bool:
-        if other.action is rule.action:
-            return covers(rule, other)
-        # Whoever says the opposite of what was said in the same way has changed their mind.
-        return other.name.startswith(("allowed-", "denied-")) and (other.hosts, other.cidrs) == (rule.hosts, rule.cidrs)
+def without_opposite(own: Document, rule: Rule) -> tuple[Document, list[str]]:
+    """The policy without what was said to the contrary in the same way: whoever says `rule` has changed their mind. Also the
+    names of the rules that went."""
+    return _without(
+        own,
+        lambda other: (
+            other.action is not rule.action
+            and other.name.startswith(("allowed-", "denied-"))
+            and (other.hosts, other.cidrs) == (rule.hosts, rule.cidrs)
+        ),
+    )
 
-    kept = tuple(other for other in own.rules if not goes(other))
-    if len(kept) >= MOST_RULES:
-        raise LimitReached(f"the policy has {len(kept)} rules, {MOST_RULES} is the limit", hint="capsem net set")
-    return replace(own, rules=(*kept, rule)), rule, [other.name for other in own.rules if goes(other)]
+
+def with_rule(own: Document, rule: Rule) -> tuple[Document, list[str]]:
+    """The policy with a rule, and the names of those that it makes idle, which go. Raises LimitReached."""
+    kept, gone = _without(own, lambda other: other.action is rule.action and covers(rule, other))
+    if len(kept.rules) >= MOST_RULES:
+        raise LimitReached(f"the policy has {len(kept.rules)} rules, {MOST_RULES} is the limit", hint="capsem net set")
+    return replace(kept, rules=(*kept.rules, rule)), gone
+
+
+def _without(own: Document, goes: Callable[[Rule], bool]) -> tuple[Document, list[str]]:
+    kept = tuple(rule for rule in own.rules if not goes(rule))
+    return replace(own, rules=kept), [rule.name for rule in own.rules if goes(rule)]
 
 
 def subject_of_url(url: str, method: str) -> Subject:

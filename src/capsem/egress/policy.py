@@ -3,6 +3,8 @@
     floor > corporate > VM > user > preset        an upper layer beats a lower one,
     deny > ask > allow                            and this is the order within one; what no rule is about is denied.
 
+An allowing rule may say that it `answers`: then it stands above those of its layer that ask.
+
 The floor is about addresses: private ones, the host's own and the like are denied whatever a name's rule says. There are
 two ways past it: a rule of the corporate or the VM's layer with a range (`cidr`) that holds the address; and, for names
 alone and never for this host or its metadata, `resolve_allow`, for networks whose gateway gives names reserved addresses.
@@ -118,20 +120,20 @@ class Policy:
         )
 
     def _by_rules(self, subject: Subject, candidates: Iterable[tuple[Rule, bool]]) -> Verdict:
-        maybe: Rule | None = None  # allows or asks, if what is not known yet turns out so
+        asks: Rule | None = None  # the strongest that asks, if what is not known yet turns out so
         unseen: Rule | None = None  # is against passing through, or would have to see requests to judge them
         for rule, in_range in candidates:
-            if maybe is not None and rule.layer is not maybe.layer:
-                break
             match = rule.fits(subject, in_range=in_range)
             if match is NO:
                 continue
-            if match is MAYBE:
-                if rule.action is not Action.DENY:
-                    maybe = maybe or rule
-                if rule.action is not Action.ALLOW and (rule.judges_requests or rule.protocol is Protocol.PASSTHROUGH):
+            if match is MAYBE and rule.action is not Action.ALLOW:
+                if rule.action is Action.ASK:
+                    asks = asks or rule
+                if rule.judges_requests or rule.protocol is Protocol.PASSTHROUGH:
                     unseen = unseen or rule
                 continue
+            if asks is not None and rule.action is not Action.ALLOW:
+                break
             if unseen and rule.protocol is Protocol.PASSTHROUGH and subject.port != ANY_PORT:
                 return self._verdict(
                     subject,
@@ -141,14 +143,13 @@ class Policy:
                     f"rule {rule.name} would pass {_what(subject)} through, and rule {unseen.name} of the {unseen.layer} "
                     f"layer {'has to see each request' if unseen.judges_requests else 'is against that'}",
                 )
-            return self._of(rule, subject)
-        if maybe is not None:
-            return self._of(maybe, subject, go_on=True)
-        reason = f"no rule is about {_what(subject)}"
-        return self._verdict(subject, self.otherwise, NO_RULE, Layer.DEFAULT, reason)
+            return self._of(rule, subject, go_on=match is MAYBE or asks is not None)
+        if asks is not None:
+            return self._of(asks, subject)
+        return self._verdict(subject, self.otherwise, NO_RULE, Layer.DEFAULT, f"no rule is about {_what(subject)}")
 
     def _of(self, rule: Rule, subject: Subject, *, go_on: bool = False) -> Verdict:
-        if go_on or rule.action is Action.ALLOW:
+        if rule.action is Action.ALLOW:
             return Verdict(
                 Action.ALLOW,
                 rule.name,

@@ -156,6 +156,7 @@ class Reader:
             said.get("client_certificate"),
             said.get("ech", False),
             said.get("model"),
+            said.get("answers", False),
             said.get("until"),
             f"{self._source}, line {line}" if line else self._source,
         )
@@ -177,9 +178,16 @@ def _contradictions(said: Mapping[str, Any], layer: Layer) -> Iterator[tuple[str
                 yield f"with protocol {protocol} there are no requests to see, so {key} means nothing", key
     if said.get("ech") and (protocol is not Protocol.PASSTHROUGH or action is Action.DENY):
         yield "means something only where something is passed through", "ech"
+    if said.get("answers") and action is not Action.ALLOW:
+        yield "only what allows can answer a rule that asks", "answers"
     if protocol is Protocol.PASSTHROUGH and not said.get("host"):
         yield "what is passed through is judged by its name: it needs host", "protocol"
     if action is Action.DENY:
+        if protocol is Protocol.PASSTHROUGH:
+            yield (
+                "what is denied is not passed through anyway; a rule above that allows http has it looked into",
+                "protocol",
+            )
         for key in ("http2", "client_certificate", "model"):
             if said.get(key):
                 yield f"what is denied needs no {key}", key

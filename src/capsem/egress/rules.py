@@ -21,7 +21,8 @@ Network = IPv4Network | IPv6Network
 
 LAYERS: Final = (Layer.CORPORATE, Layer.VM, Layer.USER, Layer.PRESET)  # from strong to weak, below the floor
 _LAYER_RANK: Final = {layer: rank for rank, layer in enumerate(LAYERS)}
-_ACTION_RANK: Final = {Action.DENY: 0, Action.ASK: 1, Action.ALLOW: 2}
+_ACTION_RANK: Final = {Action.DENY: 0, Action.ASK: 2, Action.ALLOW: 3}
+_ANSWERS: Final = 1  # the rank of what allows although a rule of its layer asks
 
 ANY_HOST: Final = "*"
 ANY_PORT: Final = -1  # of a subject whose port is not known: a name that is being looked up
@@ -49,7 +50,8 @@ class Rule:
     `hosts`: lower-case names in punycode, "*.example.com" for all below (never example.com itself), "*" for every name.
     `cidrs` is about the address that is dialled, or was asked for by number. `protocol` None (of a denial only): all.
     `ech`: what is passed through may hide its true name. `model`: the API of models that is spoken there (see facts.Verdict).
-    `until`: when it ends, in seconds since 1970. `where` says where it was written, for people: "policy.toml, line 7".
+    `answers`: it allows although a rule of its layer asks. `until`: when it ends, in seconds since 1970. `where` says where it
+    was written, for people: "policy.toml, line 7".
     """
 
     name: str
@@ -65,13 +67,15 @@ class Rule:
     certificate: str | None = None
     ech: bool = False
     model: str | None = None
+    answers: bool = False
     until: float | None = None
     where: str = field(default="", compare=False)
 
     @cached_property
     def rank(self) -> tuple[int, int, int]:
         """Where it stands: the smaller the stronger. Of what allows, what asks for more than HTTP comes first."""
-        return _LAYER_RANK[self.layer], _ACTION_RANK[self.action], int(self.protocol is Protocol.HTTP)
+        action = _ANSWERS if self.answers else _ACTION_RANK[self.action]
+        return _LAYER_RANK[self.layer], action, int(self.protocol is Protocol.HTTP)
 
     @cached_property
     def judges_requests(self) -> bool:
@@ -102,8 +106,7 @@ class Rule:
             result = MAYBE
         if (spoken := self.protocol) is not None:
             if subject.port == ANY_PORT:
-                # A name that one protocol may not use is still looked up for the others.
-                result = MAYBE if self.action is Action.DENY else result
+                result = MAYBE
             elif spoken is Protocol.PASSTHROUGH:
                 # What has a request is not passed through unseen.
                 if subject.protocol is Protocol.TCP or subject.method is not None:
@@ -160,6 +163,8 @@ class Rule:
             said["ech"] = True
         if self.model:
             said["model"] = self.model
+        if self.answers:
+            said["answers"] = True
         if self.until is not None:
             said["until"] = self.until
         return said

@@ -108,6 +108,12 @@ RULE_KEYS: Final = (
         + "; calls are then recorded with tokens and cost. Hosts of the providers themselves need no word",
         '"openai"',
     ),
+    Key(
+        "answers",
+        "flag",
+        "of a rule that allows: it does so although a rule of the same layer asks, as `capsem net allow` answers such a rule",
+        "true",
+    ),
     Key("until", "time", "when the rule ends, a time with its offset", "2027-01-31T12:00:00Z"),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any, Final
 
 from capsem.api.operation import TEXT
@@ -48,11 +49,29 @@ class Service:
             return content.decode("utf-8", "replace")
         return json.loads(content)
 
-    async def _exchange(self, data: bytes) -> tuple[Answer, bytes]:
+    async def follow(self, operation: str, heard: Callable[[], None]) -> None:
+        """Stay at an operation that tells events, for as long as the service does, and say that something has come."""
+        row = OPERATIONS[operation]
+        reader, writer = await self._connected()
+        answer = Answer()
+        try:
+            writer.write(encode_head(row.method, path_of(row, None, {}), {"Content-Length": "0"}))
+            while not answer.done:
+                if not (received := await reader.read(_RECEIVE)):
+                    return
+                if answer.feed(received):
+                    heard()
+        finally:
+            writer.transport.abort()
+
+    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         async with self._connecting:
             connection = await asyncio.to_thread(self._client.connect)
         connection.setblocking(False)
-        reader, writer = await asyncio.open_connection(sock=connection)
+        return await asyncio.open_connection(sock=connection)
+
+    async def _exchange(self, data: bytes) -> tuple[Answer, bytes]:
+        reader, writer = await self._connected()
         answer, parts = Answer(), []
         try:
             writer.write(data)

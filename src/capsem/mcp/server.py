@@ -20,9 +20,10 @@ from capsem.api.operations import OPERATIONS
 from capsem.ledger.schema import schema_text
 from capsem.log import trace
 from capsem.mcp import translate
+from capsem.mcp.asks import Asks
 from capsem.mcp.calls import Service
 from capsem.mcp.schema import input_schema, output_schema
-from capsem.mcp.tools import DESTROY, INSPECT_SCHEMA, INSTRUCTIONS, JOB_OUTPUT, READ, TOOLSETS, VERSION, Tool
+from capsem.mcp.tools import ASKS, DESTROY, INSPECT_SCHEMA, INSTRUCTIONS, JOB_OUTPUT, READ, TOOLSETS, VERSION, Tool
 from capsem.model.errors import CapsemError
 
 NAME: Final = "capsem-mcp"
@@ -52,6 +53,7 @@ class Tools:
 
     def __init__(self, service: Service, toolset: str = "all") -> None:
         self._service = service
+        self._asks = Asks(service)
         self._tools = {tool.name: tool for tool in TOOLSETS[toolset]}
 
     def server(self) -> Server[Any]:
@@ -85,6 +87,8 @@ class Tools:
         if tool.name == INSPECT_SCHEMA:
             return schema_text()
         call = translate.request(tool, arguments)
+        if tool.name == ASKS:
+            return await self._asks.look(call)
         if tool.name == VERSION:
             return await self._version(call)
         if tool.name == JOB_OUTPUT and call.here["wait"]:

@@ -27,10 +27,19 @@ from capsem.api.checkpoint_types import (
 )
 from capsem.api.exec_types import JobInfo, JobsResponse
 from capsem.api.file_types import FileEntry, FilesResponse
+from capsem.api.network_types import (
+    AllowResponse,
+    AskInfo,
+    AsksResponse,
+    CheckResponse,
+    LearnResponse,
+    NetworkInfo,
+)
 from capsem.api.operation import JSON
 from capsem.api.vm_types import ListResponse, LogsResponse, SandboxInfo
 from capsem.client import request
 from capsem.client.http import Answer, encode_chunk, encode_head
+from capsem.egress.schema import PRESETS
 from capsem.model.errors import Interrupted, InvalidInput, PayloadTooLarge, from_dict
 from capsem.sdk.types import Output, Result
 
@@ -38,6 +47,7 @@ T = TypeVar("T")
 
 Command = str | Sequence[str]  # a line for bash, or words
 Data = str | bytes
+Network = str | Mapping[str, Any]  # a preset, the text of a policy file, or its table [network]
 
 CONTENT_WITHIN: Final = 600.0  # seconds for the content of a file
 GRACE: Final = 60.0  # seconds beyond a command's own limit until its end must have been told
@@ -231,6 +241,15 @@ def workspace_path(path: str) -> str:
     return plain
 
 
+def network_body(network: Network | None) -> dict[str, Any] | None:
+    """A NetworkRequest; a text that is no preset is a policy."""
+    if network is None:
+        return None
+    if isinstance(network, str):
+        return {"preset": network} if network in PRESETS else {"policy": network}
+    return {"policy": dict(network)}
+
+
 # -- calls
 
 
@@ -253,6 +272,7 @@ def provision(  # noqa: D103
     secrets: Sequence[str],
     profile: str | None,
     source: str | None,
+    network: Network | None,
 ) -> Call[str]:
     body = {
         "name": name,
@@ -264,6 +284,7 @@ def provision(  # noqa: D103
         "secrets": ([secrets] if isinstance(secrets, str) else [*secrets]) or None,
         "profile": profile,
         "from": source,
+        "network": network_body(network),
     }
     return Call("provision", lambda answer: str(answer["id"]), body=body)
 
@@ -276,6 +297,7 @@ def run(  # noqa: D103
     cpus: int | None,
     env: Mapping[str, str] | None,
     profile: str | None,
+    network: Network | None,
 ) -> Call[Result]:
     body = {
         "command": line(command),
@@ -284,6 +306,7 @@ def run(  # noqa: D103
         "cpus": cpus,
         "env": dict(env) if env else None,
         "profile": profile,
+        "network": network_body(network),
     }
     return Call(
         "run", lambda answer: Result.of(answer["stdout"].encode(), answer["stderr"].encode(), answer), body=body
@@ -370,6 +393,39 @@ def write_file(vm_id: str, path: str, data: bytes, mode: int) -> Call[None]:  # 
         raise PayloadTooLarge("the content is too long for memory", hint="upload it from a file")
     query = {"path": workspace_path(path), "mode": f"{mode & 0o777:03o}"}
     return Call("put_file", _nothing, vm_id, query=query, content=data)
+
+
+def network_info(vm_id: str) -> Call[NetworkInfo]:  # noqa: D103
+    return Call("network", _typed(NetworkInfo), vm_id)
+
+
+def set_network(vm_id: str, network: Network) -> Call[NetworkInfo]:  # noqa: D103
+    return Call("set_network", _typed(NetworkInfo), vm_id, network_body(network) or {})
+
+
+def allow(vm_id: str, body: Mapping[str, Any]) -> Call[AllowResponse]:  # noqa: D103
+    return Call("network_allow", _typed(AllowResponse), vm_id, body)
+
+
+def deny(vm_id: str, body: Mapping[str, Any]) -> Call[AllowResponse]:  # noqa: D103
+    return Call("network_deny", _typed(AllowResponse), vm_id, body)
+
+
+def check(vm_id: str, url: str, method: str) -> Call[CheckResponse]:  # noqa: D103
+    return Call("network_check", _typed(CheckResponse), query={"id": vm_id, "url": url, "method": method})
+
+
+def asks(vm_id: str) -> Call[list[AskInfo]]:  # noqa: D103
+    return Call("network_asks", lambda answer: msgspec.convert(answer, AsksResponse).asks, query={"id": vm_id})
+
+
+def network_log(vm_id: str, query: Mapping[str, str | int | None]) -> Call[list[dict[str, Any]]]:  # noqa: D103
+    given = {key: str(value) for key, value in query.items() if value is not None}
+    return Call("network_log", lambda answer: list(answer["events"]), vm_id, query=given)
+
+
+def learn(vm_id: str, action: str, *, paths: bool = False, since: str | None = None) -> Call[LearnResponse]:  # noqa: D103
+    return Call("network_learn", _typed(LearnResponse), vm_id, {"action": action, "paths": paths, "since": since})
 
 
 def list_files(vm_id: str, path: str, depth: int) -> Call[list[FileEntry]]:  # noqa: D103

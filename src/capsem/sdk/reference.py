@@ -10,6 +10,7 @@ from typing import Any
 
 import capsem
 from capsem.model.errors import CapsemError
+from capsem.sdk.network import Network
 from capsem.sdk.sync import Files, Process, Sandbox
 from capsem.sdk.types import Output, Result
 
@@ -28,7 +29,12 @@ What the methods answer with, such as `SandboxInfo`, are the types of [the HTTP 
 def to_markdown() -> str:
     """The page."""
     lines = [HEAD]
-    for kind, name in ((Sandbox, "Sandbox"), (Files, "Sandbox.files"), (Process, "Process")):
+    for kind, name in (
+        (Sandbox, "Sandbox"),
+        (Files, "Sandbox.files"),
+        (Network, "Sandbox.network"),
+        (Process, "Process"),
+    ):
         lines += [f"## {name}", "", inspect.getdoc(kind) or "", ""]
         lines += _members(kind)
     for record in (Result, Output):

@@ -23,6 +23,7 @@ from capsem.config import Paths
 from capsem.model.errors import NotFound, TimedOut
 from capsem.sdk import core
 from capsem.sdk.core import Call, Command, Conversation, Data, Exchange, Progress
+from capsem.sdk.network import Network
 from capsem.sdk.types import Output, Result
 
 T = TypeVar("T")
@@ -111,6 +112,7 @@ class Sandbox:
     def __init__(self, id: str, *, client: Client | None = None, keep: bool = True) -> None:  # noqa: A002
         """A handle on a VM that is there, without asking whether it is. With `keep` leaving the `with` deletes nothing."""
         self.id = id
+        self.network = Network(self)
         self.files = Files(self)
         self._keep = keep
         self._transport = Transport(client)
@@ -143,14 +145,18 @@ class Sandbox:
         secrets: Sequence[str] = (),
         profile: str | None = None,
         source: str | None = None,
+        network: core.Network | None = None,
         client: Client | None = None,
         timeout: float | None = None,
     ) -> Sandbox:
         """Make a VM and boot it. With a name it is persistent unless `persistent` says otherwise.
 
-        `profile` names the image, `source` a persistent VM whose disk is copied, `env` is for all its commands. `secrets` are
-        names of keys that it may use and never sees (`capsem secret`). Sizes are in MiB. Raises AlreadyExists, InvalidInput,
-        LimitReached, HostNotReady; NotFound for a secret.
+        `network` is what it may reach: a preset (off, high, medium, open-with-floor), the text of a policy file, or its
+        table [network]; that of the settings unless given. `secrets` are names of keys that it may use and never sees
+        (`capsem secret`). `profile` names the image, `source` a persistent VM whose disk is copied, `env` is for all its
+        commands. Sizes are in MiB.
+
+        Raises AlreadyExists, InvalidInput, LimitReached, HostNotReady; NotFound for a secret.
         """
         call = core.provision(
             name,
@@ -162,6 +168,7 @@ class Sandbox:
             secrets=secrets,
             profile=profile,
             source=source,
+            network=network,
         )
         made = Transport(client).call(call, timeout)
         return cls(made, client=client, keep=bool(call.body["persistent"]))
@@ -186,10 +193,11 @@ class Sandbox:
         cpus: int | None = None,
         env: Mapping[str, str] | None = None,
         profile: str | None = None,
+        network: core.Network | None = None,
         client: Client | None = None,
     ) -> Result:
         """Run a command in a VM that is made for it and destroyed after it. `timeout` is the command's own limit."""
-        call = core.run(command, timeout=timeout, ram_mb=ram_mb, cpus=cpus, env=env, profile=profile)
+        call = core.run(command, timeout=timeout, ram_mb=ram_mb, cpus=cpus, env=env, profile=profile, network=network)
         return Transport(client).call(call)
 
     # -- commands

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -27,7 +27,7 @@ from capsem.api.network_types import (
 )
 from capsem.api.operation import unknown_vm
 from capsem.api.operations import OPERATIONS
-from capsem.egress.allow import Destination, destination, subject_of_url, with_allowed, with_denied
+from capsem.egress.allow import Destination, allowing, denying, destination, subject_of_url, with_rule, without_opposite
 from capsem.egress.compose import compose
 from capsem.egress.document import Document, from_dict
 from capsem.egress.facts import Action, Layer, Verdict
@@ -175,16 +175,31 @@ class Network:
         until = None if request.for_secs is None else self._now + request.for_secs
         async with vm.turn:
             self._same(vm, vm_id)
-            own = self._without_ended(self._own(vm))
-            changed, rule, removed = with_allowed(own, wanted, request.method or (), until)
-            policy = await self._policy(changed, vm.id)
-            self._require_allowed(policy, wanted, request.method)
-            if until is None and not request.always and (already := await self._already(own, vm.id, wanted, request)):
-                return AllowResponse(message=already)
+            before = self._without_ended(self._own(vm))
+            rule = allowing(before, wanted, request.method or (), until)
+            own, removed = without_opposite(before, rule)
+            methods = request.method or _TRIED
+            verdicts = await self._verdicts(own, vm.id, wanted, methods)
+            already = all(verdict.action is Action.ALLOW for verdict in verdicts)
+            if already and until is None and not request.always:
+                if removed:
+                    await self._put(vm, own)
+                return AllowResponse(
+                    message=f"{vm.id} may reach {wanted.text}: {verdicts[0].reason}"
+                    if removed
+                    else f"{vm.id} may reach {wanted.text} already: {verdicts[0].reason}",
+                    removed=removed,
+                )
+            asked = any(verdict.action is Action.ASK and verdict.layer is Layer.VM for verdict in verdicts)
+            rule = replace(rule, answers=asked)
+            changed, idle = with_rule(own, rule)
+            for verdict in await self._verdicts(changed, vm.id, wanted, request.method or ("GET",)):
+                self._require_allowed(verdict)
             await self._put(vm, changed)
         if request.always:
             try:
-                await self._policies.remember(replace(rule, name=rule.name.replace("allowed-", "always-", 1)))
+                name = rule.name.replace("allowed-", "always-", 1)
+                await self._policies.remember(replace(rule, name=name, answers=False))
             except OSError as error:
                 raise host_failed("what is allowed for always could not be written down", error) from error
             await self.spread()
@@ -193,32 +208,27 @@ class Network:
             message=f"{vm.id} may reach {wanted.text}{end}"
             + (", and so may others with medium" if request.always else ""),
             rule=rule.to_dict(),
-            removed=removed,
+            removed=[*removed, *idle],
         )
 
     def _without_ended(self, own: Document) -> Document:
         return replace(own, rules=tuple(rule for rule in own.rules if rule.until is None or rule.until > self._now))
 
-    @staticmethod
-    def _require_allowed(policy: Policy, wanted: Destination, methods: list[str] | None) -> None:
-        """Raises PermissionDenied where something stronger than the VM's own rule forbids it, WrongState for one beside it."""
-        for subject in wanted.subjects(methods or ("GET",)):
-            verdict = policy.judge(subject)
-            if verdict.action is Action.ALLOW:
-                continue
-            if verdict.layer is Layer.VM:
-                raise WrongState(
-                    f"the VM's own policy says otherwise: {verdict.reason}",
-                    hint="capsem net show prints it, and capsem net set takes another one",
-                )
-            raise PermissionDenied(verdict.reason, hint="that is not for this user to allow")
-
-    async def _already(self, own: Document, vm_id: str, wanted: Destination, request: AllowRequest) -> str | None:
+    async def _verdicts(self, own: Document, vm_id: str, wanted: Destination, methods: Sequence[str]) -> list[Verdict]:
         policy = await self._policy(own, vm_id)
-        verdicts = [policy.judge(subject) for subject in wanted.subjects(request.method or _TRIED)]
-        if any(verdict.action is not Action.ALLOW for verdict in verdicts):
-            return None
-        return f"{vm_id} may reach {wanted.text} already: {verdicts[0].reason}"
+        return [policy.judge(subject) for subject in wanted.subjects(methods)]
+
+    @staticmethod
+    def _require_allowed(verdict: Verdict) -> None:
+        """Raises PermissionDenied where something stronger than the VM's own rule forbids it, WrongState for one beside it."""
+        if verdict.action is Action.ALLOW:
+            return
+        if verdict.layer is Layer.VM:
+            raise WrongState(
+                f"the VM's own policy says otherwise: {verdict.reason}",
+                hint="capsem net show prints it, and capsem net set takes another one",
+            )
+        raise PermissionDenied(verdict.reason, hint="that is not for this user to allow")
 
     async def deny(self, vm_id: str, request: DenyRequest) -> AllowResponse:
         """Keep a VM from a host, or refuse what waits."""
@@ -228,16 +238,19 @@ class Network:
         wanted = destination(request.host or "", request.port)
         async with vm.turn:
             self._same(vm, vm_id)
-            changed, rule, removed = with_denied(self._without_ended(self._own(vm)), wanted)
-            policy = await self._policy(changed, vm.id)
-            for subject in wanted.subjects(("GET",)):
-                verdict = policy.judge(subject)
+            before = self._without_ended(self._own(vm))
+            rule = denying(before, wanted)
+            own, removed = without_opposite(before, rule)
+            changed, idle = with_rule(own, rule)
+            for verdict in await self._verdicts(changed, vm.id, wanted, ("GET",)):
                 if verdict.action is Action.ALLOW:
                     raise PermissionDenied(
                         f"it stays allowed: {verdict.reason}", hint="that layer is above the VM's own"
                     )
             await self._put(vm, changed)
-        return AllowResponse(message=f"{vm.id} is kept from {wanted.text}", rule=rule.to_dict(), removed=removed)
+        return AllowResponse(
+            message=f"{vm.id} is kept from {wanted.text}", rule=rule.to_dict(), removed=[*removed, *idle]
+        )
 
     async def _answer(self, vm: Vm, ask: str | None, host: str | None, *, allow: bool) -> AllowResponse:
         link = await vm.ready_link()
