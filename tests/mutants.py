@@ -192,6 +192,20 @@ MUTANTS = (
         "tests/unit/test_store_checkpoints.py",
     ),
     Mutant(
+        "ledger written on a full disk",
+        "ledger/writer.py",
+        "if self._connection is None or not room:",
+        "if self._connection is None:",
+        "tests/unit/test_ledger_writer.py::test_a_disk_without_room_loses_events_and_no_process",
+    ),
+    Mutant(
+        "layer of a failed save forgotten",
+        "supervisor/changes.py",
+        "if not added and layer.path.exists():",
+        "if added and layer.path.exists():",
+        "tests/contract/test_sim_faults.py::test_a_save_that_cannot_say_that_it_failed_leaves_no_layer_in_the_end",
+    ),
+    Mutant(
         "import without its digests",
         "store/archive.py",
         'if kind in b"EZ" and payload != before:',

@@ -1,7 +1,7 @@
 """Steps with names, at which a fault can be made to happen: what it leaves behind is tested at every one of them.
 
 Off, and then one comparison with None, unless a service is started with CAPSEM_FAULTS=FILE; its supervisors are handed
-the file with their parameters. Whoever comes to a step appends its name to FILE.seen and looks into FILE, which may
+the file with their parameters. Whoever comes to a step appends its name and pid to FILE.seen and looks into FILE, which may
 hold one order:
 
     STEP KIND [SECONDS]         KIND: kill, kill-vmm, stop-vmm, enospc, delay
@@ -131,7 +131,7 @@ class Orders:
     def __call__(self, step: str, vmm: int) -> None:
         """See `at`."""
         with self._file.with_name(f"{self._file.name}.seen").open("a") as seen:
-            seen.write(f"{step}\n")
+            seen.write(f"{step} {os.getpid()}\n")
         try:
             wanted, kind, *rest = self._file.read_text().split()
             if wanted != step:

@@ -41,7 +41,8 @@ def test_an_order_is_carried_out_once_and_where_it_says(orders: Path) -> None:
     faults.at("suspend.saved")
     assert not orders.exists()
     assert orders.with_name("orders.taken").exists()
-    assert orders.with_name("orders.seen").read_text().split() == ["suspend.held", "suspend.saved", "suspend.saved"]
+    seen = [line.split() for line in orders.with_name("orders.seen").read_text().splitlines()]
+    assert seen == [[step, str(os.getpid())] for step in ("suspend.held", "suspend.saved", "suspend.saved")]
 
 
 @pytest.mark.parametrize(("kind", "status"), [("kill-vmm", -signal.SIGKILL), ("stop-vmm", None)])

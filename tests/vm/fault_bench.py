@@ -93,7 +93,6 @@ class Bench(Service):
         self.check()
         operation = step.partition(".")[0]
         before = getattr(self, f"_before_{operation}", lambda: None)()
-        supervisor = int(self.ask("info")["pid"])
         self.orders.write_text(f"{step} {kind} 0.3\n")
         answer, error = None, None
         try:
@@ -108,11 +107,17 @@ class Bench(Service):
         elif kind == "enospc":
             assert error is None or error.code != "internal", told
         fatal = kind in FATAL and step in faults.SUPERVISOR
-        if fatal and supervisor:  # where the VMM died it takes a moment until everybody knows
-            wait_for(lambda: not alive(supervisor), limit=PATIENCE)
+        if fatal:  # where the VMM died it takes a moment until everybody knows
+            struck = self.struck(step)
+            wait_for(lambda: not alive(struck) and self.ask("info")["pid"] != struck, limit=PATIENCE)
         self.settle()
         self.judge(step, kind, before, answer, told)
         self.tidy(told, killed=fatal)
+
+    def struck(self, step: str) -> int:
+        """The process that came to a step last."""
+        lines = self.orders.with_name(f"{self.orders.name}.seen").read_text().splitlines()
+        return next(int(pid) for name, pid in map(str.split, reversed(lines)) if name == step)
 
     def squeeze(self, operation: str, disk: Disk, room: int) -> None:
         """Have an operation find so many bytes on its disk, and hold everything against what must be once there is room."""
