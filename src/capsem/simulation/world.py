@@ -103,7 +103,7 @@ class Service:
         gate = Gate(system.clock, overlap=overlap, path=world.gate)
         maker = Maker(fleet, driver, world.catalog, launcher, gate)  # type: ignore[arg-type]
         ledgers = Ledgers(fleet, world.layout.run_dir.parent / "main.db")
-        self.handlers = Handlers(fleet, maker, SETTINGS, {}, ledgers)
+        self.handlers = Handlers(fleet, maker, SETTINGS, {"CAPSEM_HOME": str(world.layout.run_dir.parent)}, ledgers)
         self.timers = Timers(fleet, self.handlers)
         await fleet.reconcile()
         self.handlers.flattening.begin()
