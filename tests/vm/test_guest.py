@@ -19,7 +19,7 @@ RULES = """
 table inet egress {
   chain nat_out { type nat hook output priority -100; policy accept;
     ip daddr { 127.0.0.0/8, 10.0.0.1 } return
-    meta nfproto ipv6 return; udp dport 53 redirect to :1053; meta l4proto tcp redirect to :10443
+    meta nfproto ipv6 return; udp dport 53 redirect to :1053; meta l4proto tcp redirect to :10444
   }
   chain out { type filter hook output priority 0; policy drop;
     oifname "lo" accept; meta nfproto ipv4 meta l4proto tcp ct status dnat accept
@@ -28,7 +28,7 @@ table inet egress {
 }"""
 REDIRECTED = """
 import socket
-proxy = socket.create_server(("127.0.0.1", 10443))
+proxy = socket.create_server(("127.0.0.1", 10444))
 program = socket.create_connection(("93.184.215.14", 443))
 connection, _ = proxy.accept()
 SO_ORIGINAL_DST = 80
@@ -85,7 +85,7 @@ def test_not_there(service: Service, box: str, path: str) -> None:
 @pytest.fixture
 def locked_box(service: Service, box: str) -> str:
     """The VM, once init-late is through: late modules are loaded behind the agent's back, then no more can be."""
-    service.output(box, "until ip route | grep -q default; do sleep 0.1; done")
+    service.output(box, "until [ -e /run/capsem/settled ]; do sleep 0.1; done")
     return box
 
 
@@ -167,6 +167,35 @@ def test_modules_of_later_work_are_loaded_although_no_more_can_be(service: Servi
         box, "iptables -t nat -A OUTPUT -p tcp --dport 443 -j REDIRECT --to-ports 10443 && iptables -t nat -F OUTPUT"
     )
     service.output(box, "nft add table inet t && nft add chain inet t c && nft delete table inet t")
+    service.output(
+        box, "cd /usr/lib/capsem && nft flush ruleset && nft -f network.nft && iptables-restore -n network.iptables"
+    )
+
+
+def test_connections_are_redirected_and_all_else_is_refused_at_once(service: Service, locked_box: str) -> None:
+    box = locked_box
+    rules = service.output(box, "iptables -t nat -S OUTPUT")
+    for protocol, port, to in (("udp", 53, 1053), ("tcp", 443, 10443), ("tcp", 80, 10080), ("tcp", 11434, 10080)):
+        assert f"-p {protocol} -m {protocol} --dport {port} -j REDIRECT --to-ports {to}" in rules
+    script = """
+import errno, socket
+def attempt(kind, family, address, send):
+    with socket.socket(family, kind) as sock:
+        sock.settimeout(20)
+        try:
+            sock.sendto(b"x", address) if send else sock.connect(address)
+        except OSError as error:
+            return errno.errorcode.get(error.errno, type(error).__name__)
+        return "went out"
+print(attempt(socket.SOCK_DGRAM, socket.AF_INET, ("192.0.2.1", 443), True),
+      attempt(socket.SOCK_STREAM, socket.AF_INET6, ("2001:db8::1", 443), False))
+"""
+    assert service.output(box, f"python3 - <<'END'\n{script}\nEND").split() == ["EPERM", "ENETUNREACH"]
+    code, out, _ = service.exec(box, "curl -sS --max-time 60 http://192.0.2.1/")
+    assert (code, "did not let this request" in out) == (0, True)
+    service.output(box, "nft flush ruleset")
+    assert service.exec(box, "curl -sS --max-time 3 http://192.0.2.1/")[0] in (7, 28)  # refused, or into the void
+    service.output(box, "cd /usr/lib/capsem && nft -f network.nft && iptables-restore -n network.iptables")
 
 
 def test_the_console_is_logged(service: Service, box: str) -> None:
