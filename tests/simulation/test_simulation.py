@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -50,3 +51,11 @@ def test_a_seed_is_all_that_a_run_depends_on() -> None:
     first, second = (simulate("--seed", "17").stdout.splitlines()[:-1] for _ in range(2))
     assert len(first) > 100
     assert first == second
+
+
+@pytest.mark.parametrize("writes", range(10))
+def test_a_vm_whose_supervisor_is_killed_while_it_gets_a_name_is_whole_or_gone(writes: int) -> None:
+    scene = Path(__file__).with_name("persist_scene.py")
+    done = subprocess.run([sys.executable, scene, str(writes)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split() in (["Interrupted", "gone"], ["Interrupted", "new"], ["persisted", "new"])

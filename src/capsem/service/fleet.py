@@ -142,7 +142,7 @@ class Fleet:
     def renamed(self, vm: Vm, session: SessionDir) -> None:
         """A VM lies elsewhere under another name."""
         self._vms.pop(vm.id, None)
-        vm.session, vm.moving = session, False
+        vm.session, vm.moving, vm.becoming = session, False, None
         vm.reload()
         self._vms[vm.id] = vm
         self.write_index()
@@ -172,6 +172,7 @@ class Fleet:
     def _ended(self, vm: Vm) -> None:
         if vm.deleted:
             return
+        self._follow(vm)
         log.info("%s ended: %s", vm.id, vm.record.state)
         if not vm.record.persistent:
             if vm.record.state == State.FAILED and not vm.record.nobodys:
@@ -182,6 +183,19 @@ class Fleet:
         self.collect()
         self.write_index()
         self._changed(vm)
+
+    def _follow(self, vm: Vm) -> None:
+        """After a supervisor that was killed while it gave its VM another name (Changes.persist): where its record says so,
+        it has that name. Its layers are its own there."""
+        target = vm.becoming
+        if target is None:
+            return
+        if vm.session.record.exists() and vm.record.persistent:
+            durable.rename(vm.session.path, target.path)
+        if target.record.exists() and not vm.session.record.exists():
+            self._vms = {name: each for name, each in self._vms.items() if each is not vm}
+            self.renamed(vm, target)
+            vm.settle()
 
     def remove(self, vm: Vm) -> None:
         """Remove a VM that does not run, with its files. Doing it again is no error."""

@@ -352,6 +352,7 @@ class Lifecycle(Commands):
                     socket=str(layout.instance_socket(name)),
                     ready_file=str(layout.ready_file(name)),
                 )
+                vm.becoming = layout.session(name, persistent=True)
                 await link.open(order).result()
                 self._fleet.renamed(vm, layout.session(name, persistent=True))
         finally:

@@ -55,6 +55,7 @@ class Vm:
         self.on_asked: Callable[[Vm, str], None] = lambda _vm, _action: None  # its guest asks for "suspend"
         self.deleted = False
         self.moving = False  # its directory is about to be another one: the record is not read meanwhile
+        self.becoming: SessionDir | None = None  # where it will be if its supervisor has done what it was told
         self.waiting: str | None = None  # for its turn at the gate, for people
         self.obstacle: CapsemError | None = None  # why it can be neither spoken to nor started; `check` raises it
         self._system = system
