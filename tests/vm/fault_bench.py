@@ -36,6 +36,7 @@ class Bench(Service):
     def __init__(self, home: Path, hypervisor: str) -> None:
         self.orders = home / "orders"
         self.taken = home / "orders.taken"
+        self.seen = home / "orders.seen"
         self.environment = {faults.VARIABLE: str(self.orders), "CAPSEM_HYPERVISOR": hypervisor}
         if hypervisor == "sim":
             self.environment |= {"CAPSEM_SIM": f"host={home / 'host'}", "CAPSEM_GATE": str(home / "gate")}
@@ -93,6 +94,7 @@ class Bench(Service):
         self.check()
         operation = step.partition(".")[0]
         before = getattr(self, f"_before_{operation}", lambda: None)()
+        self.seen.unlink(missing_ok=True)
         self.orders.write_text(f"{step} {kind} 0.3\n")
         answer, error = None, None
         try:
@@ -115,9 +117,9 @@ class Bench(Service):
         self.tidy(told, killed=fatal)
 
     def struck(self, step: str) -> int:
-        """The process that came to a step last."""
-        lines = self.orders.with_name(f"{self.orders.name}.seen").read_text().splitlines()
-        return next(int(pid) for name, pid in map(str.split, reversed(lines)) if name == step)
+        """The process that came to a step first, since `seen` was removed: an attempt that fails is made again."""
+        lines = self.seen.read_text().splitlines()
+        return next(int(pid) for name, pid in map(str.split, lines) if name == step)
 
     def squeeze(self, operation: str, disk: Disk, room: int) -> None:
         """Have an operation find so many bytes on its disk, and hold everything against what must be once there is room."""
