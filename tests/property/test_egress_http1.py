@@ -125,6 +125,7 @@ BODIES = {
     "bare LF": b"5\nhello\n0\n\n",
     "LF in an extension": b"5;a=\nb\r\nhello\r\n0\r\n\r\n",
     "longer than its size": b"5\r\nhelloo\r\n0\r\n\r\n",
+    "two other bytes after a chunk": b"5\r\nhelloXX0\r\n\r\n",
     "huge size": b"ffffffffffffffffffff\r\n",
     "long extension": b"5;" + b"a" * 5000 + b"\r\nhello\r\n0\r\n\r\n",
     "folded trailer": b"0\r\nX: a\r\n b\r\n\r\n",
