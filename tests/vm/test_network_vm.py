@@ -1,0 +1,115 @@
+"""What programs in a VM reach, from their socket to an origin on this computer, and what a suspend or a fork does to it."""
+
+from __future__ import annotations
+
+import datetime
+import http.server
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from capsem.egress import mint
+from real_service import SMALL, Service, running_service, wait_for
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    """ "/": a word. "/slow": bytes that never end."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        if self.path == "/slow":
+            self.send_header("Content-Length", str(1 << 40))
+            self.end_headers()
+            try:
+                while True:
+                    self.wfile.write(bytes(16384))
+                    time.sleep(0.02)
+            except OSError:
+                self.close_connection = True
+        else:
+            self.send_header("Content-Length", "6")
+            self.end_headers()
+            self.wfile.write(b"hello\n")
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - as the base class has it
+        """Nothing."""
+
+
+@pytest.fixture(scope="module")
+def origins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int, int]]:
+    """A directory with a file of hosts and an authority; ports of an origin, plain and in TLS, named *.test."""
+    directory = tmp_path_factory.mktemp("origins")
+    authority, _ = mint.make(datetime.datetime.now(datetime.UTC), "origins")
+    (directory / "ca.pem").write_bytes(authority.pem)
+    (directory / "hosts").write_text("127.0.0.1 *.test\n")
+    servers = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler) for _ in range(2)]
+    context: ssl.SSLContext = mint.Minter(authority, time.time).context("some.test")
+    servers[1].socket = context.wrap_socket(servers[1].socket, server_side=True)
+    for server in servers:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield directory, servers[0].server_port, servers[1].server_port
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def networked(origins: tuple[Path, int, int]) -> Iterator[Service]:
+    """A service with a VM "net" that may reach the origins."""
+    directory, plain, secure = origins
+    policy = {
+        "extra_ca": [str(directory / "ca.pem")],
+        "rule": [
+            {"name": "t", "action": "allow", "host": ["*.test"], "cidr": ["127.0.0.0/8"], "port": [plain, secure]}
+        ],
+    }
+    with running_service(CAPSEM_HOSTS=str(directory / "hosts")) as service:
+        network = {"preset": "high", "policy": policy}
+        service.client.call("provision", body={"name": "net", "persistent": True, "network": network, **SMALL})
+        yield service
+
+
+def decisions(service: Service, vm_id: str) -> list[list[object]]:
+    sql = "SELECT domain, decision, status_code, tls FROM net_events ORDER BY id"
+    return list(service.client.call("inspect", vm_id=vm_id, body={"sql": sql})["rows"])
+
+
+def test_what_is_allowed_passes_and_the_rest_is_told_why(networked: Service, origins: tuple[Path, int, int]) -> None:
+    _, plain, secure = origins
+    # Programs that are told nothing trust the proxy, too.
+    read = f"import urllib.request; print(urllib.request.urlopen('https://some.test:{secure}/').read())"
+    assert networked.output("net", f"curl -sS http://some.test:{plain}/ https://some.test:{secure}/") == "hello\n" * 2
+    assert networked.output("net", f'python3 -c "{read}"; env -i /usr/bin/python3 -c "{read}"') == "b'hello\\n'\n" * 2
+    page = networked.output("net", "curl -sS https://nowhere.example/")
+    assert "did not let this request to nowhere.example pass" in page
+    assert networked.exec("net", f"curl -sS http://127.0.0.1:{plain}/")[0] == 7  # the guest's own, not the host's
+    assert ["nowhere.example", "denied", 403, "intercepted"] in decisions(networked, "net")
+
+
+def test_connections_end_with_a_suspend_and_in_a_fork_and_new_ones_work(
+    networked: Service, origins: tuple[Path, int, int]
+) -> None:
+    _, plain, _ = origins
+    client = networked.client
+    command = f"curl -sS -o /tmp/slow http://some.test:{plain}/slow; echo $? > /tmp/ended"
+    client.call("exec", vm_id="net", body={"command": command, "wait": False})
+    networked.output("net", "until [ -s /tmp/slow ]; do sleep 0.1; done")
+    made = client.call("fork", vm_id="net", body={"name": "copy", "live": True})
+    assert made["lost"] == {"streams": 1}
+    again = f"until [ -e /tmp/ended ]; do sleep 0.1; done; cat /tmp/ended; curl -sS http://some.test:{plain}/"
+    assert networked.output("copy", again) == "56\nhello\n"  # 56: connection reset by peer
+    client.call("delete", vm_id="copy")
+    # The source has lost nothing, until it is suspended itself.
+    networked.output(
+        "net", "[ ! -e /tmp/ended ]; at=$(stat -c %s /tmp/slow); until [ $(stat -c %s /tmp/slow) -gt $at ]; do :; done"
+    )
+    assert client.call("suspend", vm_id="net")["lost"] == {"streams": 1}
+    assert client.call("resume", vm_id="net")["lost"] == {"streams": 1}
+    assert networked.output("net", again) == "56\nhello\n"
+    wait_for(lambda: ["some.test", "interrupted", 200, "none"] in decisions(networked, "net"))
