@@ -183,11 +183,6 @@ def _contradictions(said: Mapping[str, Any], layer: Layer) -> Iterator[tuple[str
     if protocol is Protocol.PASSTHROUGH and not said.get("host"):
         yield "what is passed through is judged by its name: it needs host", "protocol"
     if action is Action.DENY:
-        if protocol is Protocol.PASSTHROUGH:
-            yield (
-                "what is denied is not passed through anyway; a rule above that allows http has it looked into",
-                "protocol",
-            )
         for key in ("http2", "client_certificate", "model"):
             if said.get(key):
                 yield f"what is denied needs no {key}", key
