@@ -129,7 +129,7 @@ def test_what_the_presets_let_pass(name):
 
 
 def test_no_registry_is_known_to_a_preset():
-    assert preset_document("medium", (), ()) == Document()
+    assert preset_document("medium", (), ()) == Document(preset="medium")
 
 
 # -- live

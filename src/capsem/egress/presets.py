@@ -26,14 +26,14 @@ class Registry(NamedTuple):
 def preset_document(name: str, registries: Iterable[Registry], remembered: Iterable[Rule]) -> Document:
     """The rules of a preset; `remembered` are those of hosts that were allowed for always."""
     if name == OPEN:
-        return Document(rules=_open())
+        return Document(preset=name, rules=_open())
     if name == "off":
-        return Document()
+        return Document(preset=name)
     rules = [_reads(registry) for registry in sorted(set(registries))]
     unique = {rule.name: rule for rule in rules}
     if name == "medium":
         unique |= {rule.name: rule for rule in remembered}
-    return Document(rules=tuple(unique.values()))
+    return Document(preset=name, rules=tuple(unique.values()))
 
 
 def _reads(registry: Registry) -> Rule:

@@ -67,11 +67,8 @@ class Outlet:
 
     @property
     def open(self) -> bool:
-        """Whether there is anything that the policy would let out: if not, the guest need not even ask."""
-        policy = self._policing.live.policy
-        return self._outside is not None and (
-            policy.learning or policy.otherwise != "deny" or any(rule.action != "deny" for rule in policy.rules)
-        )
+        """Whether connections are carried at all: if not, the guest need not even ask."""
+        return self._outside is not None and self._policing.open
 
     @property
     def authority(self) -> str | None:

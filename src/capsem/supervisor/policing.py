@@ -22,7 +22,7 @@ from capsem.control.channel import Stream
 from capsem.egress.asks import Ask, Asks
 from capsem.egress.compose import compose, layers_from_json
 from capsem.egress.document import Document, from_dict
-from capsem.egress.facts import Layer
+from capsem.egress.facts import Action, Layer
 from capsem.egress.live import LivePolicy
 from capsem.egress.policy import Floor
 from capsem.model.errors import CapsemError, InvalidInput
@@ -46,6 +46,7 @@ class Policing:
         self._layers = ""
         self._own = Document()
         self._learning: float | None = None
+        self._preset: str | None = None
         self._vm = ""
         policy, self.outside = compose(layers_from_json(""), self._own, floor=floor, vm="")
         self.live = LivePolicy(policy, clock.time)
@@ -67,14 +68,27 @@ class Policing:
         learning = self._learning
         if request.learning is not None:
             learning = (learning or self._clock.time()) if request.learning else None
-        composed = compose(layers_from_json(layers), own, floor=self._floor, vm=self._vm, learning=learning is not None)
+        parsed = layers_from_json(layers)
+        composed = compose(parsed, own, floor=self._floor, vm=self._vm, learning=learning is not None)
         if own != self._own or learning != self._learning:
             self._write_down(own.to_dict(), learning)
-        self._layers, self._own, self._learning = layers, own, learning
+        self._layers, self._own, self._learning, self._preset = layers, own, learning, parsed.preset.preset
         policy, self.outside = composed
         self.live.replace(policy)
         log.info("network policy %d: %d rules", self.live.version, len(policy.rules))
         return NetworkSet(version=self.live.version)
+
+    @property
+    def open(self) -> bool:
+        """Whether a program's connections are worth being carried here: something may pass, or, with any preset but off, it is
+        told and recorded why it does not."""
+        policy = self.live.policy
+        return (
+            self._preset not in {None, "off"}
+            or policy.learning
+            or policy.otherwise is not Action.DENY
+            or any(rule.action is not Action.DENY for rule in policy.rules)
+        )
 
     def rename(self, vm: str) -> None:
         """The VM has another name, by which commands call it."""
@@ -82,10 +96,9 @@ class Policing:
         self._change(self._layers, self._own)
 
     def _change(self, layers: str, own: Document) -> None:
-        policy, self.outside = compose(
-            layers_from_json(layers), own, floor=self._floor, vm=self._vm, learning=self._learning is not None
-        )
-        self._layers, self._own = layers, own
+        parsed = layers_from_json(layers)
+        policy, self.outside = compose(parsed, own, floor=self._floor, vm=self._vm, learning=self._learning is not None)
+        self._layers, self._own, self._preset = layers, own, parsed.preset.preset
         self.live.replace(policy)
 
     def answer(self, request: AnswerAsk) -> AskAnswered:
