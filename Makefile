@@ -27,6 +27,7 @@ docs:
 	$(call page,cli,capsem.cli.reference)
 	$(call page,http,capsem.api.reference)
 	$(call page,mcp-tools,capsem.mcp.reference)
+	$(call page,policy,capsem.egress.reference)
 	.venv/bin/python -m mkdocs build --strict -q
 
 # Manual pages, one for each command: MANPATH=build/share/man man capsem-exec

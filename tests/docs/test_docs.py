@@ -12,6 +12,7 @@ import pytest
 
 from capsem.api import reference as http
 from capsem.cli import reference as cli
+from capsem.egress import reference as policy
 from capsem.mcp import reference as mcp
 from capsem.model import lifecycle
 from capsem.sdk import reference as sdk
@@ -29,6 +30,7 @@ CAPSEM = Path(sys.executable).parent / "capsem"
         ("http.md", http.to_markdown),
         ("mcp-tools.md", mcp.to_markdown),
         ("sdk-reference.md", sdk.to_markdown),
+        ("policy.md", policy.to_markdown),
     ],
 )
 def test_pages_made_from_tables_are_up_to_date(page: str, generate: Callable[[], str]) -> None:

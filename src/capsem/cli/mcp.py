@@ -15,7 +15,7 @@ from capsem.model.errors import InvalidInput
 def mcp_command() -> None:
     """Look at MCP servers whose tools guests may call.
 
-    None can be configured yet: VMs have no network. For Capsem as an MCP server, see `capsem-mcp`.
+    None can be configured yet. For Capsem as an MCP server, see `capsem-mcp`.
     """
 
 

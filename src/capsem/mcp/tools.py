@@ -22,7 +22,8 @@ INSTRUCTIONS: Final = """\
 Capsem gives you Linux machines (Debian 13 VMs) of your own. You are root in them; nothing you do there touches the host.
 
 - capsem_create makes one; give it a `name` and it keeps its disk. capsem_exec runs bash in it, home is /root.
-- VMs have no network: copy in what you need with capsem_write_file. git, curl, python3 are there.
+- What a VM reaches of the internet, its owner allows. A denied request says by which rule; another way round is useless.
+  git, curl, python3 are there.
 - capsem_suspend keeps a VM with all its running processes and frees memory and CPU; capsem_resume continues it.
 - Before something risky: capsem_checkpoint; if it went wrong: capsem_rollback. To try several ways: capsem_fork with live.
 - Commands that take minutes: capsem_exec with background, then capsem_job_output.
