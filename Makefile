@@ -41,6 +41,7 @@ bench:
 	.venv/bin/python -m bench.checkpoints
 	.venv/bin/python -m bench.transfer
 	.venv/bin/python -m bench.mcp
+	.venv/bin/python -m bench.policy
 
 # Pins every dependency with hashes. The files name no registry; the options see to that.
 lock:
