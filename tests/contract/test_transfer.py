@@ -116,7 +116,10 @@ def nothing_is_left(it: Host) -> None:
 
 @pytest.fixture(scope="module")
 def stream(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    return asyncio.run(exported(host(tmp_path_factory.mktemp("from") / "host")))
+    async def made() -> bytes:
+        return await exported(host(tmp_path_factory.mktemp("from") / "host"))
+
+    return asyncio.run(made())
 
 
 def test_with_trust_everything_comes_and_without_it_the_disk(tmp_path: Path, stream: bytes) -> None:

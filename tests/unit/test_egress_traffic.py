@@ -589,7 +589,8 @@ async def test_what_an_address_makes_a_question_is_asked_too(tmp_path: Path) -> 
     asker = Asker()
     loopback = (ip_network("127.0.0.0/8"),)
     there = rule("there", Action.ASK, layer=Layer.VM, hosts=("site.test",), cidrs=loopback)
-    async with bench(tmp_path, there, asker=asker) as world:
+    elsewhere = rule("elsewhere", layer=Layer.VM, hosts=("site.test",))
+    async with bench(tmp_path, there, elsewhere, asker=asker) as world:
         _, client = await plain(world, answering())
         await client.send(b"GET /x HTTP/1.1\r\n" + HOST + b"\r\n")
         asker.answer.set_result(Action.DENY)

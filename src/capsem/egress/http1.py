@@ -224,8 +224,9 @@ def parse_request(block: bytes) -> Request:
             raise BadHead(f"a malformed request target: {target[:80]!r}")
     if b"#" in target:
         raise BadHead("a fragment in the request target")
-    if hosts.split_authority(authority) is None:
-        raise BadHead(f"a malformed host: {authority[:80]!r}")
+    for named in (hosts_named[0].lower(), authority):
+        if hosts.split_authority(named) is None:
+            raise BadHead(f"a malformed host: {named[:80]!r}")
     connection = _tokens(telling.get(b"connection"))
     framing = _framing(telling, version)
     if connect and framing:
