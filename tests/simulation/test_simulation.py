@@ -53,9 +53,18 @@ def test_a_seed_is_all_that_a_run_depends_on() -> None:
     assert first == second
 
 
+def play(scene: str, number: int) -> str:
+    command = [sys.executable, Path(__file__).with_name("scenes.py"), scene, str(number)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize("writes", range(10))
 def test_a_vm_whose_supervisor_is_killed_while_it_gets_a_name_is_whole_or_gone(writes: int) -> None:
-    scene = Path(__file__).with_name("persist_scene.py")
-    done = subprocess.run([sys.executable, scene, str(writes)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split() in (["Interrupted", "gone"], ["Interrupted", "new"], ["persisted", "new"])
+    assert play("persist", writes).split() in (["Interrupted", "gone"], ["Interrupted", "new"], ["persisted", "new"])
+
+
+@pytest.mark.parametrize("seed", [15, 16, 27, 33, 39, 45, 51, 63, 81, 82])  # in which it went wrong
+def test_a_service_that_comes_while_a_vm_of_the_last_one_is_about_to_begin_takes_nothing_away(seed: int) -> None:
+    assert play("resume", seed) == "kept\n"

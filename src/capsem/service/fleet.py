@@ -24,7 +24,7 @@ from capsem.service.vm import Vm
 from capsem.store import durable, records
 from capsem.store.checkpoints import CheckpointStore
 from capsem.store.layout import Layout, SessionDir
-from capsem.store.locks import holders, is_locked
+from capsem.store.locks import Lock, holders, is_locked, try_lock
 from capsem.system import System
 
 FAILED_KEPT = 32
@@ -366,21 +366,29 @@ class Fleet:
     # -- the service's own start and end
 
     async def reconcile(self) -> None:
-        """Take over what an earlier service left: adopt living supervisors, settle the rest, sweep remains."""
-        found: list[Vm] = []
+        """Take over what an earlier service left: adopt living supervisors, settle the rest, sweep remains.
+
+        Meanwhile we hold the claim of every VM at rest: a supervisor that the earlier service has spawned may just be about
+        to begin, with a layer of which no record tells yet. It finds the claim taken, and ends; or its layer gone.
+        """
+        found: list[tuple[Vm, Lock | None]] = []
         self._index_waits = True  # else it would be written anew for each of them
-        for session in records.sessions(self.layout):
-            try:
-                found.append(self._found(session))
-            except (CapsemError, OSError) as error:
-                self._skipped = True
-                log.error("%s is skipped: %s", session.path, error)
-        await asyncio.gather(*(self._take_over(vm) for vm in found))
-        self._index_waits = False
-        self.write_index()
-        self._sweep()
-        if self._knows_all():
-            self._sweep_layers()
+        with contextlib.ExitStack() as held:
+            for session in records.sessions(self.layout):
+                try:
+                    claim = try_lock(session.claim)
+                    if claim is not None:
+                        held.callback(claim.release)
+                    found.append((self._found(session), claim))
+                except (CapsemError, OSError) as error:
+                    self._skipped = True
+                    log.error("%s is skipped: %s", session.path, error)
+            await asyncio.gather(*(self._take_over(vm, claim) for vm, claim in found))
+            self._index_waits = False
+            self.write_index()
+            self._sweep()
+            if self._knows_all():
+                self._sweep_layers()
         self.sum_soon()
 
     def _found(self, session: SessionDir) -> Vm:
@@ -404,13 +412,13 @@ class Fleet:
             return vm
         return self.add(session, record)
 
-    async def _take_over(self, vm: Vm) -> None:
-        if is_locked(vm.session.claim) and await self._adopt(vm):
+    async def _take_over(self, vm: Vm, claim: Lock | None) -> None:
+        if claim is None and await self._adopt(vm):
             return
         if vm.obstacle is not None:
             return
         try:
-            vm.settle()
+            vm.settle(claim=claim)
         except (CapsemError, OSError) as error:
             log.error("%s: %s", vm.id, error)
             return

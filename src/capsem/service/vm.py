@@ -19,7 +19,7 @@ from capsem.service.link import Link
 from capsem.store import records
 from capsem.store.layout import SessionDir
 from capsem.store.lines import last_lines
-from capsem.store.locks import is_locked, take_lock, try_lock
+from capsem.store.locks import Lock, is_locked, take_lock, try_lock
 from capsem.system import Child, System
 from capsem.tracing import span
 
@@ -215,8 +215,9 @@ class Vm:
             log.error("the supervisor of %s hung up, and lives on", self.id)
             self.obstacle = Unavailable("its supervisor hung up on the service", hint="stop the VM and resume it")
 
-    def settle(self, status: int | None = None) -> None:
-        """With no supervisor: make the record say so. `status` is the supervisor's exit status where it is known."""
+    def settle(self, status: int | None = None, claim: Lock | None = None) -> None:
+        """With no supervisor: make the record say so. `status` is the supervisor's exit status where it is known, `claim`
+        the VM's, if the caller holds it."""
         if not self.session.record.exists():
             return
         try:
@@ -228,8 +229,8 @@ class Vm:
         record = self.record.recovered(boot_id, saved=saving is not None and self._is_committed(saving))
         if record == self.record:
             return
-        claim = try_lock(self.session.claim)
-        if claim is None:
+        own = None if claim is not None else try_lock(self.session.claim)
+        if claim is None and own is None:
             raise Unavailable(f"somebody else supervises {self.id}")
         try:
             if record.state == State.SUSPENDED:
@@ -247,7 +248,8 @@ class Vm:
             with contextlib.suppress(OSError):  # a full disk: then the next service finds this out anew
                 records.write(self.session, self.record)
         finally:
-            claim.release()
+            if own is not None:
+                own.release()
 
     def reload(self) -> None:
         """Read the record again, which the supervisor may have changed. One that cannot be read leaves what we had."""

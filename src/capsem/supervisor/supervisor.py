@@ -112,6 +112,7 @@ class Supervisor(Changes):
         claim = take_lock(session.claim, "this VM")
         try:
             self._record = self._recovered(records.read(session))
+            self._require_layer()
             self._at("claimed")
             self.recording = Recording(
                 self._system.clock, session.ledger, on=self._bootstrap.ledger, resumed=self._bootstrap.restore
@@ -131,6 +132,13 @@ class Supervisor(Changes):
         """A record that still speaks of a run: with the claim ours, that run is over, whatever kept it from saying so."""
         saved = record.saving is not None and self._store.is_committed(record.saving)
         return record.recovered(self._system.clock.boot_id(), saved=saved)
+
+    def _require_layer(self) -> None:
+        """The layer that the machine is to write to is there: a service that came after the one that has spawned us may
+        have swept it, for no record names it yet. Raises Unavailable."""
+        layer = self._bootstrap.layer
+        if layer is not None and not self._names.layout.layer(layer).exists():
+            raise Unavailable(f"the service that was starting {self._record.id} has ended", hint="start it again")
 
     def _at(self, step: str) -> None:
         """A step of the start; see capsem.faults."""
