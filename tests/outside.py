@@ -66,16 +66,18 @@ def _processes(run_dir: Path) -> list[str]:
 
 
 def _locks(run_dir: Path) -> list[str]:
-    inodes = {}
+    files = {}  # by device and inode: another file system, such as a small one of another test, has the same numbers
     for path in run_dir.rglob("*"):
         with contextlib.suppress(FileNotFoundError):
-            inodes[path.stat().st_ino] = str(path.relative_to(run_dir))
+            status = path.stat()
+            device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+            files[f"{device}:{status.st_ino}"] = str(path.relative_to(run_dir))
     held = []
     for line in Path("/proc/locks").read_text().splitlines():
         words = line.split()
-        inode = int(next(word for word in words if word.count(":") == 2).rpartition(":")[2])
-        if "FLOCK" in words and inode in inodes:
-            held.append(inodes[inode])
+        file = next(word for word in words if word.count(":") == 2)
+        if "FLOCK" in words and file in files:
+            held.append(files[file])
     return sorted(held)
 
 
