@@ -118,13 +118,17 @@ def test_vms_outlive_a_killed_service(own_service: Service) -> None:
     counting = "for i in $(seq 1 60); do echo $i; echo e$i >&2; sleep 0.1; done; exit 5"
     commands = [
         subprocess.Popen(
-            [BIN / "capsem", "exec", vm, counting], env=own_service.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            [BIN / "capsem", "exec", vm, counting],
+            env=own_service.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
         )
         for vm in ("kept", ephemeral)
     ]
     for command in commands:
         assert command.stdout is not None
-        assert command.stdout.readline() == b"1\n"
+        assert command.stdout.readline() == b"1\n"  # and no more of it: unbuffered
     own_service.process.kill()
     own_service.process.wait()
     assert all(map(alive, processes))

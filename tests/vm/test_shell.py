@@ -34,11 +34,14 @@ def test_a_shell_is_a_terminal_and_its_exit_code_ours(service: Service, desk: st
         shown = tty.expect(b"dumb 42\r\n")
         assert b"31 97\r\n" in shown
         assert b"/dev/pts/" in shown
-        tty.type(b"cat\r")
-        tty.expect(b"cat\r\n")
+        # What a command prints tells where the shell is; a prompt may be shown twice, and ^C before the terminal
+        # belongs to the command ends nothing.
+        tty.type(b"sh -c 'echo $((40+3)); exec cat'\r")
+        tty.expect(b"43\r\n")
         tty.type(b"\x03")  # ends cat, and not the shell
         tty.expect(b"desk:~#")
-        tty.type(b"trap 'stty size' WINCH\r")
+        tty.type(b"trap 'stty size' WINCH; echo $((50+1))\r")
+        tty.expect(b"51\r\n")
         tty.expect(b"desk:~#")
         tty.resize(44, 123)
         tty.expect(b"44 123\r\n")

@@ -24,8 +24,11 @@ def test_a_command_through_all_processes(service: Service, box: str, tmp_path: P
     assert set(chain) <= set(spans)
     for outer, inner in itertools.pairwise(chain):
         assert spans[outer]["ts"] <= spans[inner]["ts"], (outer, inner)
-        assert spans[outer]["ts"] + spans[outer]["dur"] >= spans[inner]["ts"] + spans[inner]["dur"], (outer, inner)
-    assert spans[chain[-1]]["dur"] >= 300_000
+    # A service may still be closing its answer when the client has the whole of it: ends are those of the command.
+    command = spans[chain[-1]]
+    assert command["dur"] >= 300_000
+    for outer in chain[:-1]:
+        assert spans[outer]["ts"] + spans[outer]["dur"] >= command["ts"] + command["dur"], outer
     assert len({event["pid"] for event in events if event["ph"] == "X"}) == 4
     # What comes next is none of its business.
     [kept] = (service.run_dir / "traces").glob("*.jsonl")

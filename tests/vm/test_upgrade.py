@@ -43,9 +43,11 @@ def test_vms_are_kept_when_the_settings_say_so(own_service: Service) -> None:
     passing = client.call("provision", body=SMALL)["id"]
     processes = [*family(service, "kept"), *family(service, passing)]
     counting = "for i in $(seq 1 40); do echo $i; sleep 0.1; done; exit 5"
-    command = subprocess.Popen([BIN / "capsem", "exec", "kept", counting], env=service.env, stdout=subprocess.PIPE)
+    command = subprocess.Popen(
+        [BIN / "capsem", "exec", "kept", counting], env=service.env, stdout=subprocess.PIPE, bufsize=0
+    )
     assert command.stdout is not None
-    assert command.stdout.readline() == b"1\n"
+    assert command.stdout.readline() == b"1\n"  # and no more of it: unbuffered
     service.stop()
     assert service.process.returncode == 0
     assert all(map(alive, processes))
