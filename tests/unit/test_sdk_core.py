@@ -72,20 +72,29 @@ def test_a_conversation_keeps_to_its_credit() -> None:
     first = talk.to_send()
     assert stream.WINDOW < len(first) < stream.WINDOW + 1000
     assert talk.to_send() == b""
-    assert talk.take(talk.answer.feed(frames((stream.STDOUT, b""), (stream.CREDIT, (4).to_bytes(4, "big"))))) == []
+    assert not [*talk.take(talk.answer.feed(frames((stream.STDOUT, b""), (stream.CREDIT, (4).to_bytes(4, "big")))))]
     assert bytes(4) in talk.to_send()
-    talk.take(talk.answer.feed(encode_chunk(stream.encode_credit(100))))
+    assert not [*talk.take(talk.answer.feed(encode_chunk(stream.encode_credit(100))))]
     assert talk.to_send().endswith(encode_chunk(b""))  # the end of the input, once
     assert talk.to_send() == b""
 
 
 def test_a_conversation_that_breaks_off_is_interrupted() -> None:
     talk = core.Conversation("box", {"command": "x"})
-    assert talk.take(talk.answer.feed(frames((stream.STDOUT, b"so far")))) == [Output("stdout", b"so far")]
+    assert [*talk.take(talk.answer.feed(frames((stream.STDOUT, b"so far"))))] == [Output("stdout", b"so far")]
     talk.answer.feed(encode_chunk(b""))
     assert talk.answer.done
     with pytest.raises(Interrupted):
         talk.outcome()
+
+
+def test_output_that_comes_with_an_error_is_not_lost() -> None:
+    error = json.dumps(Interrupted("suspended").to_dict()).encode()
+    talk, got = core.Conversation("box", {"command": "x"}), []
+    with pytest.raises(Interrupted, match="suspended"):
+        for piece in talk.take(talk.answer.feed(frames((stream.STDOUT, b"so far"), (stream.ERROR, error)))):
+            got.append(piece)  # noqa: PERF402
+    assert got == [Output("stdout", b"so far")]
 
 
 def test_progress_goes_on_where_it_was() -> None:

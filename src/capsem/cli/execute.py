@@ -17,7 +17,8 @@ from capsem.api import stream
 from capsem.cli.context import GIGABYTES, IMAGE, SECONDS, SESSION, Context, parse_env
 from capsem.cli.net import net_option, wanted
 from capsem.cli.terminal import waiting
-from capsem.client.sync import BrokenOff, ExecStream
+from capsem.client.exec_answer import BrokenOff
+from capsem.client.sync import ExecStream
 from capsem.model.errors import CapsemError
 
 RECONNECT_WITHIN = 60.0  # seconds that a running command waits for a service that went away

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from capsem.client import request
+from capsem.client.exec_answer import BrokenOff
 from capsem.client.http import Answer
-from capsem.client.sync import BrokenOff, Client, receive
+from capsem.client.sync import Client, receive
 
 
 class Decoder:

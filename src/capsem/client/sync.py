@@ -15,8 +15,9 @@ from typing import Any, Final, Protocol
 from capsem import tracing
 from capsem.api import stream
 from capsem.client import request
+from capsem.client.exec_answer import BrokenOff, ExecAnswer
 from capsem.client.http import Answer, BadAnswer, encode_chunk
-from capsem.model.errors import CapsemError, Interrupted, TimedOut, Unavailable, from_dict
+from capsem.model.errors import CapsemError, TimedOut, Unavailable
 
 _RECEIVE: Final = 256 * 1024
 _LONGEST_ADDRESS: Final = 107  # bytes that fit a sockaddr_un
@@ -124,10 +125,6 @@ class Client:
         )
 
 
-class BrokenOff(Interrupted):
-    """The service went away in the middle of a stream; what it followed may well go on."""
-
-
 class ExecStream:
     """A running command. Iterating yields (channel, bytes), STDOUT or STDERR, as they come; then `result` is there.
 
@@ -142,8 +139,7 @@ class ExecStream:
         self._work = tracing.span("stream")
         self._work.__enter__()
         self._connection = connection
-        self._answer = Answer()
-        self._decoder = stream.Decoder()
+        self._heard = ExecAnswer()
         self._credit = _Credit()
         first = head + encode_chunk(stream.encode(stream.REQUEST, body))
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -174,30 +170,14 @@ class ExecStream:
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
         """Yields output until the command has ended. Raises the CapsemError that ended it, or BrokenOff."""
-        answer = self._answer
-        refusal: list[bytes] = []
+        answer = self._heard.answer
         while not answer.done:
-            data = receive(self._connection, answer, None)
-            if answer.status == 200:
-                yield from self._frames(data)
-            else:
-                refusal.append(data)
+            for piece in self._heard.take(receive(self._connection, answer, None)):
+                self._credit.add(self._heard.new_credit())
+                yield piece
+            self._credit.add(self._heard.new_credit())
         self._credit.end()
-        if answer.status != 200:
-            raise request.decode_error(answer.status, answer.headers, b"".join(refusal))
-        if not self.result:
-            raise BrokenOff("the service broke off before it said how the command ended")
-
-    def _frames(self, data: bytes) -> Iterator[tuple[int, bytes]]:
-        for channel, payload in self._decoder.feed(data):
-            if channel in (stream.STDOUT, stream.STDERR):
-                yield channel, payload
-            elif channel == stream.RESULT:
-                self.result = request.decode_object(payload)
-            elif channel == stream.ERROR:
-                raise from_dict(request.decode_object(payload))
-            elif channel == stream.CREDIT:
-                self._credit.add(stream.decode_credit(payload))
+        self.result = self._heard.outcome()
 
     def _send_input(self, stdin: Input) -> None:
         with contextlib.suppress(OSError, ValueError):  # the command ended, or the input was closed

@@ -9,9 +9,9 @@ from typing import Any, Final, Protocol
 
 from capsem.api import stream
 from capsem.client import request
-from capsem.client.http import Answer, BadAnswer, encode_chunk
-from capsem.client.sync import BrokenOff, Client
-from capsem.model.errors import from_dict
+from capsem.client.exec_answer import BrokenOff, ExecAnswer
+from capsem.client.http import BadAnswer, encode_chunk
+from capsem.client.sync import Client
 
 _PIECE: Final = 4096
 _RECEIVE: Final = 64 * 1024
@@ -73,7 +73,8 @@ class Joined:
         """
         head = request.encode_stream_head(request.operation("exec_stream"), vm_id)
         first = stream.encode(stream.REQUEST, request.encode_body(body))
-        answer, decoder, refusal, credit = Answer(), stream.Decoder(), bytearray(), stream.WINDOW
+        heard, credit = ExecAnswer(), stream.WINDOW
+        answer = heard.answer
         leaving = False
         with self._client.connect() as connection:
             connection.settimeout(None)
@@ -109,21 +110,10 @@ class Joined:
                         answer.eof()
                 except (BadAnswer, ConnectionError) as error:
                     raise BrokenOff(f"the service went away: {error}") from error
-                if answer.status != 200:
-                    refusal += came
-                    if answer.done:
-                        raise request.decode_error(answer.status, answer.headers, bytes(refusal))
-                    continue
-                for channel, payload in decoder.feed(came):
-                    if channel == stream.STDOUT:
-                        self._console.show(payload)
-                        self.seen += len(payload)
-                    elif channel == stream.CREDIT:
-                        credit += stream.decode_credit(payload)
-                    elif channel == stream.RESULT:
-                        return request.decode_object(payload)
-                    elif channel == stream.ERROR:
-                        raise from_dict(request.decode_object(payload))
-                if answer.done:
-                    raise BrokenOff("the service broke off before it said how the command ended")
+                for _, shown in heard.take(came):
+                    self._console.show(shown)
+                    self.seen += len(shown)
+                credit += heard.new_credit()
+                if heard.ended is not None or answer.done:
+                    return heard.outcome()
         return None

@@ -20,9 +20,10 @@ from capsem.api.checkpoint_types import CheckpointInfo, CheckpointResponse, Roll
 from capsem.api.exec_types import JobInfo
 from capsem.api.file_types import FileEntry
 from capsem.api.vm_types import LogsResponse, SandboxInfo
+from capsem.client.exec_answer import BrokenOff
 from capsem.client.forward import Forwarding
 from capsem.client.http import Answer, BadAnswer
-from capsem.client.sync import BrokenOff, Client
+from capsem.client.sync import Client
 from capsem.model.errors import NotFound
 from capsem.sdk import core
 from capsem.sdk.aio_network import AsyncNetwork

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import posixpath
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, Literal, TypeVar
 
@@ -38,9 +38,10 @@ from capsem.api.network_types import (
 from capsem.api.operation import JSON
 from capsem.api.vm_types import ListResponse, LogsResponse, SandboxInfo
 from capsem.client import request
+from capsem.client.exec_answer import ExecAnswer
 from capsem.client.http import Answer, encode_chunk, encode_head
 from capsem.egress.schema import PRESETS
-from capsem.model.errors import Interrupted, InvalidInput, PayloadTooLarge, from_dict
+from capsem.model.errors import InvalidInput, PayloadTooLarge
 from capsem.sdk.types import Output, Result
 
 T = TypeVar("T")
@@ -111,10 +112,7 @@ class Conversation:
 
     def __init__(self, vm_id: str, body: Mapping[str, Any], data: bytes = b"") -> None:
         """`body` is an ExecRequest, `data` the command's standard input."""
-        self.answer = Answer()
-        self.ended: dict[str, Any] | None = None  # an ExecResult, once it is there
-        self._refusal = bytearray()
-        self._decoder = stream.Decoder()
+        self._heard = ExecAnswer()
         self._data = memoryview(data)
         self._credit = stream.WINDOW
         self._closed = False
@@ -125,6 +123,7 @@ class Conversation:
         """What may be sent now: at first the request, then as much input as there is credit for."""
         parts = [self._head]
         self._head = b""
+        self._credit += self._heard.new_credit()
         while self._data and self._credit:
             piece = self._data[: min(self._credit, stream.CHUNK)]
             self._data = self._data[len(piece) :]
@@ -135,30 +134,21 @@ class Conversation:
             parts.append(encode_chunk(b""))
         return b"".join(parts)
 
-    def take(self, body: bytes) -> list[Output]:
-        """Bytes of the answer's body; returns the output in them. Raises the CapsemError that ended the command."""
-        if self.answer.status != 200:
-            self._refusal += body
-            return []
-        found = []
-        for channel, payload in self._decoder.feed(body):
-            if channel == stream.RESULT:
-                self.ended = request.decode_object(payload)
-            elif channel == stream.ERROR:
-                raise from_dict(request.decode_object(payload))
-            elif channel == stream.CREDIT:
-                self._credit += stream.decode_credit(payload)
-            elif payload and channel in (stream.STDOUT, stream.STDERR):
-                found.append(Output("stdout" if channel == stream.STDOUT else "stderr", payload))
-        return found
+    @property
+    def answer(self) -> Answer:
+        """What takes the bytes of the connection."""
+        return self._heard.answer
+
+    def take(self, body: bytes) -> Iterator[Output]:
+        """Bytes of the answer's body; yields the output in them, and is to be iterated to its end. Raises the CapsemError
+        that ended the command."""
+        for channel, payload in self._heard.take(body):
+            if payload:
+                yield Output("stdout" if channel == stream.STDOUT else "stderr", payload)
 
     def outcome(self) -> dict[str, Any]:
         """The ExecResult, once the answer is done. Raises what the service refused it with, or Interrupted."""
-        if self.answer.status != 200:
-            raise request.decode_error(self.answer.status, self.answer.headers, bytes(self._refusal))
-        if self.ended is None:
-            raise Interrupted("the service broke off before it said how the command ended")
-        return self.ended
+        return self._heard.outcome()
 
 
 class Progress:
