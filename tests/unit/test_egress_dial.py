@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
+import socket
 import ssl
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from capsem.egress.dial import Dialer, Trust
+from capsem.egress import dial
+from capsem.egress.dial import Dialer, DialError, Target, Trust
 from capsem.egress.facts import Layer
 from capsem.egress.proxies import BadProxy, HostProxies, HostProxy, from_environment
 from egress_bench import Bench, answering, bench, read_head, rule, run, sites
@@ -190,3 +195,80 @@ async def test_the_next_address_is_tried(tmp_path: Path) -> None:
         status, _, body = await client.answer()
         assert status == 502
         assert b"127.0.0.2 port 1" in body
+
+
+@contextlib.contextmanager
+def silent(address: str, port: int) -> Iterator[None]:
+    """Somebody listens there, and so does not refuse, but never answers: his queue is full."""
+    with contextlib.ExitStack() as sockets:
+        listener = sockets.enter_context(socket.socket())
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        listener.listen(0)
+        for _ in range(2):  # one that he could accept, one that waits for that
+            queued = sockets.enter_context(socket.socket())
+            queued.setblocking(False)
+            queued.connect_ex((address, port))
+        yield
+
+
+@run
+async def test_an_address_that_says_nothing_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dial, "_CONNECT", 3600.0)
+    async with bench(tmp_path) as world:
+        port = await world.origin(answering())
+        with silent("127.0.0.2", port):
+            dialled = await Dialer(Trust()).dial(Target("site.test", port, tls=False), ["127.0.0.2", "127.0.0.1"])
+        assert dialled.address == "127.0.0.1"
+        dialled.stream.abort()
+
+
+@run
+async def test_one_that_refuses_is_followed_by_the_next_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dial, "_HEAD_START", 3600.0)
+    async with bench(tmp_path) as world:
+        port = await world.origin(answering())
+        dialled = await Dialer(Trust()).dial(Target("site.test", port, tls=False), ["127.0.0.3", "127.0.0.1"])
+        assert dialled.address == "127.0.0.1"
+        dialled.stream.abort()
+        with pytest.raises(DialError, match=r"127\.0\.0\.3 port"):
+            await Dialer(Trust()).dial(Target("site.test", port, tls=False), ["127.0.0.3", "127.0.0.4"])
+
+
+@run
+async def test_what_the_host_trusts_is_loaded_once_while_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, loaded, real = threading.Event(), [], ssl.create_default_context
+
+    def load() -> ssl.SSLContext:
+        go_on.wait(30)
+        loaded.append(1)
+        return real()
+
+    async with bench(tmp_path, sites("site.test")) as world:
+        secure, plain = await world.origin(answering(), "site.test"), await world.origin(answering())
+        clients = [await world.tls("site.test", port=secure) for _ in range(2)]
+        monkeypatch.setattr(ssl, "create_default_context", load)
+        for each in clients:
+            await each.send(GET)
+        client = world.plain(port=plain)
+        await client.send(GET)
+        assert (await client.answer())[0] == 200
+        assert not loaded
+        go_on.set()
+        assert [(await each.answer())[0] for each in clients] == [200, 200]
+    assert len(loaded) == 1
+
+
+@run
+async def test_a_file_of_an_authority_that_is_mended_is_read_again(tmp_path: Path) -> None:
+    trust, file = Trust([tmp_path / "company.pem"]), tmp_path / "company.pem"
+    for _ in range(2):
+        with pytest.raises(DialError, match=r"company\.pem cannot be read"):
+            await trust.context()
+    async with bench(tmp_path):
+        file.write_bytes((tmp_path / "origins.pem").read_bytes())
+    assert await trust.context() is await trust.context()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +19,8 @@ from capsem.egress.stream import ByteStream
 from capsem.egress.tls import TlsStream
 
 _CONNECT: Final = 10.0  # seconds for one address
+_HEAD_START: Final = 0.25  # seconds of one address before the next is tried beside it
+_ATTEMPTS: Final = 8  # addresses of a name
 _HANDSHAKE: Final = 15.0
 
 
@@ -46,7 +48,8 @@ class Trust:
     """What the host takes for a true certificate: its own store, and the authorities in the files of `extra`. `certificates`
     are those that it can show itself: by name, the files of a chain and of its key.
 
-    Loading the store takes tens of milliseconds: a context is made once for each client certificate.
+    Loading the store takes tens of milliseconds: that is done once for each client certificate, and by a thread, while other
+    connections go on.
     """
 
     def __init__(
@@ -54,14 +57,21 @@ class Trust:
     ) -> None:
         self._extra = tuple(extra)
         self._certificates = certificates
-        self._contexts: dict[tuple[str | None, bool], ssl.SSLContext] = {}
+        self._contexts: dict[tuple[str | None, bool], asyncio.Future[ssl.SSLContext]] = {}
 
-    def context(self, certificate: str | None = None, *, http2: bool = False) -> ssl.SSLContext:
-        """For the client's side. Raises DialError for a file that cannot be used."""
-        context = self._contexts.get((certificate, http2))
-        if context is None:
-            context = self._contexts[certificate, http2] = self._make(certificate, http2=http2)
-        return context
+    async def context(self, certificate: str | None = None, *, http2: bool = False) -> ssl.SSLContext:
+        """For the client's side. Raises DialError for a file that cannot be used; the next who asks tries again."""
+        key = certificate, http2
+        making = self._contexts.get(key)
+        if making is None:
+            making = asyncio.ensure_future(asyncio.to_thread(self._make, certificate, http2=http2))
+            self._contexts[key] = making
+            making.add_done_callback(lambda made: self._made(key, made))
+        return await asyncio.shield(making)  # who leaves meanwhile takes it from nobody
+
+    def _made(self, key: tuple[str | None, bool], made: asyncio.Future[ssl.SSLContext]) -> None:
+        if made.cancelled() or made.exception() is not None:
+            del self._contexts[key]
 
     def _make(self, certificate: str | None, *, http2: bool) -> ssl.SSLContext:
         context = ssl.create_default_context()
@@ -111,9 +121,9 @@ class Dialer:
         return any(self._proxies.to(host, port, plain=plain) for port, plain in ((443, False), (80, True)))
 
     async def dial(self, target: Target, addresses: Sequence[str], *, http: bool = True) -> Dialled:
-        """A connection to the first of `addresses` that answers; they have been checked. Raises DialError."""
+        """A connection to one of `addresses`, which have been checked: see `_first`. Raises DialError."""
         proxy = self.proxy(target, http=http)
-        context = self._trust.context(target.certificate, http2=target.http2) if target.tls else None
+        context = await self._trust.context(target.certificate, http2=target.http2) if target.tls else None
         if proxy is None:
             socket, address = await self._first(target, addresses)
             stream: ByteStream = socket
@@ -128,13 +138,29 @@ class Dialer:
         return Dialled(tls, socket, address, alpn=tls.alpn)
 
     async def _first(self, target: Target, addresses: Sequence[str]) -> tuple[SocketStream, str]:
-        failure: DialError | None = None
-        for address in addresses:
-            try:
-                return await connect(address, target.port), address
-            except DialError as error:
-                failure = failure or error
-        raise failure or DialError(f"{target.host} has no address")
+        """The one that answers first, each tried when the one before it has failed or said nothing for a while (RFC 8305).
+        asyncio does the same for a name, but looks it up itself: what is dialled here is what was checked."""
+        waiting, failure = list(addresses[:_ATTEMPTS]), None
+        trying: dict[asyncio.Task[SocketStream], str] = {}
+        try:
+            while waiting or trying:
+                if waiting:
+                    address = waiting.pop(0)
+                    trying[asyncio.create_task(connect(address, target.port))] = address
+                done, _ = await asyncio.wait(
+                    trying, timeout=_HEAD_START if waiting else None, return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    address = trying.pop(task)
+                    error = task.exception()
+                    if error is None:
+                        return task.result(), address
+                    if not isinstance(error, DialError):
+                        raise error
+                    failure = failure or error
+            raise failure or DialError(f"{target.host} has no address")
+        finally:
+            await _give_up(trying)
 
     async def _secure(self, stream: ByteStream, context: ssl.SSLContext, name: str) -> TlsStream:
         tls = TlsStream(stream, context, server_hostname=name)
@@ -156,7 +182,7 @@ class Dialer:
         """The stream that leads through a proxy."""
         stream: ByteStream = socket
         if proxy.tls:
-            stream = await self._secure(socket, self._trust.context(), proxy.host)
+            stream = await self._secure(socket, await self._trust.context(), proxy.host)
         if not tunnel:
             return stream
         authority = hosts.join_authority(target.host, target.port, 0).encode()
@@ -182,6 +208,15 @@ class Dialer:
             stream.abort()
             raise
         return stream
+
+
+async def _give_up(trying: Iterable[asyncio.Task[SocketStream]]) -> None:
+    """End attempts that nobody waits for any more; one may have just succeeded."""
+    for task in trying:
+        task.cancel()
+    for made in await asyncio.gather(*trying, return_exceptions=True):
+        if isinstance(made, SocketStream):
+            made.abort()
 
 
 async def connect(address: str, port: int) -> SocketStream:
