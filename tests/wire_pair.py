@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from capsem.wire.decoder import FrameDecoder
+from capsem.wire.events import Event
 from capsem.wire.frames import DATA, FIRST_NONCE, Frame, Marker
-from capsem.wire.streams import Event, Mux
+from capsem.wire.streams import Mux
 
 
 def merged(items: Iterable[Frame | Marker]) -> list[object]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from agent_host import AgentProcess
 from capsem.control.channel import Stream
 from capsem.control.guest import Guest
-from capsem.wire.messages import STDERR, STDIN, STDOUT, Exec, Exited, Message
+from capsem.wire.messages import STDERR, STDIN, STDOUT, Exec, Exited
+from capsem.wire.schema import Message
 
 LIMIT = 120.0  # seconds for a whole scenario: nothing is measured by it, it only ends what hangs
 

@@ -28,7 +28,7 @@ from capsem.supervisor.owned import Names
 from capsem.supervisor.supervisor import Supervisor
 from capsem.system import System
 from capsem.system.real import RealProcesses, real_system
-from capsem.wire.messages import decode_message
+from capsem.wire.schema import decode_message
 
 
 class ProcessMachine:

@@ -14,17 +14,8 @@ from agent_bench import Bench
 from capsem.model.errors import AlreadyExists, GuestFailed, Interrupted, TimedOut, Unavailable
 from capsem.wire import frames
 from capsem.wire.frames import FIRST_NONCE, answer_to, encode
-from capsem.wire.messages import (
-    PROTOCOL_VERSION,
-    STDOUT,
-    BootConfigDone,
-    Exec,
-    Ping,
-    ReadFile,
-    Ready,
-    ShutdownRequest,
-    encode_message,
-)
+from capsem.wire.messages import PROTOCOL_VERSION, STDOUT, BootConfigDone, Exec, Ping, ReadFile, Ready, ShutdownRequest
+from capsem.wire.schema import encode_message
 
 Run = Callable[..., None]
 

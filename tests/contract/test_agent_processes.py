@@ -13,8 +13,10 @@ from capsem.guest import processes
 from capsem.guest.group import Group
 from capsem.guest.loop import Loop
 from capsem.guest.processes import Command
-from capsem.wire.messages import STDOUT, Exec, Exited, Message
-from capsem.wire.streams import WINDOW, Closed, DataReceived
+from capsem.wire.events import Closed, DataReceived
+from capsem.wire.messages import STDOUT, Exec, Exited
+from capsem.wire.schema import Message
+from capsem.wire.streams import WINDOW
 from wire_pair import pair, settle
 
 

@@ -14,7 +14,8 @@ from agent_bench import Bench
 from capsem.control.channel import Stream
 from capsem.guest.kept import LIMIT
 from capsem.model.errors import AlreadyExists, Interrupted, InvalidInput, NotFound
-from capsem.wire.messages import STDERR, STDOUT, Exited, Forget, Message, Reattach, Reattached, Signal
+from capsem.wire.messages import STDERR, STDOUT, Exited, Forget, Reattach, Reattached, Signal
+from capsem.wire.schema import Message
 from capsem.wire.streams import WINDOW
 
 Run = Callable[..., None]

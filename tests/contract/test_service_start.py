@@ -24,7 +24,7 @@ from capsem.store.layout import SessionDir
 from capsem.store.locks import Lock, try_lock
 from capsem.supervisor import server
 from capsem.wire.frames import MAX_DATA, ONE_WRITE
-from capsem.wire.messages import Message
+from capsem.wire.schema import Message
 from service_world import World, play, status
 
 

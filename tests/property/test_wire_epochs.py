@@ -8,9 +8,9 @@ from __future__ import annotations
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from capsem.wire.events import EpochStarted, MessageReceived, Opened
 from capsem.wire.frames import FIRST_NONCE, ProtocolError
 from capsem.wire.messages import Exec, Ping, Pong, Sync
-from capsem.wire.streams import EpochStarted, MessageReceived, Opened
 from wire_pair import End, new_mux
 
 

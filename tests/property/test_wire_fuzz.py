@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from capsem.wire import frames
 from capsem.wire.decoder import FrameDecoder
+from capsem.wire.events import Event
 from capsem.wire.frames import (
     FIRST_NONCE,
     HEADER,
@@ -25,8 +26,9 @@ from capsem.wire.frames import (
     encode,
     make_nonce,
 )
-from capsem.wire.messages import MESSAGES, STREAMS, Exec, Message, ReadFile, decode_message, encode_message
-from capsem.wire.streams import CHANNELS, Event, Mux
+from capsem.wire.messages import MESSAGES, STREAMS, Exec, ReadFile
+from capsem.wire.schema import Message, decode_message, encode_message
+from capsem.wire.streams import CHANNELS, Mux
 from wire_pair import merged
 
 NONCE = bytes.fromhex("8fe1b70c5ad3926e01f4a83b7d20c695")
@@ -187,7 +189,7 @@ def instances(cls: type[Message]) -> st.SearchStrategy[Message]:
 @settings(max_examples=150)
 @given(st.sampled_from(sorted(MESSAGES.values(), key=lambda cls: cls.tag)).flatmap(instances))
 def test_every_message_round_trips(message: Message) -> None:
-    assert decode_message(encode_message(message)) == message
+    assert decode_message(encode_message(message), MESSAGES) == message
 
 
 @settings(max_examples=250)
@@ -195,10 +197,10 @@ def test_every_message_round_trips(message: Message) -> None:
 def test_garbage_for_decode_message(payload: bytes) -> None:
     """A message, which then can be sent on as it is, or ProtocolError."""
     try:
-        message = decode_message(payload)
+        message = decode_message(payload, MESSAGES)
     except ProtocolError:
         return
-    assert decode_message(encode_message(message)) == message
+    assert decode_message(encode_message(message), MESSAGES) == message
     assert len(repr(message)) < 2000
 
 

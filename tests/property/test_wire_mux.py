@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from capsem.wire import frames, streams
-from capsem.wire.messages import Egress, EgressEnded, Exec, Exited, Ping
-from capsem.wire.streams import (
+from capsem.wire.events import (
     Closed,
     CreditReceived,
     DataReceived,
@@ -21,6 +20,7 @@ from capsem.wire.streams import (
     Opened,
     ResetReceived,
 )
+from capsem.wire.messages import Egress, EgressEnded, Exec, Exited, Ping
 from wire_pair import End, pair, settle
 
 WINDOW, NARROW, SHARED, WIDE, LARGEST, ONE_WRITE = 64, 24, 100, 200, 20, 12  # small ones are reached sooner

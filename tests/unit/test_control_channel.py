@@ -22,13 +22,12 @@ from capsem.wire.messages import (
     Exited,
     Failed,
     FileWritten,
-    Message,
     Ping,
     ReadFile,
     Signal,
     WriteFile,
-    encode_message,
 )
+from capsem.wire.schema import Message, encode_message
 from capsem.wire.streams import WINDOW, Mux
 
 EXEC = Exec(job="j", command="c", stdin=True)

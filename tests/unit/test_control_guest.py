@@ -16,6 +16,7 @@ from capsem.control.guest import Guest, Identity, Restored
 from capsem.control.heartbeat import Heartbeat
 from capsem.model.errors import GuestFailed, Interrupted, TimedOut
 from capsem.wire.decoder import FrameDecoder
+from capsem.wire.events import EpochStarted, MessageReceived, Opened
 from capsem.wire.frames import FIRST_NONCE, answer_to
 from capsem.wire.messages import (
     PROTOCOL_VERSION,
@@ -26,7 +27,6 @@ from capsem.wire.messages import (
     Exec,
     FileRead,
     FileWritten,
-    Message,
     Ping,
     Pong,
     ReadFile,
@@ -35,7 +35,8 @@ from capsem.wire.messages import (
     ShutdownRequest,
     SuspendRequest,
 )
-from capsem.wire.streams import EpochStarted, MessageReceived, Mux, Opened
+from capsem.wire.schema import Message
+from capsem.wire.streams import Mux
 
 NONCES = [bytes([first, *range(0x80, 0x8F)]) for first in range(0xC0, 0xD0)]
 

@@ -13,8 +13,9 @@ import pytest
 from capsem.guest import files
 from capsem.guest.files import Reader, Refused, open_parent, refusal
 from capsem.guest.writer import Rings, Writer
+from capsem.wire.events import Closed, CreditReceived, DataReceived, EndReceived
 from capsem.wire.messages import STDIN, STDOUT, Failed, FileRead, FileWritten, ReadFile, WriteFile
-from capsem.wire.streams import BULK_WINDOW, WINDOW, Closed, CreditReceived, DataReceived, EndReceived
+from capsem.wire.streams import BULK_WINDOW, WINDOW
 from wire_pair import pair, settle
 
 

@@ -19,7 +19,7 @@ from capsem.egress.parts import SecretMisuse, SecretUnavailable
 from capsem.model.errors import InvalidInput
 from capsem.simulation.loop import SimLoop
 from capsem.supervisor.lending import ANSWER_LIMIT, Lending
-from capsem.wire.messages import Message
+from capsem.wire.schema import Message
 
 OWN = "capsem-key-" + "a" * 20
 GRANTED = grants.to_json([Grant("key", (OWN,), ("own.test",), env="KEY")])

@@ -7,6 +7,17 @@ import pytest
 
 from capsem.wire import frames
 from capsem.wire.decoder import FrameDecoder
+from capsem.wire.events import (
+    Closed,
+    CreditReceived,
+    DataReceived,
+    EndReceived,
+    EpochStarted,
+    Event,
+    MessageReceived,
+    Opened,
+    ResetReceived,
+)
 from capsem.wire.frames import FIRST_NONCE, ONE_WRITE, ProtocolError, answer_to, encode
 from capsem.wire.messages import (
     STDERR,
@@ -18,31 +29,15 @@ from capsem.wire.messages import (
     Exited,
     Failed,
     FileRead,
-    Message,
     Ping,
     Pong,
     ReadFile,
     Signal,
     Sync,
     Synced,
-    encode_message,
 )
-from capsem.wire.streams import (
-    MAX_STREAMS,
-    NARROW,
-    SHARED,
-    WINDOW,
-    Closed,
-    CreditReceived,
-    DataReceived,
-    EndReceived,
-    EpochStarted,
-    Event,
-    MessageReceived,
-    Mux,
-    Opened,
-    ResetReceived,
-)
+from capsem.wire.schema import Message, encode_message
+from capsem.wire.streams import MAX_STREAMS, NARROW, SHARED, WINDOW, Mux
 from wire_pair import End, new_mux, pair, settle
 
 EXEC = Exec(job="j", command="c")

@@ -34,13 +34,13 @@ from capsem.wire.messages import (
     Forward,
     Forwarded,
     ListDir,
-    Message,
     ReadFile,
     Resize,
     Signal,
     Terminal,
     WriteFile,
 )
+from capsem.wire.schema import Message
 
 PROTOCOL = 2  # since 2, data frames may be as long as the wire's largest_data says
 OLDEST_PROTOCOL = 1

@@ -7,7 +7,7 @@ stream is open; without one it is denied at once.
 
 from __future__ import annotations
 
-from capsem.wire.messages import Message
+from capsem.wire.schema import Message
 
 
 class SetNetwork(Message, tag="set-network"):

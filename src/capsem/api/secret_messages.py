@@ -6,7 +6,7 @@ it needs one, it asks on the streams that services keep open for that, and forge
 
 from __future__ import annotations
 
-from capsem.wire.messages import Message
+from capsem.wire.schema import Message
 
 
 class LendSecrets(Message, tag="lend-secrets"):

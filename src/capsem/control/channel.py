@@ -9,9 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import cast
 
 from capsem.model.errors import CapsemError, Interrupted, InvalidInput, TimedOut, from_dict
-from capsem.wire.frames import ProtocolError
-from capsem.wire.messages import Failed, Message
-from capsem.wire.streams import (
+from capsem.wire.events import (
     Closed,
     CreditReceived,
     DataReceived,
@@ -19,10 +17,13 @@ from capsem.wire.streams import (
     EpochStarted,
     Event,
     MessageReceived,
-    Mux,
     Opened,
     ResetReceived,
 )
+from capsem.wire.frames import ProtocolError
+from capsem.wire.messages import Failed
+from capsem.wire.schema import Message
+from capsem.wire.streams import Mux
 
 
 class Stream:

@@ -14,6 +14,7 @@ from capsem.control.channel import Channel, Stream, limited
 from capsem.model.errors import GuestFailed, Interrupted, TimedOut
 from capsem.system import Clock, Entropy
 from capsem.wire.decoder import FrameDecoder
+from capsem.wire.events import EpochStarted
 from capsem.wire.frames import FIRST_NONCE, ProtocolError, make_nonce
 from capsem.wire.handshake import DONE, OFFERED, WAITING, HostHandshake, VersionMismatch
 from capsem.wire.messages import (
@@ -28,7 +29,6 @@ from capsem.wire.messages import (
     GoOn,
     Held,
     Hold,
-    Message,
     Network,
     Ping,
     Pong,
@@ -46,7 +46,8 @@ from capsem.wire.messages import (
     WriteFile,
     largest_data,
 )
-from capsem.wire.streams import EpochStarted, Mux
+from capsem.wire.schema import Message
+from capsem.wire.streams import Mux
 
 _ENTROPY = 64  # bytes for a restored guest's kernel
 HANDSHAKE_LIMIT = 10.0  # seconds until a handshake that hangs is begun again

@@ -22,6 +22,17 @@ from capsem.guest.terminal import TerminalCommand
 from capsem.guest.writer import Rings, Writer
 from capsem.wire.decoder import FrameDecoder
 from capsem.wire.environment import TRUST_ENV, env_problem
+from capsem.wire.events import (
+    Closed,
+    CreditReceived,
+    DataReceived,
+    EndReceived,
+    EpochStarted,
+    Event,
+    MessageReceived,
+    Opened,
+    ResetReceived,
+)
 from capsem.wire.frames import MAX_DATA, ProtocolError
 from capsem.wire.handshake import DONE, GuestHandshake
 from capsem.wire.messages import (
@@ -37,7 +48,6 @@ from capsem.wire.messages import (
     Held,
     Hold,
     ListDir,
-    Message,
     Network,
     Ping,
     Pong,
@@ -53,18 +63,8 @@ from capsem.wire.messages import (
     Terminal,
     WriteFile,
 )
-from capsem.wire.streams import (
-    Closed,
-    CreditReceived,
-    DataReceived,
-    EndReceived,
-    EpochStarted,
-    Event,
-    MessageReceived,
-    Mux,
-    Opened,
-    ResetReceived,
-)
+from capsem.wire.schema import Message
+from capsem.wire.streams import Mux
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ import time
 from capsem.guest.files import refusal
 from capsem.guest.loop import Loop
 from capsem.guest.servant import Servant
-from capsem.wire.messages import Frozen, Message, Thaw, Thawed
+from capsem.wire.messages import Frozen, Thaw, Thawed
+from capsem.wire.schema import Message
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

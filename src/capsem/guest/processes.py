@@ -21,7 +21,8 @@ from capsem.guest.group import Group
 from capsem.guest.kept import LIMIT, Kept
 from capsem.guest.loop import READ, WRITE, Loop, Timer
 from capsem.guest.servant import Servant
-from capsem.wire.messages import STDERR, STDIN, STDOUT, Exec, Exited, Message, Reattach, Reattached, Signal, Started
+from capsem.wire.messages import STDERR, STDIN, STDOUT, Exec, Exited, Reattach, Reattached, Signal, Started
+from capsem.wire.schema import Message
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from functools import partial
 from capsem.guest.loop import READ, WRITE, Loop
 from capsem.guest.servant import Servant
 from capsem.guest.system import accept
-from capsem.wire.messages import Message, Resolve, Resolved
+from capsem.wire.messages import Resolve, Resolved
+from capsem.wire.schema import Message
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

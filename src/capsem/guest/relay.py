@@ -12,7 +12,8 @@ import os
 from capsem.guest.loop import READ, WRITE, Loop
 from capsem.guest.servant import Servant
 from capsem.wire.frames import ONE_WRITE
-from capsem.wire.messages import STDIN, STDOUT, Message
+from capsem.wire.messages import STDIN, STDOUT
+from capsem.wire.schema import Message
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

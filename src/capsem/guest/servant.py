@@ -4,7 +4,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from capsem.wire.messages import Message
+    from capsem.wire.schema import Message
 
 
 class Servant:

@@ -18,7 +18,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from capsem.wire.messages import Exec, Message
+    from capsem.wire.messages import Exec
+    from capsem.wire.schema import Message
 
 _TIOCSWINSZ = 0x5414  # python3-minimal has no termios
 _SIZE = struct.Struct("=HHHH")  # rows, columns, and their size in pixels, which nobody knows

@@ -15,7 +15,7 @@ from capsem.api.network_types import AskInfo, AsksQuery, AsksResponse
 from capsem.model.errors import CapsemError
 from capsem.service.fleet import Fleet
 from capsem.service.vm import Vm
-from capsem.wire.messages import Message
+from capsem.wire.schema import Message
 
 QUIET: Final = 15.0  # seconds after which a client is told that nothing has happened, so that a dead one is noticed
 BACKLOG: Final = 1000  # events that a slow client may be behind; then it is hung up on

@@ -24,17 +24,8 @@ from capsem.offline.workspace import GUEST_PATH
 from capsem.service.commands import TEXT_FILE_LIMIT, Commands
 from capsem.service.create import Maker
 from capsem.service.offline import Offline, pieces_of
-from capsem.wire.messages import (
-    STDIN,
-    STDOUT,
-    DirListed,
-    FileFound,
-    FileWritten,
-    ListDir,
-    Message,
-    ReadFile,
-    WriteFile,
-)
+from capsem.wire.messages import STDIN, STDOUT, DirListed, FileFound, FileWritten, ListDir, ReadFile, WriteFile
+from capsem.wire.schema import Message
 
 CONTENT_LIMIT: Final = 10 * 1024 * 1024  # bytes of a file in one answer
 DEEPEST: Final = 6

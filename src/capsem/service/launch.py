@@ -23,7 +23,7 @@ from capsem.store.layout import Layout, SessionDir
 from capsem.store.lines import last_lines
 from capsem.system import Child, System
 from capsem.tracing import span
-from capsem.wire.messages import encode_message
+from capsem.wire.schema import encode_message
 
 # Nothing else of the service's environment reaches a supervisor: a user's secrets stay here (interface.md 1.3).
 PASSED_ON = (

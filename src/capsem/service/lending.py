@@ -20,7 +20,7 @@ from capsem.service.fleet import Fleet
 from capsem.service.link import Link
 from capsem.service.secrets import Secrets
 from capsem.service.vm import Vm
-from capsem.wire.messages import Message
+from capsem.wire.schema import Message
 
 Lent = Mapping[str, tuple[str, ...]]  # as a record has it: placeholders by secret, the VM's own first
 

@@ -15,7 +15,8 @@ from capsem.model.errors import Interrupted, TimedOut, Unsupported
 from capsem.system import System
 from capsem.wire.decoder import FrameDecoder
 from capsem.wire.frames import ProtocolError
-from capsem.wire.messages import Message, largest_data
+from capsem.wire.messages import largest_data
+from capsem.wire.schema import Message
 from capsem.wire.streams import Mux
 
 HELLO_LIMIT = 5.0  # seconds

@@ -32,7 +32,7 @@ from capsem.store.layout import Layout, SessionDir
 from capsem.store.locks import Lock, try_lock
 from capsem.supervisor.owned import Names
 from capsem.supervisor.supervisor import Supervisor
-from capsem.wire.messages import decode_message
+from capsem.wire.schema import decode_message
 
 MOST = 1000  # VMs that may run
 SETTINGS = Settings({**Settings().values, "vm.templates": OFF, NETWORK_PRESET: "off"})  # they stay when no VM is there

@@ -12,7 +12,8 @@ from typing import Any, Final
 
 from capsem.model.errors import Corrupt
 from capsem.wire.frames import ProtocolError
-from capsem.wire.messages import Exited, Failed, decode_message, encode_message
+from capsem.wire.messages import Exited, Failed
+from capsem.wire.schema import decode_message, encode_message
 
 FORMAT: Final = 1
 OUTPUT_LIMIT: Final = 10 * 1024 * 1024  # bytes of one output, the newest

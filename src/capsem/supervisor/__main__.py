@@ -34,7 +34,7 @@ from capsem.system import System
 from capsem.system.process import command_line, set_command_line, set_process_name
 from capsem.system.real import real_system
 from capsem.wire.frames import ProtocolError
-from capsem.wire.messages import decode_message
+from capsem.wire.schema import decode_message
 
 SIGTERM_GRACE = 1.0  # seconds for the guest's processes: the service allows two in all
 SIGTERM_WAIT = 0.5  # and for the gate

@@ -28,13 +28,13 @@ from capsem.wire.messages import (
     Exited,
     Failed,
     Forget,
-    Message,
     Reattach,
     Reattached,
     Signal,
     Started,
     Terminal,
 )
+from capsem.wire.schema import Message
 
 LAG = 1024 * 1024  # bytes that a follower may be behind before the guest waits for it
 FINISHED_KEPT = 64  # jobs

@@ -19,7 +19,7 @@ from capsem.egress.facts import Subject
 from capsem.egress.heads import Headers, RequestHead, ResponseHead
 from capsem.egress.parts import SecretUnavailable
 from capsem.model.errors import CapsemError
-from capsem.wire.messages import Message
+from capsem.wire.schema import Message
 
 ANSWER_LIMIT: Final = 30.0  # seconds for a service to know a value; a command has less
 KEPT: Final = 4  # values of one secret, when it changes often

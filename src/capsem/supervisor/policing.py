@@ -27,7 +27,7 @@ from capsem.egress.live import LivePolicy
 from capsem.egress.policy import Floor
 from capsem.model.errors import CapsemError, InvalidInput
 from capsem.system import Clock
-from capsem.wire.messages import Message
+from capsem.wire.schema import Message
 
 log = logging.getLogger("capsem_process.policy")
 

@@ -22,7 +22,8 @@ from capsem.ledger.writer import Statement, Writer
 from capsem.model.errors import CapsemError
 from capsem.supervisor.jobs import Job
 from capsem.system import Clock
-from capsem.wire.messages import STDERR, STDOUT, Exited, FileRead, FileWritten, Message, ReadFile, Started, WriteFile
+from capsem.wire.messages import STDERR, STDOUT, Exited, FileRead, FileWritten, ReadFile, Started, WriteFile
+from capsem.wire.schema import Message
 
 WORKSPACE = "/root"
 OPEN_LIMIT = 2.0  # seconds that a guest which is ready waits for its ledger

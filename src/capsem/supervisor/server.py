@@ -65,12 +65,12 @@ from capsem.wire.messages import (
     Failed,
     Forward,
     ListDir,
-    Message,
     ReadFile,
     Terminal,
     WriteFile,
     largest_data,
 )
+from capsem.wire.schema import Message
 from capsem.wire.streams import Mux
 
 HELLO_LIMIT = 5.0  # seconds

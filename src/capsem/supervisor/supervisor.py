@@ -55,7 +55,8 @@ from capsem.supervisor.saving import Saver
 from capsem.supervisor.server import Server
 from capsem.system import System
 from capsem.tracing import span
-from capsem.wire.messages import Message, ShutdownRequest
+from capsem.wire.messages import ShutdownRequest
+from capsem.wire.schema import Message
 
 BOOT_LIMIT = 90.0  # seconds from the machine's first instruction to the guest's readiness; emulated and busy
 ADMIT_LIMIT = 30.0  # seconds that a command or file operation waits for a guest that is not ready

@@ -15,16 +15,8 @@ The guest's version is the one that is spoken. The host knows that and the one b
 from __future__ import annotations
 
 from capsem.wire.frames import ProtocolError, check_nonce
-from capsem.wire.messages import (
-    OLDEST_PROTOCOL,
-    PROTOCOL_VERSION,
-    BootConfig,
-    BootConfigDone,
-    BootReady,
-    Message,
-    Ready,
-    SetEnv,
-)
+from capsem.wire.messages import OLDEST_PROTOCOL, PROTOCOL_VERSION, BootConfig, BootConfigDone, BootReady, Ready, SetEnv
+from capsem.wire.schema import Message
 
 WAITING, OFFERED, DONE = "waiting", "offered", "done"
 

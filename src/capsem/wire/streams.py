@@ -28,17 +28,20 @@ from collections import deque
 
 from capsem.wire import frames
 from capsem.wire.decoder import FrameDecoder
-from capsem.wire.frames import Frame, Marker, ProtocolError
-from capsem.wire.messages import (
-    GUEST_STREAMS,
-    MESSAGES,
-    STREAMS,
-    Failed,
-    Message,
-    UnknownMessage,
-    decode_message,
-    encode_message,
+from capsem.wire.events import (
+    Closed,
+    CreditReceived,
+    DataReceived,
+    EndReceived,
+    EpochStarted,
+    Event,
+    MessageReceived,
+    Opened,
+    ResetReceived,
 )
+from capsem.wire.frames import Frame, Marker, ProtocolError
+from capsem.wire.messages import GUEST_STREAMS, MESSAGES, STREAMS, Failed
+from capsem.wire.schema import Message, UnknownMessage, decode_message, encode_message
 
 WINDOW = 256 * 1024  # bytes a channel may have under way; egress.md section 3 has the measurement
 BULK_WINDOW = 1024 * 1024  # and one that carries a file: about what passes while the two ends hear of each other
@@ -51,86 +54,6 @@ _OFFSET = struct.Struct(">Q")
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-
-class Event:
-    """Something that a peer did. `stream` is 0 where it concerns the whole connection."""
-
-    __slots__ = ("stream",)
-
-    def __init__(self, stream: int = 0) -> None:
-        self.stream = stream
-
-    def __repr__(self) -> str:
-        names = [name for cls in type(self).__mro__ for name in getattr(cls, "__slots__", ())]
-        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r:.80}' for name in names)})"
-
-
-class EpochStarted(Event):
-    """The epoch of `nonce` began: every stream is gone. `answer` when this end began it and the peer agrees."""
-
-    __slots__ = ("answer", "nonce")
-
-    def __init__(self, nonce: bytes, *, answer: bool) -> None:
-        super().__init__()
-        self.nonce = nonce
-        self.answer = answer
-
-
-class MessageReceived(Event):
-    """A message for the connection (stream 0) or on a stream."""
-
-    __slots__ = ("message",)
-
-    def __init__(self, stream: int, message: Message) -> None:
-        super().__init__(stream)
-        self.message = message
-
-
-class Opened(MessageReceived):
-    """The peer opened a stream with a request."""
-
-    __slots__ = ()
-
-
-class Closed(MessageReceived):
-    """The peer closed a stream with a result; it has sent all its data before."""
-
-    __slots__ = ()
-
-
-class DataReceived(Event):
-    """Bytes on a channel; give them back with `consumed` once they are dealt with. `data` may be a view of what was
-    received: see FrameDecoder.feed."""
-
-    __slots__ = ("channel", "data")
-
-    def __init__(self, stream: int, channel: int, data: bytes | memoryview) -> None:
-        super().__init__(stream)
-        self.channel = channel
-        self.data = data
-
-
-class EndReceived(Event):
-    """The peer will send nothing more on a channel."""
-
-    __slots__ = ("channel",)
-
-    def __init__(self, stream: int, channel: int) -> None:
-        super().__init__(stream)
-        self.channel = channel
-
-
-class CreditReceived(EndReceived):
-    """There is room to send on a channel that may have been blocked."""
-
-    __slots__ = ()
-
-
-class ResetReceived(Event):
-    """The peer gave up a stream: nothing more comes, nothing more is wanted."""
-
-    __slots__ = ()
 
 
 class _Out:

@@ -17,6 +17,16 @@ from capsem.hypervisor.sim.timers import Alarm, Timers
 from capsem.hypervisor.sim.volume import Disk, File
 from capsem.wire import frames
 from capsem.wire.decoder import FrameDecoder
+from capsem.wire.events import (
+    CreditReceived,
+    DataReceived,
+    EndReceived,
+    EpochStarted,
+    Event,
+    MessageReceived,
+    Opened,
+    ResetReceived,
+)
 from capsem.wire.frames import ProtocolError
 from capsem.wire.handshake import DONE, GuestHandshake
 from capsem.wire.messages import (
@@ -38,7 +48,6 @@ from capsem.wire.messages import (
     Held,
     Hold,
     ListDir,
-    Message,
     Ping,
     Pong,
     PowerOff,
@@ -53,17 +62,8 @@ from capsem.wire.messages import (
     Thawed,
     WriteFile,
 )
-from capsem.wire.streams import (
-    CreditReceived,
-    DataReceived,
-    EndReceived,
-    EpochStarted,
-    Event,
-    MessageReceived,
-    Mux,
-    Opened,
-    ResetReceived,
-)
+from capsem.wire.schema import Message
+from capsem.wire.streams import Mux
 
 BOOT = 0.02  # seconds of guest time from the first instruction to the agent's first word
 EXAMINATION = 0.01  # and for it to look whether all is well

@@ -12,17 +12,8 @@ from capsem.hypervisor.sim.memory import Job, Memory
 from capsem.hypervisor.sim.shell import Step
 from capsem.hypervisor.sim.timers import Alarm, Timers
 from capsem.hypervisor.sim.volume import File
-from capsem.wire.messages import (
-    STDERR,
-    STDOUT,
-    Exec,
-    Exited,
-    Message,
-    Reattach,
-    Reattached,
-    ShutdownRequest,
-    SuspendRequest,
-)
+from capsem.wire.messages import STDERR, STDOUT, Exec, Exited, Reattach, Reattached, ShutdownRequest, SuspendRequest
+from capsem.wire.schema import Message
 from capsem.wire.streams import Mux
 
 OUTPUTS = (STDOUT, STDERR)
