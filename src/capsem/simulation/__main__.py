@@ -7,6 +7,7 @@ that plays it again; with `--shrink`, the smallest that was found to fail in the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import logging
@@ -14,8 +15,9 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, replace
 
 from capsem.simulation.seed import CLIENTS, OPERATIONS, Order, Outcome, play
@@ -41,15 +43,13 @@ class _Child:
         read, write = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
-            os.close(read)
-            signal.alarm(LIMIT)
-            signal.signal(signal.SIGALRM, _overdue)
-            outcome = play(order)
-            with os.fdopen(write, "w") as file:
-                json.dump(
-                    asdict(replace(outcome, trace=outcome.trace if outcome.violation or order.trace else [])), file
-                )
-            os._exit(0)
+            try:
+                os.close(read)
+                _play_and_tell(order, write)
+                os._exit(0)
+            except BaseException:  # noqa: BLE001 - it ends here, whatever it is
+                traceback.print_exc()
+                os._exit(1)  # and nothing of the parent's, whose copy this is
         os.close(write)
         self._read = read
 
@@ -62,6 +62,20 @@ class _Child:
             return Outcome(self.order.seed, violation=f"it was not over after {LIMIT} s, or the process died")
         return Outcome(**json.loads(data))
 
+    def give_up(self) -> None:
+        """End it: nobody will ask how it came out."""
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        os.close(self._read)
+
+
+def _play_and_tell(order: Order, write: int) -> None:
+    signal.alarm(LIMIT)
+    signal.signal(signal.SIGALRM, _overdue)
+    outcome = play(order)
+    with os.fdopen(write, "w") as file:
+        json.dump(asdict(replace(outcome, trace=outcome.trace if outcome.violation or order.trace else [])), file)
+
 
 def _overdue(*_: object) -> None:
     raise AssertionError(f"it is not over after {LIMIT} s of real time")
@@ -72,15 +86,19 @@ def play_apart(order: Order) -> Outcome:
     return _Child(order).outcome()
 
 
-def play_all(orders: Iterator[Order], jobs: int) -> Iterator[Outcome]:
+def play_all(orders: Iterator[Order], jobs: int) -> Generator[Outcome]:
     """As many at once as there are `jobs`, in their order."""
     running: list[_Child] = []
-    for order in orders:
-        running.append(_Child(order))
-        if len(running) >= jobs:
+    try:
+        for order in orders:
+            running.append(_Child(order))
+            if len(running) >= jobs:
+                yield running.pop(0).outcome()
+        while running:
             yield running.pop(0).outcome()
-    for child in running:
-        yield child.outcome()
+    finally:  # whoever asked has seen enough
+        for child in running:
+            child.give_up()
 
 
 def replay_line(order: Order) -> str:
@@ -144,22 +162,23 @@ def main() -> int:
 
     failed = seeds = operations = 0
     counts: Counter[str] = Counter()
-    for outcome in play_all(orders(), arguments.jobs):
-        seeds += 1
-        operations += outcome.operations
-        counts.update(outcome.counts)
-        counts.update({f"({kind})": number for kind, number in outcome.trouble.items()})
-        if outcome.violation is not None:
-            failed += 1
-            found = replace(order, seed=outcome.seed)
-            lines = outcome.trace if arguments.trace else outcome.trace[-TRACE_LINES:]
-            print("\n".join(lines), outcome.details, sep="\n")  # noqa: T201 - this is its output
-            print(f"seed {outcome.seed}: {outcome.violation}")  # noqa: T201
-            print(f"again: {replay_line(shrink(found) if arguments.shrink else found)}", flush=True)  # noqa: T201
-            if failed >= arguments.failures:
-                break
-        elif order.trace:
-            print("\n".join(outcome.trace))  # noqa: T201
+    with contextlib.closing(play_all(orders(), arguments.jobs)) as outcomes:
+        for outcome in outcomes:
+            seeds += 1
+            operations += outcome.operations
+            counts.update(outcome.counts)
+            counts.update({f"({kind})": number for kind, number in outcome.trouble.items()})
+            if outcome.violation is not None:
+                failed += 1
+                found = replace(order, seed=outcome.seed)
+                lines = outcome.trace if arguments.trace else outcome.trace[-TRACE_LINES:]
+                print("\n".join(lines), outcome.details, sep="\n")  # noqa: T201 - this is its output
+                print(f"seed {outcome.seed}: {outcome.violation}")  # noqa: T201
+                print(f"again: {replay_line(shrink(found) if arguments.shrink else found)}", flush=True)  # noqa: T201
+                if failed >= arguments.failures:
+                    break
+            elif order.trace:
+                print("\n".join(outcome.trace))  # noqa: T201
     seconds = time.monotonic() - began
     print(" ".join(f"{name} {number}" for name, number in sorted(counts.items())))  # noqa: T201
     print(  # noqa: T201
