@@ -264,9 +264,9 @@ class Population:
             return
         which, places = found
         save = self.dice.random() < 0.7
-        vm.may_be(places)
+        there = vm.taken_to(places)
         vm.may_lose_memory()
-        there, present = vm.watch(places), vm.watch()
+        present = vm.watch()
         try:
             answer, undisturbed = await self._change(
                 vm, lambda on: on.rollback(vm.name, RollbackRequest(checkpoint=which, save=save)), loses=True

@@ -89,6 +89,7 @@ class VmHistory:
     persistent: bool = True
     places: Places = field(default_factory=dict)
     watchers: list[Places] = field(default_factory=list)  # copies in the making: they may be of any instant
+    ahead: list[Places] = field(default_factory=list)  # of the watchers, those that it is being taken to
     checkpoints: dict[str, Places] = field(default_factory=dict)  # acknowledged, and not removed
     sure: bool = True  # it exists; else it may
     doomed: bool = False  # somebody has asked for its end, or for another name
@@ -102,8 +103,8 @@ class VmHistory:
         return self.places.get(client, START)
 
     def put(self, client: str, states: Iterable[Possible]) -> None:
-        """What is possible now. May it be so in copies, too."""
-        self.places[client] = frozenset(states)
+        """What is possible now, or is what it is being taken to. May it be so in copies, too."""
+        self.places[client] = frozenset(states).union(*(each.get(client, START) for each in self.ahead))
         for copy in self.watchers:
             copy[client] = copy.get(client, START) | self.places[client]
 
@@ -119,6 +120,7 @@ class VmHistory:
 
     def unwatch(self, copy: Places) -> Places:
         """It is made, or will not be."""
+        self.ahead = [each for each in self.ahead if each is not copy]
         self.watchers = [each for each in self.watchers if each is not copy]
         return copy
 
@@ -128,6 +130,13 @@ class VmHistory:
         self.suspended = False
         for client in list(self.places):
             self.add(client, (state._replace(tally=0) for state in closure(self.get(client))))
+
+    def taken_to(self, places: Places) -> Places:
+        """It is being taken to what `places` say, and may come there at any time from now until `unwatch`: whatever is
+        said of the present meanwhile says nothing about that."""
+        self.ahead.append(self.watch(places))
+        self.may_be(places)
+        return self.ahead[-1]
 
     def may_be(self, places: Places) -> None:
         """Something happened that may have taken it to another state."""
