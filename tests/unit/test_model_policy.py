@@ -15,7 +15,7 @@ NOW = 1_000_000.0
 
 
 def test_nothing_is_ever_due_unless_asked_for() -> None:
-    assert OFF.decide(NOW + LONGEST, 0.0, None, LONGEST) == (None, LONGEST)
+    assert OFF.decide(NOW + LONGEST, 0.0, (), LONGEST) == (None, LONGEST)
     assert OFF.to_dict() == {}
 
 
@@ -29,31 +29,39 @@ def test_nothing_is_ever_due_unless_asked_for() -> None:
     ],
 )
 def test_an_idle_vm_is_suspended(idle: float | None, outcome: tuple[Due | None, float]) -> None:
-    assert Policy(idle_secs=900).decide(NOW, NOW - 5000, None, idle) == outcome
+    assert Policy(idle_secs=900).decide(NOW, NOW - 5000, (), idle) == outcome
 
 
 def test_time_to_live_counts_from_the_start_of_the_run() -> None:
     policy = Policy(ttl_secs=7200)
-    assert policy.decide(NOW, NOW - 7199, None, None) == (None, 1.0)
-    assert policy.decide(NOW, NOW - 7200, None, None) == (Due.END, 0.0)
+    assert policy.decide(NOW, NOW - 7199, (), None) == (None, 1.0)
+    assert policy.decide(NOW, NOW - 7200, (), None) == (Due.END, 0.0)
 
 
 def test_checkpoints_are_made_every_so_often() -> None:
     policy = Policy(checkpoint_every_secs=300)
-    assert policy.decide(NOW, NOW - 299, None, None) == (None, 1.0)
-    assert policy.decide(NOW, NOW - 300, None, None) == (Due.CHECKPOINT, 0.0)
+    assert policy.decide(NOW, NOW - 299, (), None) == (None, 1.0)
+    assert policy.decide(NOW, NOW - 300, (), None) == (Due.CHECKPOINT, 0.0)
     # From the newest one on; one of an earlier run does not count against this one's start.
-    assert policy.decide(NOW, NOW - 5000, NOW - 100, None) == (None, 200.0)
-    assert policy.decide(NOW, NOW - 10, NOW - 5000, None) == (None, 290.0)
-    # A clock that was set back makes nobody wait for years.
-    assert policy.decide(NOW, NOW - 10, NOW + 1e6, None) == (None, 300)
+    assert policy.decide(NOW, NOW - 5000, [NOW - 400, NOW - 100], None) == (None, 200.0)
+    assert policy.decide(NOW, NOW - 10, [NOW - 5000], None) == (None, 290.0)
+
+
+def test_a_clock_that_was_set_back_makes_nobody_wait_for_a_checkpoint_until_it_is_that_late_again() -> None:
+    policy = Policy(checkpoint_every_secs=300)
+    assert policy.decide(NOW, NOW - 5000, [NOW + 1e6], None) == (Due.CHECKPOINT, 0.0)
+    assert policy.decide(NOW, NOW + 5000, [], None) == (Due.CHECKPOINT, 0.0)
+    # One has been made since; it is the newest, and stays.
+    assert policy.decide(NOW, NOW + 5000, [NOW + 1e6, NOW - 100], None) == (None, 200.0)
+    made = {"future": NOW + 1e6, "farther": NOW + 2e6, "older": NOW - 400, "new": NOW - 100}
+    assert Policy(checkpoint_every_secs=300, checkpoint_keep=2).superfluous(made, NOW) == ["future", "farther"]
 
 
 def test_the_most_final_comes_first_and_the_soonest_decides_when_to_look() -> None:
     policy = Policy(idle_secs=10, ttl_secs=20, checkpoint_every_secs=30)
-    assert policy.decide(NOW, NOW - 100, None, 100.0)[0] == Due.END
-    assert policy.decide(NOW, NOW - 15, None, 10.0)[0] == Due.SUSPEND
-    assert policy.decide(NOW, NOW - 15, NOW, 8.0) == (None, 2.0)
+    assert policy.decide(NOW, NOW - 100, (), 100.0)[0] == Due.END
+    assert policy.decide(NOW, NOW - 15, (), 10.0)[0] == Due.SUSPEND
+    assert policy.decide(NOW, NOW - 15, [NOW], 8.0) == (None, 2.0)
 
 
 def test_which_automatic_checkpoints_go() -> None:

@@ -9,7 +9,7 @@ every     so often a checkpoint is made of it while it runs. Of these `automatic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any, Final
@@ -70,12 +70,12 @@ class Policy:
             )
 
     def decide(
-        self, now: float, started_at: float, last_checkpoint: float | None, idle: float | None
+        self, now: float, started_at: float, made: Iterable[float], idle: float | None
     ) -> tuple[Due | None, float]:
         """What a running VM is due for, the most final first; and in how many seconds to ask again, if nothing is.
 
-        Times are seconds since 1970; `last_checkpoint`: when the newest automatic one was made; `idle`: for how many
-        seconds nobody has used the VM, None if that is not known.
+        Times are seconds since 1970; `made`: when its automatic checkpoints were; `idle`: for how many seconds nobody has
+        used the VM, None if that is not known.
         """
         left: list[tuple[float, Due]] = []
         if self.ttl_secs is not None:
@@ -83,16 +83,20 @@ class Policy:
         if self.idle_secs is not None and idle is not None:
             left.append((self.idle_secs - idle, Due.SUSPEND))
         if (every := self.checkpoint_every_secs) is not None:
-            since = max(started_at, last_checkpoint or 0.0)
-            left.append((min(since + every - now, every), Due.CHECKPOINT))  # also when the clock was set back
+            # What is dated later than now is from before the clock was set back, and nobody knows how long ago that was.
+            since = max((each for each in (started_at, *made) if each <= now), default=0.0)
+            left.append((since + every - now, Due.CHECKPOINT))
         for seconds, due in left:
             if seconds <= 0:
                 return due, 0.0
         return None, min((seconds for seconds, _ in left), default=LONGEST)
 
     def superfluous(self, made: Mapping[str, float], now: float) -> list[str]:
-        """Of a VM's automatic checkpoints, id -> when it was made, those that need not stay; oldest first."""
-        oldest_first = sorted(made, key=lambda each: made[each])
+        """Of a VM's automatic checkpoints, id -> when it was made, those that need not stay; oldest first.
+
+        Those that are dated later than now count as the oldest: the clock was set back since they were made.
+        """
+        oldest_first = sorted(made, key=lambda each: (made[each] <= now, made[each]))
         kept = oldest_first[-(self.checkpoint_keep or KEEP) :]
         age = self.checkpoint_age_secs
         return [each for each in oldest_first if each not in kept or (age is not None and now - made[each] > age)]

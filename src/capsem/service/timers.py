@@ -115,8 +115,7 @@ class Timers:
             assert isinstance(answer, JobList)
             idle = answer.idle
         made = await self._made(vm) if policy.checkpoint_every_secs is not None else {}
-        last = max(made.values(), default=None)
-        due, wait = policy.decide(self._fleet.system.clock.time(), record.started_at, last, idle)
+        due, wait = policy.decide(self._fleet.system.clock.time(), record.started_at, made.values(), idle)
         if due is not None:
             log.info("%s is due: %s", vm.id, due)
             await self._do(vm, due)
