@@ -8,9 +8,11 @@ import msgspec
 import pytest
 
 from capsem.api.operations import OPERATIONS
+from capsem.mcp.record_tools import INSPECT_SCHEMA
 from capsem.mcp.schema import input_schema, output_schema
 from capsem.mcp.server import declaration
-from capsem.mcp.tools import HERE, ID, INSPECT_SCHEMA, TOOLS, TOOLSETS, Tool
+from capsem.mcp.tool import HERE, ID, Tool
+from capsem.mcp.tools import TOOLS, TOOLSETS
 
 # Names, parameters and which of them are required: what clients of the contract send.
 CONTRACT = {

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterator
 
 from capsem.api.operations import OPERATIONS
-from capsem.mcp.tools import ID, TOOLS, TOOLSETS, Param, Tool
+from capsem.mcp.tool import ID, Param, Tool
+from capsem.mcp.tools import TOOLS, TOOLSETS
 
 HEAD = """# MCP tools
 

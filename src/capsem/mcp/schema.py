@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from capsem.api.operations import OPERATIONS
-from capsem.mcp.tools import Param, Tool
+from capsem.mcp.tool import Param, Tool
 
 
 def input_schema(tool: Tool) -> dict[str, Any]:

@@ -22,8 +22,13 @@ from capsem.log import trace
 from capsem.mcp import translate
 from capsem.mcp.asks import Asks
 from capsem.mcp.calls import Service
+from capsem.mcp.host_tools import VERSION
+from capsem.mcp.network_tools import ASKS
+from capsem.mcp.record_tools import INSPECT_SCHEMA
 from capsem.mcp.schema import input_schema, output_schema
-from capsem.mcp.tools import ASKS, DESTROY, INSPECT_SCHEMA, INSTRUCTIONS, JOB_OUTPUT, READ, TOOLSETS, VERSION, Tool
+from capsem.mcp.tool import DESTROY, READ, Tool
+from capsem.mcp.tools import INSTRUCTIONS, TOOLSETS
+from capsem.mcp.vm_tools import JOB_OUTPUT
 from capsem.model.errors import CapsemError
 
 NAME: Final = "capsem-mcp"

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 from capsem.api.operations import OPERATIONS
-from capsem.mcp.tools import HERE, ID, JOB_OUTPUT, Param, Tool
+from capsem.mcp.tool import HERE, ID, Param, Tool
+from capsem.mcp.vm_tools import JOB_OUTPUT
 from capsem.model.errors import CapsemError, InvalidInput
 
 LOG_CHARACTERS: Final = 60_000
