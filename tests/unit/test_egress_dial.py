@@ -9,6 +9,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from capsem.egress import dial
 from capsem.egress.dial import Dialer, DialError, Target, Trust
-from capsem.egress.facts import Layer
+from capsem.egress.facts import Layer, Protocol
 from capsem.egress.proxies import BadProxy, HostProxies, HostProxy, from_environment
 from egress_bench import Bench, answering, bench, read_head, rule, run, sites
 
@@ -38,10 +39,21 @@ def test_proxies_are_read_as_curl_reads_them() -> None:
     assert found.https == HostProxy("2001:db8::1", 443, tls=True, authorization=b"Basic dUA6cDo=")
     assert from_environment({"ALL_PROXY": "http://proxy.test"}).https == HostProxy("proxy.test", 80)
     assert from_environment({"HTTPS_PROXY": ""}) == HostProxies()
+    socks = from_environment({"ALL_PROXY": "socks5h://u:pass@proxy.test"})
+    assert socks.http == socks.https == HostProxy("proxy.test", 1080, authorization=b"\1\1u\4pass", socks=True)
 
 
 @pytest.mark.parametrize(
-    "text", ["socks5://proxy.test", "http://", "http://proxy.test:x", "http://a b", "ftp://user:secret@proxy.test"]
+    "text",
+    [
+        "socks4://proxy.test",
+        "socks5://user@proxy.test",
+        "socks5://a:secret" + 250 * "x" + "@proxy.test",
+        "http://",
+        "http://proxy.test:x",
+        "http://a b",
+        "ftp://user:secret@proxy.test",
+    ],
 )
 def test_what_is_no_proxy_is_told_without_its_password(text: str) -> None:
     with pytest.raises(BadProxy) as caught:
@@ -120,6 +132,86 @@ async def test_origins_are_reached_through_the_hosts_proxy(tmp_path: Path) -> No
     assert b"Proxy-Authorization: Basic eA==" in heads[0]
     assert heads[1].startswith(b"CONNECT site.test:443 HTTP/1.1\r\nHost: site.test:443\r\n")
     assert b"/x" not in heads[1]
+
+
+async def socks(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: list[bytes], port: int) -> None:
+    """A SOCKS 5 proxy that wants a password, and knows one origin. It says all that it has to in one piece."""
+    assert await reader.readexactly(4) == b"\5\2\0\2"
+    writer.write(b"\5\2")
+    assert await reader.readexactly(8) == b"\1\1u\4pass"
+    writer.write(b"\1\0")
+    head = await reader.readexactly(4)
+    size = {1: 4, 4: 16}.get(head[3]) or (await reader.readexactly(1))[0]
+    asked.append(await reader.readexactly(size + 2))
+    there, back = await asyncio.open_connection("127.0.0.1", port)
+    first = await there.read(100) if asked[-1].startswith(b"greeter") else b""
+    writer.write(b"\5\0\0\1\x7f\0\0\1\0\1" + first)
+
+    async def carry(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        while data := await source.read(1000):
+            sink.write(data)
+
+    try:
+        await asyncio.gather(carry(reader, back), carry(there, writer))
+    finally:
+        back.close()
+
+
+@run
+async def test_origins_are_reached_by_socks(tmp_path: Path) -> None:
+    asked: list[bytes] = []
+
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"welcome\r\n")
+        writer.write(await reader.readline())
+        await reader.read()
+
+    rules = sites("site.test", "unknown.example"), sites("greeter.test", protocol=Protocol.TCP, ports=(22,))
+    async with bench(tmp_path, *rules) as world:
+        handlers = {80: (answering(),), 443: (answering(), "site.test"), 22: (greet,)}
+        ports = {
+            port: await world.origin(partial(socks, asked=asked, port=await world.origin(*more)))
+            for port, more in handlers.items()
+        }
+        for port, client in ((80, world.plain(port=80)), (443, await world.tls("site.test"))):
+            proxy = HostProxy("127.0.0.1", ports[port], authorization=b"\1\1u\4pass", socks=True)
+            world.egress.reload(dialer=Dialer(Trust([tmp_path / "origins.pem"]), HostProxies(proxy, proxy)))
+            for _ in range(2):
+                await client.send(GET)
+                assert (await client.answer())[0] == 200
+        assert asked == [b"site.test\x00\x50", b"site.test\x01\xbb"]
+        proxy = HostProxy("127.0.0.1", ports[22], authorization=b"\1\1u\4pass", socks=True)
+        world.egress.reload(dialer=Dialer(Trust(), HostProxies(proxy, proxy)))
+        client = world.plain(address=world.names_table.synthetic("greeter.test"), port=22)
+        assert await client.until(b"\n") == b"welcome\r\n"
+        await client.send(b"hello\n")
+        assert await client.until(b"\n") == b"hello\n"
+
+
+@run
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (b"HTTP/1.1 400 Bad\r\n", "does not speak SOCKS 5"),
+        (b"\5\xff", "wants a user and a password"),
+        (b"\5\0\5\2\0\1", "its rules do not allow it"),
+        (b"\5\0\5\x63\0\1", "code 99"),
+        (b"\5\0\5\0\0\7", "an address of kind 7"),
+        (b"\5\0\5\0\0\1", "hung up"),
+        (b"", "hung up"),
+    ],
+)
+async def test_a_socks_proxy_that_does_not_help_is_told_of(tmp_path: Path, said: bytes, why: str) -> None:
+    async def speak(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(said)
+        writer.write_eof()
+        await _reader.read()
+
+    async with bench(tmp_path) as world:
+        proxy = HostProxy("127.0.0.1", await world.origin(speak), socks=True)
+        dialer = Dialer(Trust(), HostProxies(proxy, proxy))
+        with pytest.raises(DialError, match=why):
+            await dialer.dial(Target("site.test", 80, tls=False), [])
 
 
 @run

@@ -10,13 +10,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from capsem.egress import hosts
-from capsem.egress.http1 import BadHead, parse_response
-from capsem.egress.peer import Peer
 from capsem.egress.proxies import HostProxies, HostProxy
 from capsem.egress.sockets import SocketStream
 from capsem.egress.stream import ByteStream
 from capsem.egress.tls import TlsStream
+from capsem.egress.tunnels import NoTunnel, tunnel
 
 _CONNECT: Final = 10.0  # seconds for one address
 _HEAD_START: Final = 0.25  # seconds of one address before the next is tried beside it
@@ -96,13 +94,14 @@ class Trust:
 @dataclass(frozen=True, slots=True)
 class Dialled:
     """A connection: `stream` to speak on, `socket` below it. `address` is what was dialled. `relayed`: plain HTTP by way of
-    this proxy, which wants to be asked in absolute form. `alpn`: what TLS has agreed upon."""
+    this proxy, which wants to be asked in absolute form. `alpn`: what TLS has agreed upon. `received`: what has come already."""
 
     stream: ByteStream
     socket: SocketStream
     address: str
     relayed: HostProxy | None = None
     alpn: str | None = None
+    received: bytes = b""
 
 
 class Dialer:
@@ -123,17 +122,22 @@ class Dialer:
     async def dial(self, target: Target, addresses: Sequence[str], *, http: bool = True) -> Dialled:
         """A connection to one of `addresses`, which have been checked: see `_first`. Raises DialError."""
         proxy = self.proxy(target, http=http)
+        received = b""
         context = await self._trust.context(target.certificate, http2=target.http2) if target.tls else None
         if proxy is None:
             socket, address = await self._first(target, addresses)
             stream: ByteStream = socket
         else:
             socket, address = await connect(proxy.host, proxy.port), proxy.host
-            stream = await self._through(proxy, socket, target, tunnel=target.tls or not http)
-            if not target.tls and http:
+            tunnelled = proxy.socks or target.tls or not http
+            stream, received = await self._through(proxy, socket, target, tunnelled=tunnelled)
+            if not tunnelled:
                 return Dialled(stream, socket, address, relayed=proxy)
         if context is None:
-            return Dialled(stream, socket, address)
+            return Dialled(stream, socket, address, received=received)
+        if received:
+            stream.abort()
+            raise DialError(f"{target.host} speaks before the TLS handshake")
         tls = await self._secure(stream, context, target.host)
         return Dialled(tls, socket, address, alpn=tls.alpn)
 
@@ -178,36 +182,25 @@ class Dialer:
             raise
         return tls
 
-    async def _through(self, proxy: HostProxy, socket: SocketStream, target: Target, *, tunnel: bool) -> ByteStream:
-        """The stream that leads through a proxy."""
+    async def _through(
+        self, proxy: HostProxy, socket: SocketStream, target: Target, *, tunnelled: bool
+    ) -> tuple[ByteStream, bytes]:
+        """The stream that leads through a proxy, and what has come out of a tunnel already."""
         stream: ByteStream = socket
-        if proxy.tls:
-            stream = await self._secure(socket, await self._trust.context(), proxy.host)
-        if not tunnel:
-            return stream
-        authority = hosts.join_authority(target.host, target.port, 0).encode()
-        lines = [b"CONNECT %b HTTP/1.1" % authority, b"Host: " + authority]
-        if proxy.authorization:
-            lines.append(b"Proxy-Authorization: " + proxy.authorization)
-        peer = Peer(stream)
+        received = b""
         try:
-            async with asyncio.timeout(_HANDSHAKE):
-                await stream.write(b"\r\n".join((*lines, b"", b"")))
-                block = await peer.head()
-            if block is None:
-                raise DialError(f"the host's proxy {proxy.host} hung up")
-            status = parse_response(block, b"CONNECT").head.status
-            if not 200 <= status < 300:
-                raise DialError(f"the host's proxy {proxy.host} refuses {authority.decode()} with status {status}")
-            if peer.rest():
-                raise DialError(f"the host's proxy {proxy.host} says more than that the tunnel is there")
-        except (ConnectionError, BadHead, TimeoutError) as error:
+            if proxy.tls:
+                stream = await self._secure(socket, await self._trust.context(), proxy.host)
+            if tunnelled:
+                async with asyncio.timeout(_HANDSHAKE):
+                    received = await tunnel(stream, proxy, target.host, target.port)
+        except (ConnectionError, NoTunnel, TimeoutError) as error:
             stream.abort()
             raise DialError(f"the host's proxy {proxy.host} made no tunnel: {error or 'no answer in time'}") from error
         except BaseException:
             stream.abort()
             raise
-        return stream
+        return stream, received
 
 
 async def _give_up(trying: Iterable[asyncio.Task[SocketStream]]) -> None:

@@ -24,7 +24,7 @@ class Upstream(Peer):
     `proxied`: it goes by way of a proxy of the host's, whose address says nothing of the origin."""
 
     def __init__(self, target: Target, dialled: Dialled, *, proxied: bool = False) -> None:
-        super().__init__(dialled.stream)
+        super().__init__(dialled.stream, dialled.received)
         self.proxied = proxied
         self.target = target
         self.dialled = dialled

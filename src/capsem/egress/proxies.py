@@ -6,9 +6,13 @@ import base64
 import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 from urllib.parse import unquote, urlsplit
 
 from capsem.egress import hosts
+
+# Whether a name is looked up here ("socks5" elsewhere) or there ("socks5h"), we do not leave to the scheme: see Dialer.
+_PORTS: Final = {"http": 80, "https": 443, "socks5": 1080, "socks5h": 1080}
 
 
 class BadProxy(ValueError):
@@ -17,12 +21,14 @@ class BadProxy(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class HostProxy:
-    """One proxy. `tls`: it is spoken to in TLS itself; `authorization` is the value of its header, b"" for none."""
+    """One proxy. `tls`: it is spoken to in TLS itself; `socks`: by SOCKS 5. `authorization` says who asks, b"" for nobody: it is
+    the value of a header, or the message of RFC 1929 for SOCKS."""
 
     host: str
     port: int
     tls: bool = False
     authorization: bytes = b""
+    socks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +68,19 @@ def _parse(variable: str, text: str) -> HostProxy | None:
         host, port = url.hostname or "", url.port
     except ValueError as error:
         raise BadProxy(f"{variable} is no URL ({error})") from error
-    if url.scheme not in ("http", "https") or not (hosts.host_name(host) or hosts.address(host)):
+    if url.scheme not in _PORTS or not (hosts.host_name(host) or hosts.address(host)):
         # Its password, if it has one, is not repeated.
-        raise BadProxy(f"{variable} must name an http:// or https:// proxy; {url.scheme}://{host} is none")
-    login = b""
+        raise BadProxy(f"{variable} must name an http://, https:// or socks5:// proxy; {url.scheme}://{host} is none")
+    socks, login = url.scheme.startswith("socks5"), b""
     if url.username is not None:
-        user, password = unquote(url.username), unquote(url.password or "")
-        login = b"Basic " + base64.b64encode(f"{user}:{password}".encode())
-    return HostProxy(host, port or (443 if url.scheme == "https" else 80), url.scheme == "https", login)
+        user, password = unquote(url.username).encode(), unquote(url.password or "").encode()
+        if not socks:
+            login = b"Basic " + base64.b64encode(b"%b:%b" % (user, password))
+        elif 0 < len(user) < 256 and 0 < len(password) < 256:
+            login = b"\1%c%b%c%b" % (len(user), user, len(password), password)
+        else:
+            raise BadProxy(f"{variable} must have a user and a password of 1 to 255 bytes each, or none")
+    return HostProxy(host, port or _PORTS[url.scheme], url.scheme == "https", login, socks)
 
 
 def _covers(entry: str, host: str, port: int) -> bool:
