@@ -28,20 +28,16 @@ docs:
 	$(call page,http,capsem.api.reference)
 	$(call page,mcp-tools,capsem.mcp.reference)
 	$(call page,policy,capsem.egress.reference)
+	.venv/bin/python -m bench.report
 	.venv/bin/python -m mkdocs build --strict -q
 
 # Manual pages, one for each command: MANPATH=build/share/man man capsem-exec
 man:
 	.venv/bin/python -m capsem.cli.man build/share/man/man1
 
+# Ours beside QEMU alone and beside peers, in turn: bench/results, docs/benchmarks.md. About 15 minutes.
 bench:
 	.venv/bin/python -m bench
-	.venv/bin/python -m bench.warm
-	.venv/bin/python -m bench.density
-	.venv/bin/python -m bench.checkpoints
-	.venv/bin/python -m bench.transfer
-	.venv/bin/python -m bench.mcp
-	.venv/bin/python -m bench.policy
 
 # Pins every dependency with hashes. The files name no registry; the options see to that.
 lock:

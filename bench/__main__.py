@@ -1,7 +1,8 @@
-"""`python -m bench`: how fast a VM starts and answers, beside QEMU alone; what the processes cost.
+"""`python -m bench [PART...]`: ours beside the floor and beside peers, one after the other in turn; then the page of it.
 
 Ratios mean something, absolute times do not: the machine may be small, shared and noisy, so each of ours is taken right
-beside a floor, in turn.
+beside a floor. What a part has found goes to bench/results/PART.json, with the machine and its load; `bench.report` makes
+docs/benchmarks.md of these. Without a PART it is all of them; a part that is not asked for keeps what it has.
 """
 
 from __future__ import annotations
@@ -9,175 +10,148 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
-from bench.floor import Bare, guest_of, spawn_times
+from bench import boots, checkpoints, density, faces, mcp, peers, policy, report, session, transfer, warm
+from bench.host import facts, service
 from bench.table import Row, show
-from capsem.client.sync import Client
 from capsem.hypervisor.driver import Accelerator
 from capsem.hypervisor.qemu.driver import QemuDriver
 from capsem.image.catalog import Catalog, Image
 
-BIN = Path(sys.executable).parent
+
+class Bench(NamedTuple):
+    """What a part is given. `few`: so much shall be measured that one sees it works."""
+
+    directory: Path
+    image: Image
+    accelerator: Accelerator
+    peers: dict[str, peers.Peer]
+    refused: dict[str, str]
+    few: bool
+
+    def runs(self, usual: int) -> int:
+        """How often, of what is usually done so often."""
+        return max(2, usual // 4) if self.few else usual
 
 
-@contextlib.contextmanager
-def service(directory: Path, **more: str) -> Iterator[tuple[Client, int]]:
-    """A service of its own, with `more` in its environment; its client and process id."""
-    env = {**os.environ, "CAPSEM_HOME": str(directory), "CAPSEM_RUN_DIR": str(directory / "run"), **more}
-    process = subprocess.Popen([BIN / "capsem-service", "--foreground"], env=env)
-    client = Client(directory / "run" / "service.sock")
-    try:
-        while True:
-            with contextlib.suppress(Exception):
-                client.call("version")
-                break
-            time.sleep(0.02)
-        yield client, process.pid
-    finally:
-        process.terminate()
-        process.wait(20)
+def _boots(given: Bench) -> list[Row]:
+    return boots.measure(given.directory, given.image, given.accelerator, given.peers, given.refused, given.runs(4))
 
 
-def status(pid: int, key: str) -> float:
-    """A field of /proc/<pid>/status in MB."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) / 1024
-    raise KeyError(key)
+def _warm(given: Bench) -> list[Row]:
+    return warm.measure(given.directory, given.image, given.accelerator, given.runs(6))
 
 
-def cpu_seconds(pid: int) -> float:
-    """CPU time that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def _checkpoints(given: Bench) -> list[Row]:
+    with service(given.directory / "c", CAPSEM_MAX_CONCURRENT_VMS="100") as (client, _):
+        return checkpoints.beside_the_floor(client, given.directory, given.accelerator, 512, given.runs(5))
 
 
-def milliseconds(began: float) -> float:
-    """Since `began`."""
-    return (time.perf_counter() - began) * 1e3
+def _pauses(given: Bench) -> list[Row]:
+    with service(given.directory / "u") as (client, _):
+        amounts = [0, 100] if given.few else [0, 10, 100, 500]
+        return checkpoints.pauses(client, given.directory, given.accelerator, 2048, amounts)
 
 
-def boots(
-    client: Client, image: Image, accelerator: Accelerator, directory: Path, ram_mb: int, cpus: int, runs: int
-) -> Row:
-    """Create to first exec, cold, beside QEMU's exec to the agent's first byte."""
-    ours, floor = [], []
-    for _ in range(runs):
-        bare = Bare(image, directory, accelerator, ram_mb, cpus)
-        try:
-            floor.append(bare.first_byte())
-        finally:
-            bare.end()
-        began = time.perf_counter()
-        vm_id = client.call("provision", body={"ram_mb": ram_mb, "cpus": cpus, "cold": True})["id"]
-        client.call("exec", vm_id=vm_id, body={"command": "true"})
-        ours.append(milliseconds(began))
-        client.call("delete", vm_id=vm_id)
-    limit = "1.5 x, under 7 s" if ram_mb == 512 else "under 10 s"
-    return Row(f"create to first exec, cold, {ram_mb} MiB/{cpus} cpu (ms)", ours, floor, limit)
+def _forks(given: Bench) -> list[Row]:
+    with service(given.directory / "f", CAPSEM_MAX_CONCURRENT_VMS="100") as (client, _):
+        return checkpoints.forks(client, [1, 3] if given.few else [1, 20])
 
 
-async def exec_floor(image: Image, accelerator: Accelerator, directory: Path, count: int) -> list[float]:
-    """Fork+exec in the guest plus one ping."""
-    bare = Bare(image, directory, accelerator, 512, 1)
-    try:
-        async with guest_of(bare.control) as guest:
-            pings = [await guest.ping(5) * 1e3 for _ in range(count)]
-            spawns = await spawn_times(guest, count)
-            return [ping + spawn for ping, spawn in zip(sorted(pings), sorted(spawns), strict=True)]
-    finally:
-        bare.end()
+def _transfer(given: Bench) -> list[Row]:
+    return transfer.measure(given.runs(5), 10_000_000, 512)[0]
 
 
-def recorded(directory: Path, count: int) -> Row:
-    """An exec that goes into the ledger, beside one that does not: of two services, in turn."""
-    ours: list[float] = []
-    floor: list[float] = []
-    with (
-        service(directory / "on") as (on, _),
-        service(directory / "off", CAPSEM_LEDGER="off") as (off, _),
-    ):
-        for client in (on, off):
-            client.call("provision", body={"name": "box", "ram_mb": 512, "cpus": 1})
-            client.call("exec", vm_id="box", body={"command": "true"})
-        for number in range(count):
-            pair = [(on, ours), (off, floor)]
-            for client, times in pair if number % 2 else pair[::-1]:
-                began = time.perf_counter()
-                client.call("exec", vm_id="box", body={"command": "true"})
-                times.append(milliseconds(began))
-    return Row("exec true, recorded and not (ms)", ours, floor, "1.05 x")
+def _density(given: Bench) -> list[Row]:
+    return density.measure(given.directory / "d", (1, 3) if given.few else density.COUNTS)
 
 
-def measure(runs: int) -> list[Row]:
-    """All rows."""
-    image = Catalog.from_environment(os.environ).find()
-    rows = []
-    with tempfile.TemporaryDirectory() as text, service(Path(text) / "home") as (client, service_pid):
-        directory = Path(text)
-        driver = QemuDriver(directory / "cache")
-        accelerator = asyncio.run(driver.accelerator())
-        rows.append(boots(client, image, accelerator, directory, 512, 1, runs))
-        rows.append(boots(client, image, accelerator, directory, 4096, 4, max(1, runs // 2)))
+def _session(given: Bench) -> list[Row]:
+    return session.measure(given.directory, given.image, given.accelerator, given.runs(2))
 
-        floor = asyncio.run(exec_floor(image, accelerator, directory, 50))
-        client.call("provision", body={"name": "box", "ram_mb": 512, "cpus": 1})
-        client.call("exec", vm_id="box", body={"command": "true"})
-        ours = []
-        for _ in range(50):
-            began = time.perf_counter()
-            client.call("exec", vm_id="box", body={"command": "true"})
-            ours.append(milliseconds(began))
-        rows.append(Row("exec true (ms)", ours, floor, "1.5 x"))
 
-        env = {**os.environ, "CAPSEM_HOME": str(directory / "home"), "CAPSEM_RUN_DIR": str(directory / "home" / "run")}
-        for name, argv, limit in (
-            ("capsem list as a process (ms)", [BIN / "capsem", "list"], "under 150"),
-            ("  python -c pass (ms)", [sys.executable, "-c", "pass"], ""),
-        ):
-            times = []
-            for _ in range(15):
-                began = time.perf_counter()
-                subprocess.run(argv, env=env, check=True, stdout=subprocess.DEVNULL)
-                times.append(milliseconds(began))
-            rows.append(Row(name, times, (), limit))
+def _faces(given: Bench) -> list[Row]:
+    return faces.measure(given.directory, given.runs(16))
 
-        supervisor = client.call("info", vm_id="box")["pid"]
-        used, began = cpu_seconds(service_pid), time.perf_counter()
-        time.sleep(10)
-        rows.append(
-            Row(
-                "service, idle: CPU (%)",
-                [(cpu_seconds(service_pid) - used) * 100 / (time.perf_counter() - began)],
-                (),
-                "0",
-            )
-        )
-        rows.append(Row("service, idle: RSS (MB)", [status(service_pid, "VmRSS")], (), "under 80"))
-        rows.append(Row("supervisor: RSS (MB)", [status(supervisor, "VmRSS")], (), "under 60"))
-    with tempfile.TemporaryDirectory() as text:
-        rows.append(recorded(Path(text), 100))
-    return rows
+
+def _mcp(given: Bench) -> list[Row]:
+    return asyncio.run(mcp.measure(given.runs(100)))
+
+
+def _list(given: Bench) -> list[Row]:
+    return faces.at_a_rate(given.directory, given.runs(10))
+
+
+def _policy(_given: Bench) -> list[Row]:
+    return policy.measure()
+
+
+PARTS: dict[str, Callable[[Bench], list[Row]]] = {
+    "boots": _boots,
+    "warm": _warm,
+    "checkpoints": _checkpoints,
+    "pauses": _pauses,
+    "forks": _forks,
+    "transfer": _transfer,
+    "density": _density,
+    "session": _session,
+    "faces": _faces,
+    "mcp": _mcp,
+    "list": _list,
+    "policy": _policy,
+}
+
+
+def take(part: str, given: Bench) -> dict[str, object]:
+    """What a part has found, and what it was found on."""
+    load, began = os.getloadavg()[0], time.time()
+    rows = PARTS[part](given)
+    print(f"\n{part}\n\n{show(rows)}", flush=True)
+    return {
+        "when": time.strftime("%Y-%m-%d", time.gmtime(began)),
+        "seconds": round(time.time() - began),
+        "machine": {**facts(), "accelerator": given.accelerator.value},
+        "load": [round(load, 1), round(os.getloadavg()[0], 1)],
+        "refused": given.refused if part == "boots" else {},
+        "rows": [row.to_json() for row in rows],
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=5, help="boots of each size (default 5)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--quick", action="store_true", help="few of each, and nothing is written")
+    parser.add_argument("--no-peers", action="store_true", help="install nothing")
     arguments = parser.parse_args()
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        "",
-    )
-    print(f"{os.cpu_count()} x {cpu}, {platform.platform()}, Python {platform.python_version()}; medians (min-max)\n")
-    print(show(measure(arguments.runs)))
+    wanted = arguments.part or list(PARTS)
+    if unknown := set(wanted) - set(PARTS):
+        parser.error(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    with tempfile.TemporaryDirectory(prefix="bench") as text, contextlib.ExitStack() as stack:
+        directory = Path(text)
+        others = tuple(peers.PEERS) if "boots" in wanted and not arguments.no_peers else ()
+        able, refused = stack.enter_context(peers.running(directory, others))
+        for name, reason in refused.items():
+            print(f"{name} is left out: {reason}", file=sys.stderr)
+        image = Catalog.from_environment(os.environ).find()
+        accelerator = asyncio.run(QemuDriver(directory / "cache").accelerator())
+        for part in wanted:
+            place = directory / part
+            place.mkdir()
+            found = take(part, Bench(place, image, accelerator, able, refused, arguments.quick))
+            if not arguments.quick:
+                path = report.RESULTS / f"{part}.json"
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(json.dumps(found, indent=1) + "\n")
+    if not arguments.quick:
+        report.write()
 
 
 if __name__ == "__main__":

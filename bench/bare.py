@@ -1,8 +1,9 @@
 """The floor of suspend, resume and pause: the product's QEMU and guest, and nothing of the product above them.
 
-In the guest a second program serves a second port: a Python that runs what it is told with `bash -c`, and answers when
-that has ended. The guest agent idles beside it, so that the guest is the same. A restored floor is asked for its first
-command through that port: no handshake, no identity, no clock, no examination, no record of anything.
+In the guest a second program serves a second port: a Python that runs what it is told with `bash -c`, whose standard
+output is the port itself, and answers when that has ended. The guest agent idles beside it, so that the guest is the
+same. A restored floor is asked for its first command through that port: no handshake, no identity, no clock, no
+examination, no record of anything.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.__main__ import milliseconds
 from bench.floor import SPARE_PORT, guest_of
+from bench.host import milliseconds
 from capsem.hypervisor.driver import Accelerator, Layer, MachineSpec
 from capsem.hypervisor.qemu import qcow2
 from capsem.hypervisor.qemu.command import TOP_NODE, Channels, argv
@@ -37,7 +38,8 @@ fd = os.open("/dev/" + os.path.basename(port), os.O_RDWR)
 os.write(fd, b".")
 while True:
     command = os.read(fd, 4096).decode()
-    os.waitpid(os.posix_spawn("/bin/bash", ["bash", "-c", command], os.environ), 0)
+    actions = [(os.POSIX_SPAWN_DUP2, fd, 1)]
+    os.waitpid(os.posix_spawn("/bin/bash", ["bash", "-c", command], os.environ, file_actions=actions), 0)
     os.write(fd, b".")
 """
 
@@ -145,9 +147,16 @@ class BareMachine:
         return self._process.pid
 
     def do(self, command: str) -> None:
-        """Have the guest run a command to its end."""
+        """Have the guest run a command to its end, which writes nothing."""
         self._port.sendall(command.encode())
         assert self._port.recv(1) == b"."
+
+    def output(self, command: str, size: int) -> None:
+        """Have the guest run a command that writes so many bytes, and take them."""
+        buffer, left = bytearray(1 << 18), size + 1
+        self._port.sendall(command.encode())
+        while left:
+            left -= self._port.recv_into(buffer)
 
     def suspend(self) -> tuple[float, Suspended]:
         """Milliseconds to the end of the process, with all that it leaves durable."""

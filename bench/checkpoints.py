@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.__main__ import milliseconds, service
 from bench.bare import BareMachine
+from bench.host import milliseconds, service
 from bench.table import Row, show
 from capsem.client.sync import Client
 from capsem.hypervisor.driver import Accelerator

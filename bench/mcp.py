@@ -1,14 +1,10 @@
-"""`python -m bench.mcp`: what an MCP tool call costs over the same request by HTTP, and how long the server takes to start.
+"""`python -m bench mcp`: what an MCP tool call costs over the same request by HTTP, and how long the server takes to start.
 
 The VMs are simulated: what they do takes no time, and all that is left is ours. Calls and requests take turns.
 """
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-import os
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,17 +13,18 @@ from typing import Any
 from mcp import StdioServerParameters
 from mcp.client.client import Client as McpClient
 
-from bench.__main__ import BIN, milliseconds, service
-from bench.table import Row, show
+from bench.host import BIN, environment, milliseconds, service
+from bench.table import Row
 
 
 async def measure(calls: int) -> list[Row]:
     """All rows."""
-    os.environ["CAPSEM_HYPERVISOR"] = "sim"
     rows = []
-    with tempfile.TemporaryDirectory(prefix="capsem-") as text, service(Path(text)) as (http, _pid):
-        env = {**os.environ, "CAPSEM_HOME": text, "CAPSEM_RUN_DIR": f"{text}/run"}
-        server = StdioServerParameters(command=str(BIN / "capsem-mcp"), env=env)
+    with (
+        tempfile.TemporaryDirectory(prefix="capsem-") as text,
+        service(Path(text), CAPSEM_HYPERVISOR="sim") as (http, _pid),
+    ):
+        server = StdioServerParameters(command=str(BIN / "capsem-mcp"), env=environment(Path(text)))
         http.call("provision", body={"name": "box", "persistent": True})
         starts = []
         for _ in range(3):
@@ -58,13 +55,3 @@ async def measure(calls: int) -> list[Row]:
                 rows.append(Row("  over HTTP (ms)", over, (), "under 15"))
         rows.append(Row("capsem-mcp: start to initialized (ms)", starts))
     return rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--calls", type=int, default=200, help="of each kind (default 200)")
-    print(show(asyncio.run(measure(parser.parse_args().calls))))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

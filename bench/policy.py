@@ -1,9 +1,10 @@
-"""What a verdict costs, by the number of rules, beside a plain search of all of them: `python -m bench.policy`."""
+"""`python -m bench policy`: what a verdict costs, by the number of rules, beside a plain search of all of them."""
 
 from __future__ import annotations
 
 import timeit
 
+from bench.table import Row
 from capsem.egress.facts import Action, Layer, Protocol, Subject
 from capsem.egress.paths import PathPattern
 from capsem.egress.policy import Policy
@@ -42,9 +43,9 @@ def plain(table: tuple[Rule, ...], subject: Subject) -> Rule | None:
     return None
 
 
-def main() -> None:
-    """Print a table."""
-    print("rules   subject     us a verdict   plain search, times that")
+def measure() -> list[Row]:
+    """Microseconds of a verdict, and of the plain search."""
+    rows = []
     for count in (10, 100, 1000):
         table = rules(count)
         policy, middle = Policy(table), count // 2
@@ -53,10 +54,13 @@ def main() -> None:
             "below": Subject(443, f"a.b.s{middle}.example.net", "93.184.216.34", Protocol.HTTP, "GET", f"/v{middle}/x"),
             "no rule": Subject(443, "nothing.example.org", None, Protocol.HTTP, "GET", "/"),
         }.items():
-            ours = min(timeit.repeat(lambda: policy.judge(subject), number=ROUNDS, repeat=REPEATS)) / ROUNDS  # noqa: B023
-            other = min(timeit.repeat(lambda: plain(table, subject), number=20, repeat=3)) / 20  # noqa: B023
-            print(f"{count:5}   {name:<9}   {ours * 1e6:12.1f}   {other / ours:12.1f}")
-
-
-if __name__ == "__main__":
-    main()
+            ours = timeit.repeat(lambda: policy.judge(subject), number=ROUNDS, repeat=REPEATS)  # noqa: B023
+            search = timeit.repeat(lambda: plain(table, subject), number=20, repeat=REPEATS)  # noqa: B023
+            rows.append(
+                Row(
+                    f"verdict by {count} rules, {name} (us)",
+                    [each / ROUNDS * 1e6 for each in ours],
+                    peers={"plain search": [each / 20 * 1e6 for each in search]},
+                )
+            )
+    return rows

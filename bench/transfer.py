@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
-from bench.__main__ import BIN, milliseconds, service, status
 from bench.floor import SPARE_PORT, Bare, guest_of
+from bench.host import BIN, milliseconds, service, status
 from bench.table import Row, show
 from capsem.client.http import Answer
 from capsem.hypervisor.qemu.driver import QemuDriver

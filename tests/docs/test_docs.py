@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import report
 from capsem.api import reference as http
 from capsem.cli import reference as cli
 from capsem.egress import reference as policy
@@ -31,6 +32,7 @@ CAPSEM = Path(sys.executable).parent / "capsem"
         ("mcp-tools.md", mcp.to_markdown),
         ("sdk-reference.md", sdk.to_markdown),
         ("policy.md", policy.to_markdown),
+        ("benchmarks.md", lambda: report.page(report.results())),
     ],
 )
 def test_pages_made_from_tables_are_up_to_date(page: str, generate: Callable[[], str]) -> None:
