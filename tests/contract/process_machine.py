@@ -34,7 +34,8 @@ from capsem.wire.schema import decode_message
 class ProcessMachine:
     """One agent process; `run` starts it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, vmm_lock: int) -> None:
+        self._lock = os.dup(vmm_lock)
         self.control, self._agent_end = socket.socketpair()
         self.console, self._console_end = socket.socketpair()
         self._directory = directory
@@ -55,7 +56,8 @@ class ProcessMachine:
         workspace = self._directory / "root"
         workspace.mkdir(exist_ok=True)
         fd = self._agent_end.fileno()
-        code = f"import sys; sys.path.insert(0, {str(SOURCE)!r}); " + START
+        # The lock lives as long as the agent: not as what that starts.
+        code = f"import os, sys; os.set_inheritable({self._lock}, False); sys.path.insert(0, {str(SOURCE)!r}); " + START
         options = [
             "--fd",
             str(fd),
@@ -72,11 +74,16 @@ class ProcessMachine:
             "-c",
             code,
             *options,
-            pass_fds=[fd],
+            pass_fds=[fd, self._lock],
             stderr=self._console_end,
             env={"PATH": os.environ["PATH"]},
         )
         self._console_end.send(b"capsem: starting\n")
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Of what is the agent's, or nobody's."""
+        os.close(self._lock)
         self._agent_end.close()
         self._console_end.close()
         self._started.set()
@@ -106,9 +113,8 @@ class ProcessMachine:
     async def kill(self) -> None:
         self._killed = True
         if self._process is None:
-            self._agent_end.close()
-            self._console_end.close()
-            self._started.set()
+            if not self._started.is_set():
+                self._let_go()
         elif self._process.returncode is None:
             self._process.kill()
         await self.wait()
@@ -181,7 +187,7 @@ class ProcessDriver:
         disk = spec.volume[-1].path.with_suffix(".disk")
         for left in (disk / "memory").glob("*"):
             left.unlink()
-        machine = ProcessMachine(disk)
+        machine = ProcessMachine(disk, vmm_lock)
         self.machines.append(machine)
         return machine
 

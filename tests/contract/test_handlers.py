@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from capsem.model.errors import (
     NotRunning,
     TimedOut,
 )
+from capsem.store.locks import is_locked
 from capsem.supervisor import room
 from service_world import World, play, status
 
@@ -66,6 +69,33 @@ def test_create_exec_stop_resume_delete(tmp_path: Path) -> None:
                 await call
         assert not list(it.layout.persistent.iterdir())
         assert not list(it.layout.layers.glob("*.qcow2"))
+
+    play(tmp_path, scene)
+
+
+def test_a_delete_waits_for_the_disk_for_what_has_to_be_gone_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted(fd: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{fd}").readlink().name)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", noted)
+
+    async def scene(it: World) -> None:
+        await it.handlers.provision(ProvisionRequest(name="box", persistent=True))
+        synced.clear()
+        await it.handlers.stop("box")
+        assert sum("vm.json" in name for name in synced) == 2  # that it stops, that it has stopped
+        await it.handlers.resume("box")
+        synced.clear()
+        await it.handlers.delete("box")
+        assert not [name for name in synced if "vm.json" in name]
+        assert "box" in synced  # the record's removal
+        assert await status(it) == {}
 
     play(tmp_path, scene)
 
@@ -202,6 +232,24 @@ def test_a_vm_can_be_resumed_as_soon_as_it_is_said_to_have_failed(tmp_path: Path
         await it.handlers.resume("box")
         assert await status(it) == {"box": "Running"}
         assert len(it.driver.machines) == 2
+
+    play(tmp_path, scene)
+
+
+def test_a_vm_can_be_resumed_before_it_is_known_that_its_machine_has_died(tmp_path: Path) -> None:
+    async def scene(it: World) -> None:
+        await it.handlers.provision(ProvisionRequest(name="box", persistent=True))
+        vm, process = it.fleet.get("box"), it.driver.machines[0]._process
+        assert process is not None
+        process.kill()
+        while is_locked(vm.session.vmm_lock):
+            time.sleep(0.001)  # nobody gets to hear of it meanwhile: all of them live on this loop
+        assert vm.running
+        assert not vm.ending
+        await it.handlers.resume("box")
+        assert len(it.driver.machines) == 2
+        assert await status(it) == {"box": "Running"}
+        assert (await it.handlers.execute("box", ExecRequest(command="echo here"))).stdout == "here\n"
 
     play(tmp_path, scene)
 

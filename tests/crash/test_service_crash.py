@@ -339,8 +339,8 @@ def test_the_index_for_others_is_the_old_or_the_new(tmp_path: Path) -> None:
     def act(root: Path, _made: None) -> None:
         where = layout(root)
         both = [(records.read(each), each.path) for each in records.sessions(where)]
-        records.write_registry(where, both)
-        records.write_registry(where, both[:1])
+        durable.write(where.registry, records.registry(both))
+        durable.write(where.registry, records.registry(both[:1]))
 
     def judge(left: Path, _made: None) -> None:
         path = layout(left).registry

@@ -40,6 +40,14 @@ def _names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
+def test_what_need_not_last_is_atomic_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(monkeypatch)
+    durable.write(tmp_path / "record", b"content", lasting=False)
+    temporary = f"{durable.TEMPORARY}record.{os.getpid()}"
+    assert recorder.calls == [("write", temporary), ("replace", temporary)]
+    assert _names(tmp_path) == ["record"]
+
+
 def test_write_makes_everything_durable_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch)
     durable.write(tmp_path / "record", b"content")

@@ -225,12 +225,14 @@ class PolicySet(Message, tag="policy-set"):
 class Stop(Message, tag="stop"):
     """End the machine: power off with `grace` seconds for the guest's processes, or kill it at once if `kill`.
 
-    `wait`: seconds for the gate, before anything is done; a service that asks has passed it.
+    `wait`: seconds for the gate, before anything is done; a service that asks has passed it. `discard`: the VM is to be
+    deleted, so that nothing which is said about its end need outlive the host's.
     """
 
     grace: float = 2.0
     kill: bool = False
     wait: float = 0.0
+    discard: bool = False
 
 
 class Stopping(Message, tag="stopping"):

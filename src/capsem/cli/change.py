@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from capsem.cli.context import SESSION, Context
+from capsem.cli.context import NEW_NAME, SESSION, Context
 from capsem.cli.terminal import printable, waiting
 from capsem.model.errors import InvalidInput, NotRunning
 
@@ -90,7 +90,7 @@ def restart_command(obj: Context, name: str) -> None:
 
 @click.command("persist", epilog="\b\nExample:\n  capsem persist brave-otter-tmp box")
 @click.argument("session", type=SESSION)
-@click.argument("name", type=SESSION)
+@click.argument("name", type=NEW_NAME)
 @click.pass_obj
 def persist_command(obj: Context, session: str, name: str) -> None:
     """Keep a running VM, which would be gone when it stops, under a name."""
@@ -100,7 +100,7 @@ def persist_command(obj: Context, session: str, name: str) -> None:
 
 @click.command("fork", epilog="\b\nExamples:\n  capsem fork box experiment\n  capsem fork box try --count 5")
 @click.argument("session", type=SESSION)
-@click.argument("name", type=SESSION)
+@click.argument("name", type=NEW_NAME)
 @click.option("-d", "--description", metavar="TEXT", help="What it is for.")
 @click.option("--at", metavar="CHECKPOINT", help="From this checkpoint instead of the present.")
 @click.option("--count", metavar="N", type=click.IntRange(1, 64), default=1, help="How many: NAME-1, NAME-2 ...")

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from capsem.cli.context import SESSION, Context
+from capsem.cli.context import NEW_NAME, SESSION, Context
 from capsem.cli.terminal import printable, size_text, waiting
 
 ID = 12  # digits shown; so many, or fewer, are enough to name one
@@ -164,7 +164,7 @@ def export_command(obj: Context, session: str, checkpoint: str, file: Path) -> N
     "import", epilog="\b\nExample:\n  capsem checkpoint import box.capsem twin && capsem resume twin"
 )
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.argument("name", type=SESSION)
+@click.argument("name", type=NEW_NAME)
 @click.option("--trust", is_flag=True, help="Take memory and devices too: only from a source that you trust.")
 @click.pass_obj
 def import_command(obj: Context, file: Path, name: str, trust: bool) -> None:

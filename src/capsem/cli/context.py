@@ -14,6 +14,7 @@ import click
 from capsem.client.sync import Client
 from capsem.config import Paths
 from capsem.model.errors import CapsemError, InvalidInput
+from capsem.model.ids import check_name
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -80,6 +81,16 @@ class SessionType(NameType):
         return [CompletionItem(box["id"]) for box in boxes if box["id"].startswith(incomplete)]
 
 
+class NewName(click.ParamType[str]):
+    """What a VM is to be called: the rule that the service holds it to, before one is started for it."""
+
+    name = "name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Check it. Raises InvalidInput."""
+        return check_name(str(value))
+
+
 class Amount(click.ParamType[float]):
     """A positive number; `scale` turns it into the whole number of units that the service is sent."""
 
@@ -100,6 +111,7 @@ class Amount(click.ParamType[float]):
         return int(number) if number.is_integer() else number
 
 
+NEW_NAME = NewName()
 SESSION = SessionType("session", "capsem list shows those there are")
 IMAGE = NameType("image", "capsem image list shows those there are")
 GIGABYTES = Amount("GB", 1024)

@@ -107,9 +107,13 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
     connection.execute("COMMIT")
 
 
-def close_writer(connection: sqlite3.Connection) -> None:
-    """Put the journal into the file and close; with no reader there the journal is removed. Raises sqlite3.Error."""
+def close_writer(connection: sqlite3.Connection, *, lasting: bool = True) -> None:
+    """Put the journal into the file and close; with no reader there the journal is removed. Not `lasting`: without waiting
+    for the disk. Raises sqlite3.Error.
+    """
     try:
+        if not lasting:
+            connection.execute("PRAGMA synchronous = OFF")
         connection.execute("PRAGMA busy_timeout = 0")  # a reader may keep the journal; it is not waited for
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
     finally:

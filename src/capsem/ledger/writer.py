@@ -8,6 +8,7 @@ same way, and a file that is damaged is put aside and begun anew.
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import queue
@@ -103,9 +104,11 @@ class Writer:
         self._path = path
         self._back.set()
 
-    def close(self) -> Future[None]:
-        """Done when all is written and the file is closed, with its journal in it; nothing is taken any more."""
-        done = self._order(self._end)
+    def close(self, *, lasting: bool = True) -> Future[None]:
+        """Done when all is written and the file is closed, with its journal in it; nothing is taken any more. Not `lasting`:
+        without waiting for the disk.
+        """
+        done = self._order(functools.partial(self._end, lasting=lasting))
         self._closing = True
         return done
 
@@ -196,16 +199,16 @@ class Writer:
         self._back.clear()
         self._open()
 
-    def _end(self, done: Future[None]) -> None:
-        self._close()
+    def _end(self, done: Future[None], *, lasting: bool) -> None:
+        self._close(lasting=lasting)
         self._ended = True
         done.set_result(None)
 
-    def _close(self) -> None:
+    def _close(self, *, lasting: bool = True) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
             try:
-                close_writer(connection)
+                close_writer(connection, lasting=lasting)
             except sqlite3.Error as error:
                 log.error("%s is not closed as it should be: %s", self._path, error)
 

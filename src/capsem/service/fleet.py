@@ -59,6 +59,7 @@ class Fleet:
         self.granted: Callable[[Mapping[str, tuple[str, ...]]], str] = lambda _lent: ""
         self.ledger = True  # whether commands and files of VMs that are started are recorded
         self._index_waits = False
+        self._index = b""  # as this service has written it
         self._skipped = False  # there are session directories that are no VM's, and were left alone
         self.checkpoints = CheckpointStore(layout)
         self._summing: asyncio.Task[None] | None = None
@@ -156,8 +157,12 @@ class Fleet:
         if self._index_waits:
             return
         persistent = [vm for vm in self.all() if vm.record.persistent]
+        index = records.registry((vm.record, vm.session.path) for vm in persistent)
+        if index == self._index:  # as after all that becomes of VMs that are not in it
+            return
         try:
-            records.write_registry(self.layout, [(vm.record, vm.session.path) for vm in persistent])
+            durable.write(self.layout.registry, index)
+            self._index = index
         except OSError as error:  # an index can be made anew; a full disk must not fail what it describes
             log.error("the registry file cannot be written: %s", error)
 

@@ -292,7 +292,7 @@ class Lifecycle(Commands):
         async with vm.turn:
             if vm.deleted:
                 raise unknown_vm(name)
-            if vm.ending:
+            if vm.ending or vm.vmm_gone:
                 await vm.ended(READY_LIMIT)
             if not vm.running:
                 vm.check()
@@ -324,7 +324,7 @@ class Lifecycle(Commands):
             async with self._gate.teardown(vm):
                 vm.deleted = True
                 try:
-                    await vm.stop(Stop(kill=True))
+                    await vm.stop(Stop(kill=True, discard=True))
                 except BaseException:
                     vm.deleted = False
                     raise

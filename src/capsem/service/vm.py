@@ -95,6 +95,11 @@ class Vm:
         return link.lost.is_set() or (link.state is not None and link.state.state not in LIVE)
 
     @property
+    def vmm_gone(self) -> bool:
+        """Whether its VMM has ended, and its supervisor, which may not have noticed yet, is about to."""
+        return self.link is not None and self.link.ready and not is_locked(self.session.vmm_lock)
+
+    @property
     def state(self) -> State:
         """Where it is: the supervisor's last word while there is one, else the record's."""
         if self.running:

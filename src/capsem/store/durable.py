@@ -15,8 +15,9 @@ from pathlib import Path
 TEMPORARY = ".tmp-"
 
 
-def write(path: Path, data: bytes, *, mode: int = 0o600) -> None:
-    """Replace the content of `path` atomically and durably.
+def write(path: Path, data: bytes, *, mode: int = 0o600, lasting: bool = True) -> None:
+    """Replace the content of `path` atomically and durably; atomically alone if it need not be `lasting`: when the host
+    itself goes down, what is there afterwards may be the old, the new, or not whole.
 
     Raises OSError; then `path` is as it was, or, when only the last step (the directory's sync) failed, new.
     """
@@ -27,7 +28,8 @@ def write(path: Path, data: bytes, *, mode: int = 0o600) -> None:
             view = memoryview(data)
             while view:
                 view = view[os.write(fd, view) :]
-            os.fsync(fd)
+            if lasting:
+                os.fsync(fd)
         finally:
             os.close(fd)
         os.replace(temporary, path)
@@ -35,7 +37,8 @@ def write(path: Path, data: bytes, *, mode: int = 0o600) -> None:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
         raise
-    sync_directory(path.parent)
+    if lasting:
+        sync_directory(path.parent)
 
 
 def create(path: Path, data: bytes, *, mode: int = 0o600) -> bool:

@@ -21,9 +21,9 @@ def read(session: SessionDir) -> VmRecord:
     return record_from_json(session.record.read_bytes(), source=str(session.record))
 
 
-def write(session: SessionDir, record: VmRecord) -> None:
-    """Replace the record durably. Raises OSError."""
-    durable.write(session.record, record.to_json())
+def write(session: SessionDir, record: VmRecord, *, lasting: bool = True) -> None:
+    """Replace the record, durably unless it is about to be removed. Raises OSError."""
+    durable.write(session.record, record.to_json(), lasting=lasting)
 
 
 def sessions(layout: Layout) -> list[SessionDir]:
@@ -37,7 +37,7 @@ def sessions(layout: Layout) -> list[SessionDir]:
     return found
 
 
-def write_registry(layout: Layout, records: Iterable[tuple[VmRecord, Path]]) -> None:
+def registry(records: Iterable[tuple[VmRecord, Path]]) -> bytes:
     """The contract's index of persistent VMs (interface.md 1.5), for tools that read it; nothing of ours does."""
     vms = {}
     for record, path in records:
@@ -55,4 +55,4 @@ def write_registry(layout: Layout, records: Iterable[tuple[VmRecord, Path]]) -> 
             "last_error": record.last_error,
         }
         vms[record.id] = {key: value for key, value in entry.items() if value is not None}
-    durable.write(layout.registry, json.dumps({"vms": vms}, indent=1).encode())
+    return json.dumps({"vms": vms}, indent=1).encode()

@@ -39,6 +39,7 @@ from capsem.supervisor.recording import Recording
 from capsem.supervisor.saving import Saver
 from capsem.supervisor.server import Server
 from capsem.system import Listener, System
+from capsem.tracing import span
 
 WORK_WAIT = 10.0  # seconds for an operation of a service that was killed to be over
 ENDS = frozenset({Event.STOP, Event.EXITED, Event.LOST})
@@ -186,11 +187,17 @@ class Owned:
         self._record = self._record.after(event, **changes)
         self.recording.lifecycle(event, self._record.state, self._detail(event))
         try:
-            records.write(self._names.session, self._record)
+            with span(f"record: {self._record.state}"):
+                records.write(self._names.session, self._record, lasting=not self._discarded)
         except OSError as error:
             if event not in ENDS:
                 raise
             log.error("the record cannot be written: %s", error)
+
+    @property
+    def _discarded(self) -> bool:
+        """Whether the VM is to be deleted as soon as it has ended: then nobody waits for a disk to keep what is said of that."""
+        return self._stop_asked is not None and self._stop_asked.discard
 
     def _detail(self, event: Event) -> str | None:
         """What there is to say of an event beside its name."""

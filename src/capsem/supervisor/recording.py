@@ -166,11 +166,13 @@ class Recording:
         finally:
             self._writer.go_on(path if path.parent.exists() else before)
 
-    async def close(self) -> None:
-        """Write what is left and close the file; what takes too long is left to whoever opens it next."""
+    async def close(self, *, lasting: bool = True) -> None:
+        """Write what is left and close the file, durably unless it is about to be removed; what takes too long is left to
+        whoever opens it next.
+        """
         if not self._resting:
             self._put(events.commands_lost("the VM ended before the command did"))
-        if not await _settled(self._writer.close(), CLOSE_LIMIT):
+        if not await _settled(self._writer.close(lasting=lasting), CLOSE_LIMIT):
             log.error("the ledger is not closed: its disk is too slow")
         if self._writer.dropped:
             log.warning("%d events are not in the ledger", self._writer.dropped)

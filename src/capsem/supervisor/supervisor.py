@@ -124,7 +124,8 @@ class Supervisor(Changes):
                 self._at("begun")
                 return await self._run_claimed()
             finally:
-                await self.recording.close()
+                with span("close the ledger"):
+                    await self.recording.close(lasting=not self._discarded)
         finally:
             self._work_done()
             claim.release()
@@ -394,7 +395,8 @@ class Supervisor(Changes):
             assert request is not None
             self._stop_changed.clear()
             if request.kill or not self.guest.is_ready:
-                await machine.kill()
+                with span("end the machine"):
+                    await machine.kill()
                 return
             self.guest.power_off(request.grace)
             try:
