@@ -72,13 +72,20 @@ def _locks(run_dir: Path) -> list[str]:
             status = path.stat()
             device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
             files[f"{device}:{status.st_ino}"] = str(path.relative_to(run_dir))
-    held = []
+    held, before = sorted(files[each] for each in _flocks() & set(files)), None
+    while held != before:  # the list is read a page at a time, and others take and release locks meanwhile
+        held, before = sorted(files[each] for each in _flocks() & set(files)), held
+    return held
+
+
+def _flocks() -> set[str]:
+    """Device and inode of every file on this host that is locked."""
+    found = set()
     for line in Path("/proc/locks").read_text().splitlines():
         words = line.split()
-        file = next(word for word in words if word.count(":") == 2)
-        if "FLOCK" in words and file in files:
-            held.append(files[file])
-    return sorted(held)
+        if "FLOCK" in words:
+            found.add(next(word for word in words if word.count(":") == 2))
+    return found
 
 
 def resident(pid: int) -> int:

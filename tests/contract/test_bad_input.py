@@ -239,13 +239,20 @@ def test_many_who_say_nothing_hold_up_nobody(service: Service) -> None:
     [
         (("create", "-n", "../x"), 2, "bad name"),
         (("create", "-n", "naïve"), 2, "bad name"),
+        *(
+            ((*words, bad), 2, "bad name")
+            for words in (("create", "-n"), ("fork", "ghost"), ("persist", "ghost"))
+            for bad in ("", "a" * 65, "..", "a/b")
+        ),
         (("create", "--cpu", "0"), 2, "cpus"),
         (("create", "--cpu", "99"), 2, "cpus"),
+        (("create", "--ram", "0"), 2, "ram"),
         (("create", "--ram", "0.1"), 2, "ram_mb"),
         (("create", "--ram", "999999"), 2, "ram_mb"),
         (("create", "-e", "LD_PRELOAD=/x.so"), 2, "LD_PRELOAD"),
         (("run", "-e", "LD_PRELOAD=/x.so", "true"), 2, "LD_PRELOAD"),
-        (("run", "--cpu", "99", "true"), 2, "cpus"),
+        *((("run", "--cpu", cpus, "true"), 2, "cpus") for cpus in ("0", "99")),
+        *((("run", "--ram", ram, "true"), 2, "ram") for ram in ("0", "999999")),
         (("create", "--from", "ghost"), 1, "ghost"),
         *(((*verb, "ghost"), 1, "ghost") for verb in (("info",), ("logs",), ("stop",), ("resume",), ("attach",))),
         *(((*verb, "ghost"), 1, "ghost") for verb in (("delete",), ("rm",), ("restart",))),
@@ -347,10 +354,19 @@ def test_a_run_directory_that_is_a_link(home: Path) -> None:
 def test_a_run_directory_with_a_long_name(home: Path) -> None:
     """The default socket does not fit: the service says what to do. With a shorter --uds-path it serves."""
     run = home / ("d" * 100)
-    code, error = start(CAPSEM_HOME=str(home), CAPSEM_RUN_DIR=str(run))
+    env = {"CAPSEM_HOME": str(home), "CAPSEM_RUN_DIR": str(run)}
+    code, error = start(**env)
     assert code == 1
     assert error.startswith("error: cannot bind"), error
     assert "--uds-path" in error
+    for words in ("list", "create"):
+        done = subprocess.run([BIN / "capsem", words], env={**os.environ, **env}, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "error: cannot bind" in done.stderr, (
+            done.stderr
+        )  # after a word that it is being started, where that takes long
+        assert "--uds-path" in done.stderr
+        assert "\nhint: " in done.stderr
     short = home / "s.sock"
     process = start_process(home, "--uds-path", str(short), CAPSEM_RUN_DIR=str(run))
     try:
@@ -415,7 +431,10 @@ def test_without_an_image(home: Path) -> None:
         assert "capsem image build" in error["hint"]
         refused(ask(service.socket, "POST", "/run", {"command": "true"}), 404, "not_found")
         assert ask(service.socket, "GET", "/list")[1]["asset_health"]["ready"] is False
-        assert b"capsem image build" in service.cli("run", "true").stderr
+        for words in (("run", "true"), ("create", "-n", "box")):
+            done = service.cli(*words)
+            assert (done.returncode, done.stdout) == (1, b"")
+            assert b"capsem image build" in done.stderr.partition(b"\nhint: ")[2]
         assert traces(service.run_dir) == before
     finally:
         service.stop()
@@ -439,7 +458,35 @@ def test_with_a_damaged_image(home: Path, damage: str) -> None:
         error = refused(ask(service.socket, "POST", "/provision", {"name": "box", "persistent": True}), 500, "corrupt")
         assert victim.name in error["error"]
         assert "capsem image build" in error["hint"]
+        for words in (("run", "true"), ("create", "-n", "box")):
+            done = service.cli(*words)
+            assert (done.returncode, done.stdout) == (1, b"")
+            assert done.stderr.startswith(b"error: "), done.stderr
+            assert victim.name.encode() in done.stderr
+            assert b"capsem image build" in done.stderr.partition(b"\nhint: ")[2]
         assert traces(service.run_dir) == before
+
+
+def test_an_image_whose_content_is_not_what_it_was(home: Path) -> None:
+    """Of the same size, so that nothing but its digest can tell."""
+    from capsem.image.catalog import Catalog
+
+    image = Catalog.from_environment(os.environ).find()
+    copy = home / "assets"
+    copy.mkdir()
+    for path in image.directory.iterdir():
+        (copy / path.name).symlink_to(path)
+    victim = copy / image.initrd.name
+    victim.unlink()
+    data = bytearray(image.initrd.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    words = [BIN / "capsem", "image", "--assets-dir", copy, "verify"]
+    done = subprocess.run(words, env={**os.environ, "CAPSEM_HOME": str(home)}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: "), done.stderr
+    assert victim.name in done.stderr
+    assert "capsem image build" in done.stderr.partition("\nhint: ")[2]
 
 
 def qemu(home: Path, script: str) -> str:
@@ -473,6 +520,12 @@ def test_without_a_qemu_that_works(home: Path, env: dict[str, str], code: str, t
         error = refused(ask(service.socket, "POST", "/provision", {"ram_mb": 512}), 500, code)
         assert text in error["error"]
         refused(ask(service.socket, "POST", "/run", {"command": "true", "ram_mb": 512}), 500, code)
+        for words in (("run", "--ram", "0.5", "true"), ("create", "--ram", "0.5")):
+            done = service.cli(*words)
+            assert (done.returncode, done.stdout) == (1, b"")
+            assert done.stderr.startswith(b"error: "), done.stderr
+            assert text.encode() in done.stderr
+            assert b"\nhint: " in done.stderr
         error = refused(ask(service.socket, "POST", "/provision", {"name": "box", "persistent": True}), 500, code)
         after = traces(service.run_dir)
         assert after[1:] == before[1:]
