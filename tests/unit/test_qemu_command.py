@@ -63,6 +63,12 @@ def test_the_same_hardware_under_both_accelerators() -> None:
     assert [(a, b) for a, b in zip(tcg, kvm, strict=True) if a != b] == [("tcg,thread=single,tb-size=128", "kvm")]
 
 
+def test_a_kernel_that_boots_is_told_how_fast_its_counter_runs() -> None:
+    assert values(line(), "-append") == ["console=ttyS0 panic=-1 no_timer_check tsc=reliable ro quiet"]
+    (told,) = values(argv(SPEC, CHANNELS, generation=GENERATION, tsc_khz=2_596_123), "-append")
+    assert told == "console=ttyS0 panic=-1 no_timer_check tsc=reliable ro quiet tsc_early_khz=2596123"
+
+
 def test_memory_is_a_private_mapping() -> None:
     ram = next(each for each in map(json.loads, values(line(), "-object")) if each["id"] == "ram0")
     assert ram["mem-path"] == "/s/ram,512"

@@ -231,3 +231,18 @@ def test_a_clock_that_was_set_is_set_right_again(service: Service, box: str) -> 
         moved = service.output(box, f"a=$(date +%s); date -s @$((a + {step})) > /dev/null; echo $(($(date +%s) - a))")
         assert abs(int(moved) - step) < 10
         wait_for(lambda: off() < 0.5)  # with the next heartbeat; what is left is how late that came
+
+
+def test_time_passes_as_fast_as_on_the_host(service: Service, box: str) -> None:
+    """A kernel that finds out by itself how fast its counter runs may be wrong by a factor, on a busy host."""
+
+    def reading() -> tuple[float, float, float]:
+        before = time.monotonic()
+        up = float(service.output(box, "cut -d' ' -f1 /proc/uptime"))  # which no heartbeat sets right
+        return before, up, time.monotonic()
+
+    first = reading()
+    service.output(box, "sleep 3")
+    last = reading()
+    passed = last[1] - first[1]
+    assert (last[0] - first[2]) * 0.99 - 0.02 < passed < (last[2] - first[0]) * 1.01 + 0.02

@@ -37,13 +37,20 @@ class Channels:
 
 
 def argv(
-    spec: MachineSpec, channels: Channels, *, generation: str, binary: str = BINARY, incoming: bool = False
+    spec: MachineSpec,
+    channels: Channels,
+    *,
+    generation: str,
+    binary: str = BINARY,
+    incoming: bool = False,
+    tsc_khz: int | None = None,
 ) -> list[str]:
     """The command line that starts `spec` with its vCPUs stopped.
 
     `generation` is the VM generation id (a UUID), a fresh one for each process: the guest's kernel reseeds its random
     generator when it sees it change. With `incoming`, QEMU waits for `migrate-incoming` with a device state instead of
-    beginning at the reset vector. Raises InvalidInput.
+    beginning at the reset vector. `tsc_khz`: how fast the guest's time stamp counter runs, for a kernel that boots; that is
+    the host's, no part of the virtual hardware. Raises InvalidInput.
     """
     virtual = virtual_hardware(spec.hardware)
     if not spec.volume:
@@ -74,7 +81,8 @@ def argv(
     for each in (*virtual.devices, f"vmgenid,id=generation,guid={generation}"):
         args += ["-device", each]
     args += ["-kernel", str(spec.kernel), "-initrd", str(spec.initrd)]
-    args += ["-append", f"{virtual.command_line} {spec.command_line}".rstrip()]
+    parameters = [virtual.command_line, spec.command_line, f"tsc_early_khz={tsc_khz}" if tsc_khz else ""]
+    args += ["-append", " ".join(filter(None, parameters))]
     if incoming:
         # Device states are written without the configuration section that `migrate` would put before them.
         args += ["-global", "migration.send-configuration=off", "-incoming", "defer"]

@@ -21,6 +21,7 @@ from capsem.hypervisor.qemu.merge import merge
 from capsem.hypervisor.qemu.probe import Verdict, probe
 from capsem.hypervisor.qemu.process import Process, complaint, find_qemu, lacking_features, query_version, spawn
 from capsem.hypervisor.qemu.qmp import Monitor
+from capsem.hypervisor.qemu.tsc import frequency_khz
 from capsem.model.errors import CapsemError, HostNotReady, MachineFailed
 from capsem.tracing import span
 
@@ -112,13 +113,14 @@ class QemuDriver:
 
     async def start(self, spec: MachineSpec, *, vmm_lock: int) -> QemuMachine:
         """See Driver; also raises InvalidInput."""
-        return await self._spawn(spec, vmm_lock, None)
+        emulated = spec.accelerator is Accelerator.TCG
+        return await self._spawn(spec, vmm_lock, tsc_khz=await asyncio.to_thread(frequency_khz) if emulated else None)
 
     async def restore(self, spec: MachineSpec, devices: Path, *, vmm_lock: int) -> QemuMachine:
         """See Driver; also raises InvalidInput, OSError."""
         # A descriptor instead of a name: the sandbox forbids QEMU to start the program that a name would need.
         with devices.open("rb", buffering=0) as state:
-            machine = await self._spawn(spec, vmm_lock, state.fileno())
+            machine = await self._spawn(spec, vmm_lock, state=state.fileno())
             try:
                 with span("load the devices"):
                     await machine.load(state.fileno())
@@ -129,7 +131,9 @@ class QemuDriver:
                 raise
         return machine
 
-    async def _spawn(self, spec: MachineSpec, vmm_lock: int, state: int | None) -> QemuMachine:
+    async def _spawn(
+        self, spec: MachineSpec, vmm_lock: int, *, state: int | None = None, tsc_khz: int | None = None
+    ) -> QemuMachine:
         binary = find_qemu()
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
             pairs: dict[str, tuple[socket.socket, socket.socket]] = {}
@@ -144,7 +148,14 @@ class QemuDriver:
             # A fresh generation id in each process tells the guest's kernel that it may be a copy of another.
             incoming, inherited = state is not None, (() if state is None else (state,))
             generation = str(uuid.uuid4())
-            line = argv(spec, Channels(**ends), generation=generation, binary=str(binary), incoming=incoming)
+            line = argv(
+                spec,
+                Channels(**ends),
+                generation=generation,
+                binary=str(binary),
+                incoming=incoming,
+                tsc_khz=tsc_khz,
+            )
             with span("spawn QEMU"):
                 process = spawn(line, keep=(*ends.values(), vmm_lock, *inherited))
             theirs.close()
