@@ -127,5 +127,8 @@ def _nothing_left(people: Population) -> None:
     left += layout.run_dir.rglob(f"{durable.TEMPORARY}*")
     if left:
         raise Violation(f"left behind: {', '.join(str(path.relative_to(layout.run_dir)) for path in sorted(left))}")
+    struck = world.driver().host.strikes()
+    if struck:  # whether or not the guest that it would have harmed was restored in the end
+        raise Violation(f"operations met that must not: {'; '.join(struck)}")
     if world.supervisors:
         raise Violation(f"supervisors live on: {[vm_id for vm_id, _, _ in world.supervisors.values()]}")

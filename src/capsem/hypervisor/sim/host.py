@@ -88,6 +88,10 @@ class SimHost:
         """Whether that operation, which may be over, met another one."""
         return self.hazard and (self._struck / name).exists()
 
+    def strikes(self) -> list[str]:
+        """What every operation that was struck met, whether anybody has noticed or not."""
+        return sorted(path.read_text() for path in self._struck.iterdir())
+
     def count(self, name: str) -> int:
         """How often this was asked on this host for this name, this time included. Raises OSError."""
         with self._alone():
