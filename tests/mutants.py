@@ -102,7 +102,7 @@ MUTANTS = (
     ),
     Mutant(
         "removal not made durable",
-        "service/fleet.py",
+        "service/members.py",
         "            durable.sync_directory(session.path)\n",
         "            pass\n",
         "tests/crash/test_service_crash.py::test_a_delete",
@@ -151,7 +151,7 @@ MUTANTS = (
     ),
     Mutant(
         "layer collected while a checkpoint names it",
-        "service/fleet.py",
+        "service/holdings.py",
         "        used |= {layer for checkpoint in self.checkpoints.all() for layer in checkpoint.layer_ids}\n",
         "",
         "tests/contract/test_collect.py",

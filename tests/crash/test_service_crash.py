@@ -25,7 +25,7 @@ from capsem.model.checkpoint import Kind
 from capsem.model.lifecycle import State
 from capsem.model.spec import VmSpec
 from capsem.model.vm import VmRecord
-from capsem.service import flattening, fleet
+from capsem.service import flattening, members
 from capsem.store import durable, records
 from capsem.store.checkpoints import CheckpointStore
 from capsem.store.layout import Layout
@@ -361,4 +361,4 @@ def test_a_cut_is_not_lost_among_tasks(tmp_path: Path) -> None:
 
     with pytest.raises(PowerCut):
         play(tmp_path, scene)
-    assert fleet.FAILED_KEPT > 1
+    assert members.FAILED_KEPT > 1

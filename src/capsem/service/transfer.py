@@ -26,11 +26,11 @@ from capsem.model.lifecycle import Status
 from capsem.model.spec import VmSpec
 from capsem.model.vm import VmRecord
 from capsem.service.arrival import Arrival
-from capsem.service.checkpoints import Checkpoints
+from capsem.service.forks import Forks
 from capsem.store.archive import DEVICES, JOBS, MANIFEST, MEMORY, Decoder, Source, encode, layer_name
 
 
-class Transfer(Checkpoints):
+class Transfer(Forks):
     """See service.manager.Manager."""
 
     async def export_checkpoint(self, vm_id: str, checkpoint: str) -> AsyncGenerator[bytes, None]:

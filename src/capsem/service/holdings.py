@@ -1,0 +1,142 @@
+"""What VMs and checkpoints share, layers and checkpoints themselves, and when it may go: when nobody names it any more."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+
+from capsem.model.checkpoint import Checkpoint, Kind
+from capsem.model.errors import Corrupt
+from capsem.service.vm import Vm
+from capsem.store.checkpoints import CheckpointStore
+from capsem.store.layout import Layout
+from capsem.system import System
+
+SUM_AFTER = 10.0  # seconds from a checkpoint to the checksums of its layers: others want the disk first
+
+log = logging.getLogger("capsem_service.holdings")
+
+
+class Holdings:
+    """The VMs of a service, as far as they hold something together."""
+
+    def __init__(self, system: System, layout: Layout) -> None:
+        self.system = system
+        self.layout = layout
+        self._vms: dict[str, Vm] = {}
+        self.stopping = False
+        self.checkpoints = CheckpointStore(layout)
+        self.spare: set[str] = set()  # layers that are being made, for a record to name
+        self._skipped = False  # there are session directories that are no VM's, and were left alone
+        self._summing: asyncio.Task[None] | None = None
+        self._pinned: Counter[str] = Counter()  # checkpoints that VMs are being made of
+        self._clearing: set[asyncio.Future[object]] = set()
+        self._saving: set[str] = set()  # VMs of which a checkpoint is being made
+
+    @contextlib.contextmanager
+    def pinned(self, checkpoint_id: str) -> Iterator[None]:
+        """Keep a checkpoint, to which no record points yet."""
+        self._pinned[checkpoint_id] += 1
+        try:
+            yield
+        finally:
+            self._pinned[checkpoint_id] -= 1
+
+    @contextlib.contextmanager
+    def saving(self, vm_id: str) -> Iterator[None]:
+        """Keep the checkpoints of a VM while one more is made, until a record or a pin points to it."""
+        self._saving.add(vm_id)
+        try:
+            yield
+        finally:
+            self._saving.discard(vm_id)
+
+    def is_referenced(self, checkpoint_id: str) -> bool:
+        """Whether a VM is suspended in this checkpoint, or runs on its memory."""
+        records = [vm.record for vm in self._vms.values() if not vm.deleted]
+        return self._pinned[checkpoint_id] > 0 or any(checkpoint_id in (it.checkpoint, it.saving) for it in records)
+
+    def is_frozen(self, layer: str) -> bool:
+        """Whether a checkpoint holds this layer: then nothing may write to it."""
+        return any(layer in checkpoint.layer_ids for checkpoint in self.checkpoints.all())
+
+    def _knows_all(self) -> bool:
+        """Whether every record could be read. One that could not would tell what it needs, so nothing shared may go."""
+        return not self._skipped and not any(isinstance(vm.obstacle, Corrupt) for vm in self._vms.values())
+
+    def collect(self) -> None:
+        """Remove checkpoints that nobody needs any more, and the layers that only they named."""
+        if not self._knows_all():
+            return
+        owners = {vm.id: vm for vm in self._vms.values() if not vm.deleted}
+        for checkpoint in self.checkpoints.all():
+            owner = owners.get(checkpoint.vm_id)
+            if checkpoint.kind == Kind.TEMPLATE:
+                continue  # see service.templates
+            if owner is not None and (owner.id in self._saving or checkpoint.visible(owner.record.kept)):
+                continue  # about to be referred to, or the user's
+            if not self.is_referenced(checkpoint.id):
+                self.remove_checkpoint(checkpoint)
+
+    def remove_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Remove a checkpoint that nothing refers to, and its layers unless others name them."""
+        log.info("removing checkpoint %s of %s", checkpoint.id, checkpoint.vm_id)
+        self.checkpoints.withdraw(checkpoint.id)
+        self.remove_layers(checkpoint.layer_ids)
+        # Giving back hundreds of megabytes takes a file system longer than a suspend takes us: nobody waits for that.
+        self._in_background(self.checkpoints.clear, checkpoint.id)
+
+    def _in_background(self, remove: Callable[[str], object], which: str) -> None:
+        removing = asyncio.get_running_loop().run_in_executor(None, remove, which)
+        self._clearing.add(removing)
+        removing.add_done_callback(self._clearing.discard)
+
+    async def cleared(self) -> None:
+        """Wait until the files of all removed checkpoints are gone. Raises OSError."""
+        await asyncio.gather(*self._clearing)
+
+    def _used_layers(self) -> set[str]:
+        """Layers that a VM or a checkpoint names; all there are while a checkpoint cannot tell which it needs: it may be of
+        a newer Capsem, or come back from a backup."""
+        used = {layer for vm in self._vms.values() if not vm.deleted for layer in vm.layers}
+        used |= self.spare
+        used |= {layer for checkpoint in self.checkpoints.all() for layer in checkpoint.layer_ids}
+        if self.checkpoints.unreadable:
+            used |= {path.stem for path in self.layout.layers.glob("*.qcow2")}
+        return used
+
+    def lasting_layers(self, vm: Vm) -> set[str]:
+        """Layers that stay whatever a VM does next: those of others, and of checkpoints, except what its next suspend
+        or stop takes along."""
+        others = [other for other in self._vms.values() if other is not vm and not other.deleted]
+        lasting = {layer for other in others for layer in other.layers}
+        for checkpoint in self.checkpoints.all():
+            hidden = checkpoint.vm_id == vm.id and not checkpoint.visible(vm.record.kept)
+            if not hidden or any(other.record.checkpoint == checkpoint.id for other in others):
+                lasting.update(checkpoint.layer_ids)
+        return lasting
+
+    def remove_layers(self, layers: Iterable[str]) -> None:
+        """Remove those of these layers that neither a VM nor a checkpoint names."""
+        if not self._knows_all():
+            return  # swept when the service starts and all are known
+        used = self._used_layers()
+        for layer in layers:
+            if layer not in used:
+                self.layout.layer(layer).unlink(missing_ok=True)
+                self.layout.layer_sum(layer).unlink(missing_ok=True)
+
+    def sum_soon(self) -> None:
+        """Checkpoints were made: give their layers checksums, in a while and in the background."""
+        if self._summing is None or self._summing.done():
+            self._summing = asyncio.create_task(self._sum(), name="layer checksums")
+
+    async def _sum(self) -> None:
+        await asyncio.sleep(SUM_AFTER)
+        try:
+            await asyncio.to_thread(self.checkpoints.sum_layers, lambda: self.stopping)
+        except OSError as error:  # a full disk; there will be another time
+            log.warning("layers get no checksums: %s", error)
