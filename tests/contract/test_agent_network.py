@@ -41,7 +41,7 @@ class Host:
         self.served.append(stream)
         await self.serve(stream)
 
-    async def question(self, query: bytes) -> bytes:
+    async def question(self, query: bytes, process: str | None) -> bytes:
         self.queries.append(query)
         return await self.answer(query)
 

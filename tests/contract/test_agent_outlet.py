@@ -131,7 +131,7 @@ def test_a_name_that_leads_to_the_hosts_loopback_does_not_lead_to_the_guests(wit
     async def scenario(way: Way) -> None:
         way.allow(8080)
         query = b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x04some\x04test\x00\x00\x01\x00\x01"
-        answer = await way.outlet.question(query)
+        answer = await way.outlet.question(query, None)
         assert (await way.origins.resolver.addresses("some.test"), answer[-4:-2]) == (["127.0.0.1"], b"\xc6\x12")
 
     with_way(scenario)

@@ -75,9 +75,10 @@ class Egress:
             self._serving.discard(task)
             stream.abort()
 
-    async def resolve(self, query: bytes) -> bytes:
-        """The answer to a guest's question of DNS, a datagram each; b"" where there is none to give. Raises nothing."""
-        return b"" if self._closed else await self._lookups.answer(query)
+    async def resolve(self, query: bytes, process: str | None = None) -> bytes:
+        """The answer to a guest's question of DNS, a datagram each; b"" where there is none to give. `process` is a label for
+        the record. Raises nothing."""
+        return b"" if self._closed else await self._lookups.answer(query, process)
 
     def _refuse(self, stream: GuestStream, why: str) -> None:
         connection = stream.connection

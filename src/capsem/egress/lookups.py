@@ -40,7 +40,7 @@ class Lookups:
         self._left = float(BURST)
         self._at: float | None = None
 
-    async def answer(self, data: bytes) -> bytes:
+    async def answer(self, data: bytes, process: str | None = None) -> bytes:
         """The answer to a datagram; b"" where there is none to give."""
         try:
             query = parse(data)
@@ -50,7 +50,8 @@ class Lookups:
             # Not recorded: the record is as bounded as the answers.
             return answer(query, Code.SERVFAIL)
         clock = self._door.clock
-        event, started = DnsEvent(clock.time(), query.name, query.kind_name, "error"), clock.monotonic()
+        event = DnsEvent(clock.time(), query.name, query.kind_name, "error", process_name=process)
+        started = clock.monotonic()
         try:
             return await self._answer(query, event)
         finally:

@@ -11,6 +11,7 @@ import _socket
 from functools import partial
 
 from capsem.guest.loop import READ, Loop
+from capsem.guest.owner import Owners
 from capsem.guest.questions import Questions
 from capsem.guest.relay import Relay
 from capsem.guest.system import accept
@@ -48,6 +49,7 @@ class Capture:
         self._opened = opened
         self._left = left
         self._listeners: list[tuple[_socket.socket, Callable[[int], None]]] = []  # and what takes who connects
+        self._owners = Owners()
         self._questions: Questions | None = None
         self._admits = False  # the epoch's handshake is done
         self._relays: set[Relay] = set()
@@ -62,7 +64,7 @@ class Capture:
                 *((each, partial(self._accept_redirected, each)) for each in transparent),
                 (proxy, partial(self._accept_explicit, proxy)),
             ]
-            self._questions = Questions(self._loop, self._mux, udp, tcp, self._opened)
+            self._questions = Questions(self._loop, self._mux, udp, tcp, self._opened, self._owners)
         elif not on and self._listeners:
             for listener, _ in self._listeners:
                 self._loop.unwatch(listener.fileno())
@@ -125,13 +127,15 @@ class Capture:
         while (sock := self._next(listener)) is not None:
             address, port = self._system.destination(sock)
             if port:
-                self._carry(sock, Egress(address=address, port=port))
+                process = self._owners.of_connection(sock, (address, port))
+                self._carry(sock, Egress(address=address, port=port, process=process))
             else:
                 sock.close()  # nobody redirected it: somebody has called us by our own port
 
     def _accept_explicit(self, listener: _socket.socket, _events: int = 0) -> None:
         while (sock := self._next(listener)) is not None:
-            self._carry(sock, Egress(address=_LOCAL, port=PROXY_PORT, explicit=True))
+            process = self._owners.of_connection(sock, sock.getsockname())
+            self._carry(sock, Egress(address=_LOCAL, port=PROXY_PORT, explicit=True, process=process))
 
     def _next(self, listener: _socket.socket) -> _socket.socket | None:
         if len(self._relays) >= MAX_CONNECTIONS:

@@ -15,6 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from capsem.guest.owner import Owners
     from capsem.wire.streams import Mux
 
 MAX_PENDING = 128  # questions that wait for the host; more fail at once
@@ -68,6 +69,7 @@ class Questions:
         udp: _socket.socket,
         tcp: _socket.socket,
         opened: Callable[[int, Servant], None],
+        owners: Owners,
     ) -> None:
         """`opened` is told of each stream, and what serves it."""
         self.pending = 0
@@ -76,6 +78,7 @@ class Questions:
         self._udp = udp
         self._tcp = tcp
         self._opened = opened
+        self._owners = owners
         self._connections: set[_Connection] = set()
 
     def accept(self, *, on: bool) -> None:
@@ -94,15 +97,15 @@ class Questions:
         for connection in tuple(self._connections):
             connection.close()
 
-    def ask(self, query: bytes, reply: Callable[[bytes], None]) -> None:
-        """Have a question answered, or failed; what is none is not answered at all."""
+    def ask(self, query: bytes, reply: Callable[[bytes], None], process: str | None = None) -> None:
+        """Have a question of a program's answered, or failed; what is none is not answered at all."""
         if len(query) < _HEADER or query[2] & _RESPONSE:
             return
         if self.pending >= MAX_PENDING:
             reply(failure(query))
             return
         self.pending += 1
-        self._opened(self._mux.open(Resolve(query=query.hex())), _Question(self, query, reply))
+        self._opened(self._mux.open(Resolve(query=query.hex(), process=process)), _Question(self, query, reply))
 
     def _receive(self, _events: int) -> None:
         for _ in range(_PER_TURN):
@@ -112,7 +115,7 @@ class Questions:
                 return
             except OSError:  # an earlier answer found nobody
                 continue
-            self.ask(query, partial(self._send, asker))
+            self.ask(query, partial(self._send, asker), self._owners.of_question(asker))
 
     def _send(self, asker: tuple[str, int], answer: bytes) -> None:
         try:

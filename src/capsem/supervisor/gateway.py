@@ -29,15 +29,15 @@ class Carrier(Protocol):
     async def connection(self, stream: GuestStream) -> None:
         """Carry a connection until it is over. Cancelled when its epoch is."""
 
-    async def question(self, query: bytes) -> bytes:
-        """The answer to a DNS message, b"" when it deserves none."""
+    async def question(self, query: bytes, process: str | None) -> bytes:
+        """The answer to a program's DNS message, b"" when it deserves none."""
 
 
 class GuestConnection:
     """A connection of a program in the guest; fits `egress.stream.GuestStream`."""
 
     def __init__(self, stream: Stream, request: Egress) -> None:
-        self.connection = Connection(address=request.address, port=request.port, explicit=request.explicit)
+        self.connection = Connection(request.address, request.port, explicit=request.explicit, process=request.process)
         self._stream = stream
         self._ended = False  # nothing more will be sent
         self._closed = False
@@ -135,7 +135,7 @@ class Gateway:
             query = b""
         try:
             if query:
-                answer = await self._carrier.question(query)
+                answer = await self._carrier.question(query, request.process)
         finally:
             stream.close(
                 Resolved(answer=answer.hex()) if answer else Failed(code="unavailable", message="there is no answer")

@@ -83,10 +83,10 @@ class Outlet:
         else:
             await egress.serve(stream)
 
-    async def question(self, query: bytes) -> bytes:
+    async def question(self, query: bytes, process: str | None) -> bytes:
         """See gateway.Carrier."""
         egress = self._present()
-        return b"" if egress is None else await egress.resolve(query)
+        return b"" if egress is None else await egress.resolve(query, process)
 
     def _present(self) -> Egress | None:
         """The proxy of this epoch, made when it is first needed."""

@@ -295,12 +295,13 @@ class Forwarded(Message, tag="forwarded"):
 class Egress(Message, tag="egress"):
     """Guest: a program has connected to `address` and `port`, or (`explicit`) to the proxy's port, which is then what they
     say. Data: STDOUT what the program sends, STDIN what it is sent, the end of each handed on. A reset of the stream is a
-    reset of the connection, either way.
+    reset of the connection, either way. `process` is its name, as far as it was found.
     """
 
     address: str
     port: int
     explicit: bool = False
+    process: str | None = None
 
 
 class EgressEnded(Message, tag="egress-ended"):
@@ -308,9 +309,10 @@ class EgressEnded(Message, tag="egress-ended"):
 
 
 class Resolve(Message, tag="resolve"):
-    """Guest: a program's question to the name server, a DNS message in hexadecimal."""
+    """Guest: a program's question to the name server, a DNS message in hexadecimal. `process` as of Egress."""
 
     query: str
+    process: str | None = None
 
 
 class Resolved(Message, tag="resolved"):
