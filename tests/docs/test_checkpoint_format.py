@@ -74,7 +74,7 @@ def test_every_kind_is_documented() -> None:
 
 def test_every_file_of_a_checkpoint_is_documented() -> None:
     files = CheckpointDir(Path("x"))
-    names = [files.manifest, files.memory, files.sums, files.devices, files.jobs, files.draft]
+    names = [files.manifest, files.memory, files.sums, files.devices, files.jobs, files.names, files.draft]
     headings = re.findall(r"^## ([\w.]+)$", PAGE, re.MULTILINE)
     assert [path.name for path in names] == [each for each in headings if each != "Layers"]
 

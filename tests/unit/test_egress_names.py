@@ -64,18 +64,22 @@ def test_it_goes_with_a_checkpoint() -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        {},
-        {"names": []},
-        {"names": [], "next": 0},
-        {"names": [], "next": 10**9},
-        {"names": 5, "next": 1},
-        {"names": [["a.test"]], "next": 1},
-        {"names": [["A test", []]], "next": 1},
-        {"names": [["a.test", ["192.0.2.300"]]], "next": 1},
-        {"names": [[5, []]], "next": 1},
-        {"names": [["a.test", [7]]], "next": 1},
+        {"next": 0},
+        {"next": 10**9},
+        {"names": 5},
+        {"names": [["a.test"]]},
+        {"names": [["A test", []]]},
+        {"names": [["a.test", ["192.0.2.300"]]]},
+        {"names": [[5, []]]},
+        {"names": [["a.test", [7]]]},
+        {"format": 2},
     ],
 )
 def test_a_spoilt_table_is_refused(data: dict[str, Any]) -> None:
+    good = NameTable().to_data()
+    NameTable.from_data(good)
     with pytest.raises(ValueError, match="table of names"):
-        NameTable.from_data(data)
+        NameTable.from_data({**good, **data})
+    for key in good:
+        with pytest.raises(ValueError, match="table of names"):
+            NameTable.from_data({name: value for name, value in good.items() if name != key})

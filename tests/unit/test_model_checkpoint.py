@@ -41,6 +41,7 @@ WARM = dataclasses.replace(
     memory=Memory(512 << 20, "a" * 64, ((0, 3), (9, 1)), 16384),
     devices=Part(81234, "b" * 64),
     jobs=Part(17, "c" * 64),
+    names=Part(18, "e" * 64),
     guest=GuestState("boot", 7, "ab" * 16, "token", synced=False),
     pause=0.054321,
     network=MappingProxyType({"preset": "off", "rule": [{"name": "a", "action": "allow", "host": ["a.test"]}]}),

@@ -14,6 +14,7 @@ from typing import Any, Final
 from capsem.egress import hosts
 
 SYNTHETIC: Final = IPv4Network("198.18.0.0/15")
+FORMAT: Final = 1
 NAMES: Final = 4096
 _ADDRESSES: Final = 32  # of one name: the last that were given
 
@@ -70,15 +71,22 @@ class NameTable:
         """Those that an address was given for, the last first."""
         return tuple(reversed(self._names.get(address, {})))
 
+    def __bool__(self) -> bool:
+        """Whether any name is known."""
+        return bool(self._addresses)
+
     def to_data(self) -> dict[str, Any]:
         """All of it in JSON's types, for a checkpoint."""
-        return {"next": self._next, "names": [[name, list(addresses)] for name, addresses in self._addresses.items()]}
+        names = [[name, list(addresses)] for name, addresses in self._addresses.items()]
+        return {"format": FORMAT, "next": self._next, "names": names}
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> NameTable:
         """The opposite. Raises ValueError for what is no such table."""
         table = cls()
         try:
+            if data["format"] != FORMAT:
+                raise ValueError(f"its format is {data['format']!r}, {FORMAT} is known")
             for name, addresses in data["names"][-NAMES:]:
                 if hosts.host_name(name) != name or any(hosts.address(each) != each for each in addresses):
                     raise ValueError(f"neither a name nor its addresses: {name!r}")

@@ -103,6 +103,7 @@ class Checkpoint:
     memory: Memory | None = None
     devices: Part | None = None
     jobs: Part | None = None
+    names: Part | None = None
     guest: GuestState | None = None
     pause: float | None = None  # seconds that the vCPUs stood still
     # The VM's own network policy at that time, for forks; None: made by a Capsem that knew none.
@@ -202,7 +203,8 @@ def checkpoint_from_json(data: bytes, *, source: str) -> Checkpoint:
 
 def _from_body(body: dict[str, Any]) -> Checkpoint:
     known = {name: body[name] for name in Checkpoint.__dataclass_fields__ if name in body}
-    memory, devices, jobs, guest = (known.pop(name, None) for name in ("memory", "devices", "jobs", "guest"))
+    memory, guest = (known.pop(name, None) for name in ("memory", "guest"))
+    parts = {name: Part(**known.pop(name)) if known.get(name) else None for name in ("devices", "jobs", "names")}
     return Checkpoint(
         **{
             **known,
@@ -216,8 +218,7 @@ def _from_body(body: dict[str, Any]) -> Checkpoint:
             "memory": Memory(**{**memory, "runs": tuple((at, count) for at, count in memory["runs"])})
             if memory
             else None,
-            "devices": Part(**devices) if devices else None,
-            "jobs": Part(**jobs) if jobs else None,
+            **parts,
             "guest": GuestState(**guest) if guest else None,
         }
     )

@@ -172,7 +172,7 @@ class Arrival:
         assert self._checkpoint is not None
         for path in self.layers:
             path.unlink()
-        checkpoint = replace(self._checkpoint, kind=Kind.FORK, layers=layers, parent=None, network=None)
+        checkpoint = replace(self._checkpoint, kind=Kind.FORK, layers=layers, parent=None, network=None, names=None)
         self._store.commit(self._draft, checkpoint)
         self._draft = None
 

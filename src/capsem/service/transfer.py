@@ -49,7 +49,7 @@ class Transfer(Forks):
         """The manifest first; all files are opened before anything is sent."""
         layout, memory = self._fleet.layout, checkpoint.memory
         directory = layout.checkpoint(checkpoint.id)
-        sent = replace(checkpoint, parent=None, memory=replace(memory, runs=()) if memory else None)
+        sent = replace(checkpoint, parent=None, names=None, memory=replace(memory, runs=()) if memory else None)
         manifest = os.memfd_create("manifest")
         files.callback(os.close, manifest)
         os.write(manifest, sent.to_json())

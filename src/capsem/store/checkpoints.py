@@ -154,7 +154,11 @@ class CheckpointStore:
                     )
                 if files.sums.stat().st_size != ram.sums_size(checkpoint.memory.size):
                     raise Corrupt(f"{files.sums} has not the size that it should have", hint=_COLD)
-            for part, path in ((checkpoint.devices, files.devices), (checkpoint.jobs, files.jobs)):
+            for part, path in (
+                (checkpoint.devices, files.devices),
+                (checkpoint.jobs, files.jobs),
+                (checkpoint.names, files.names),
+            ):
                 if part is not None and describe(path) != part:
                     raise Corrupt(f"{path} is not what was written: its digest is wrong", hint=_COLD)
         except OSError as error:

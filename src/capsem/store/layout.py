@@ -110,6 +110,11 @@ class CheckpointDir:
         return self.path / "jobs.state"
 
     @property
+    def names(self) -> Path:
+        """Which names the guest had been given which addresses for."""
+        return self.path / "names.state"
+
+    @property
     def console(self) -> Path:
         """What the guest's console had said, for the logs of forks; there may be none, and nothing depends on it."""
         return self.path / "console.log"

@@ -7,6 +7,7 @@ that addresses were given out for: programs in the guest remember those.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class Outlet:
         changed: Callable[[], None],
     ) -> None:
         """`changed` is called when `open` may have changed."""
-        self.names = NameTable()
+        self._names = NameTable()
         self._broker = broker
         self._clock = clock
         self._policing = policing
@@ -74,6 +75,14 @@ class Outlet:
     def authority(self) -> str | None:
         """The certificate that programs in the guest are to trust."""
         return self._outside.authority.pem.decode("ascii") if self._outside else None
+
+    def known_names(self) -> bytes:
+        """Which names the guest was given which addresses for, for a checkpoint; b"" when it has asked for none."""
+        return json.dumps(self._names.to_data()).encode() if self._names else b""
+
+    def remember_names(self, known: bytes) -> None:
+        """What `known_names` said when the machine was saved, before it goes on. Raises ValueError."""
+        self._names = NameTable.from_data(json.loads(known))
 
     async def connection(self, stream: GuestStream) -> None:
         """See gateway.Carrier."""
@@ -111,7 +120,7 @@ class Outlet:
                 clock=self._clock,
                 broker=self._broker,
                 taps=model_taps(self._recorder, self._clock, self._outside.prices),
-                names=self.names,
+                names=self._names,
             )
             self._made_for = wanted
         return self._egress

@@ -31,13 +31,14 @@ from capsem.model.errors import CapsemError, MachineFailed
 from capsem.model.vm import VmRecord
 from capsem.store import durable
 from capsem.store.checkpoints import CheckpointStore, Draft, describe
-from capsem.store.jobs import SavedJob, encode
+from capsem.store.jobs import encode
 from capsem.store.layout import CheckpointDir
 from capsem.store.lines import read_tail
 from capsem.store.ram import PAGE, RamFile, RamIdentity, RamWriter
 from capsem.supervisor import room
 from capsem.supervisor.gateway import Gateway
 from capsem.supervisor.jobs import JobTable, Mark, saved_jobs
+from capsem.supervisor.outlet import Outlet
 from capsem.system import System
 
 PREPARE_AFTER = 1.0  # seconds that a machine has run before the next checkpoint's RAM file is begun
@@ -90,6 +91,7 @@ class Saver:
         guest: Guest,
         jobs: JobTable,
         gateway: Gateway,
+        outlet: Outlet,
         assets: Mapping[str, str],
     ) -> None:
         """`assets`: the digests of what the machine boots from, for the manifest."""
@@ -101,6 +103,7 @@ class Saver:
         self._guest = guest
         self._jobs = jobs
         self._gateway = gateway
+        self._outlet = outlet
         self._assets = assets
         self._base: RamFile | None = None  # what the next RAM file begins with; None: with nothing
         self._own = False  # the base is this machine's own
@@ -188,11 +191,13 @@ class Saver:
                 synced = await syncing
             files = SaveFiles(prepared.draft.files.devices, prepared.writer, compare=self._own)
             with _step("machine"):
-                saved, jobs = await self._save(files, order)
+                saved, jobs, names = await self._save(files, order)
             faults.at(f"{_what(order)}.saved", self._machine.pid)
             with _step("finish"):
-                if jobs and order.kind != Kind.TEMPLATE:  # what it was warmed up with is no business of its forks
-                    await asyncio.to_thread(durable.write, prepared.draft.files.jobs, encode(jobs))
+                if order.kind != Kind.TEMPLATE:  # what it was warmed up with is no business of its forks
+                    for path, data in ((prepared.draft.files.jobs, jobs), (prepared.draft.files.names, names)):
+                        if data:
+                            await asyncio.to_thread(durable.write, path, data)
                 checkpoint = await asyncio.to_thread(self._finish, prepared, record, order, saved, synced)
             with _step("commit"):
                 await asyncio.to_thread(self._store.commit, prepared.draft, checkpoint)
@@ -214,14 +219,15 @@ class Saver:
                 log.error("the next checkpoint will take longer: %s", error)
         return checkpoint
 
-    async def _save(self, files: SaveFiles, order: Order) -> tuple[Saved, list[SavedJob]]:
-        """RAM, devices, volume, and the jobs of the same instant.
+    async def _save(self, files: SaveFiles, order: Order) -> tuple[Saved, bytes, bytes]:
+        """RAM, devices, volume, and the jobs and names of the same instant.
 
         Around that instant nothing is sent to the guest. So what its memory holds as confirmed is not beyond what the
         jobs have here, and what they have here is not beyond what it had written: between the two nothing is missing.
         """
         channel = self._guest.channel
         marks: list[Mark] = []
+        names = b""
         what = _what(order)
 
         async def hold() -> None:
@@ -230,6 +236,8 @@ class Saver:
             faults.at(f"{what}.held", self._machine.pid)
 
         def instant() -> None:
+            nonlocal names
+            names = self._outlet.known_names()
             marks.extend(self._jobs.marks())
             self.streams = self._gateway.connections
 
@@ -249,7 +257,8 @@ class Saver:
         except BaseException:
             channel.release()
             raise
-        return saved, saved_jobs(marks)
+        jobs = saved_jobs(marks)
+        return saved, encode(jobs) if jobs else b"", names
 
     async def _sync(self, mark: str) -> bool:
         try:
@@ -299,6 +308,7 @@ class Saver:
             memory=Memory(size, digest, runs, saved.written),
             devices=describe(prepared.draft.files.devices),
             jobs=describe(prepared.draft.files.jobs) if prepared.draft.files.jobs.exists() else None,
+            names=describe(prepared.draft.files.names) if prepared.draft.files.names.exists() else None,
             guest=guest,
             pause=round(saved.pause, 6),
         )

@@ -262,11 +262,13 @@ class Supervisor(Changes):
             self.guest,
             self.jobs,
             self._gateway,
+            self._outlet,
             self._bootstrap.assets,
         )
         if restore:
             saver.restored_from(files)
             self._restore_jobs(files)
+            self._restore_names(files)
             self._inherit_console(files)
         self._at("started")
         self._console = Console(self._names.session.serial_log)
@@ -320,6 +322,14 @@ class Supervisor(Changes):
                     job.on_ended = functools.partial(self.recording.command_ended, job)
         except (OSError, Corrupt) as error:
             log.error("the jobs of the checkpoint are lost: %s", error)
+
+    def _restore_names(self, files: CheckpointDir) -> None:
+        """What addresses meant to its programs they still mean. Without that, a name has to be looked up again."""
+        try:
+            if files.names.exists():
+                self._outlet.remember_names(files.names.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            log.error("the names of the checkpoint are lost: %s", error)
 
     def _guest_ready(self, ready: bool) -> None:
         if ready and self.guest.boot_ready is not None:
