@@ -56,6 +56,7 @@ async def with_checkpoint(it: Host) -> Checkpoint:
     ram.close()
     draft.files.devices.write_bytes(b"the state of the devices")
     draft.files.jobs.write_bytes(b"what ran")
+    draft.files.names.write_bytes(b"of this host's network: no business of another's")
     record = VmRecord("box", True, VmSpec(1, RAM_MB, DISK_MB), "default", it.catalog.image.digest, LAYERS, 1e9)
     image = it.catalog.image
     machine = it.driver.fingerprint(
@@ -84,6 +85,7 @@ async def with_checkpoint(it: Host) -> Checkpoint:
         machine=MappingProxyType({**machine, **assets(image)}),  # type: ignore[arg-type]
         memory=Memory(RAM_MB << 20, digest, ((7, 3),), 4 * PAGE),
         devices=describe(draft.files.devices),
+        names=describe(draft.files.names),
         guest=GuestState("boot", 3, "0" * 32, "token", synced=True),
     )
     store.commit(draft, checkpoint)
