@@ -9,6 +9,7 @@ from typing import Final
 
 from capsem.egress import hosts, pages, paths
 from capsem.egress.admit import Admitted, Denied
+from capsem.egress.alarm import Alarm
 from capsem.egress.dial import DialError, Target
 from capsem.egress.door import Arrival, Door, note
 from capsem.egress.events import NetEvent
@@ -46,25 +47,48 @@ class Requests:
         self._client = client
         self._busy: asyncio.Task[object] | None = None  # while there is a request
         self._left = False  # by the client, in the middle of it
+        self._waiting: asyncio.Task[object] | None = None  # while there is none
+        self._late = False  # it took too long
+        self._alarm = Alarm(self._rang)
 
     async def serve(self) -> None:
         """Until the client ends, or has to be hung up on. Raises ConnectionError when it breaks off, and Tunnel."""
         try:
             await self._serve_all()
         finally:
+            self._alarm.close()
             await self._client.finish()
+
+    def _rang(self) -> None:
+        if self._busy is not None:
+            self._client.watch(self._leave)
+        elif self._waiting is not None:
+            self._late = True
+            self._waiting.cancel()
+
+    async def _head(self) -> bytes | None:
+        """The next head; None when the client ends, or sends too little. Raises BadHead, ConnectionError."""
+        self._waiting = asyncio.current_task()
+        self._alarm.set(IDLE_TIME)
+        try:
+            # One that has begun has less time than an idle connection has, and no more if more of it comes.
+            return await self._client.head(began=lambda: self._alarm.hurry(HEAD_TIME))
+        except asyncio.CancelledError:
+            if self._late and self._waiting is not None and self._waiting.uncancel() == 0:
+                return None  # it is not told anything
+            raise
+        finally:
+            self._waiting = None
+            self._alarm.off()
 
     async def _serve_all(self) -> None:
         keep = True
         while keep:
             try:
-                async with asyncio.timeout(IDLE_TIME) as limit:
-                    block = await self._client.head(began=lambda: _shorten(limit))
+                block = await self._head()
                 if block is None:
                     return
                 request = parse_request(block)
-            except TimeoutError:
-                return  # one that sends nothing is not told anything
             except BadHead as error:
                 await self._malformed(error)
                 break
@@ -111,9 +135,8 @@ class Requests:
         started = self._door.clock.monotonic()
         event = self._event(request)
         self._busy = asyncio.current_task()
-        timer = None
         if request.framing == 0:  # a body is read anyway
-            timer = asyncio.get_running_loop().call_later(PATIENCE, self._client.watch, self._leave)
+            self._alarm.set(PATIENCE)
         try:
             return await self._judge(request, event)
         except asyncio.CancelledError:
@@ -127,8 +150,7 @@ class Requests:
             raise
         finally:
             self._busy = None
-            if timer is not None:
-                timer.cancel()
+            self._alarm.off()
             self._record(event, started)
 
     def _leave(self) -> None:
@@ -298,13 +320,6 @@ class Requests:
         data = write_response(Response(head, len(body), keep), method=method, framing=len(body), keep_alive=keep)
         await self._client.stream.write(data if method == b"HEAD" else data + body)
         return keep
-
-
-def _shorten(limit: asyncio.Timeout) -> None:
-    """A head has begun: it has less time than an idle connection has, and no more if more of it comes."""
-    when, soon = limit.when(), asyncio.get_running_loop().time() + HEAD_TIME
-    if when is None or when > soon:
-        limit.reschedule(soon)
 
 
 def _refusal(refused: SecretRefused) -> str:
