@@ -192,6 +192,20 @@ def test_the_floor_is_above_every_rule_by_name():
     assert judge(everything, "outer.test", address="93.184.216.34").action is Action.ALLOW
 
 
+def test_what_was_judged_before_is_held_against_the_floor_again():
+    own = []
+    policy = Policy(
+        (Rule("all", Action.ALLOW, Layer.USER, hosts=("*",)),),
+        floor=lambda address: FloorHit("this host's own") if str(address) in own else None,
+    )
+    subject = Subject(443, "a.test", "203.0.113.1")
+    assert policy.judge(subject).action is Action.ALLOW
+    own.append("203.0.113.1")
+    assert policy.judge(subject).layer is Layer.FLOOR
+    own.clear()
+    assert policy.judge(subject).action is Action.ALLOW
+
+
 @pytest.mark.parametrize(
     ("layer", "passes"), [(Layer.CORPORATE, True), (Layer.VM, True), (Layer.USER, False), (Layer.PRESET, False)]
 )

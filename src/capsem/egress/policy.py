@@ -13,7 +13,8 @@ A subject that is not complete yet (see `rules`) is allowed if some completion o
 at least asked about, and denied if none can be allowed. So nothing goes out for what is denied anyway, and what is judged
 early is judged again with all that is known.
 
-Pure: no clock, no I/O. `at` gives the policy without the rules that have ended.
+Pure: no clock, no I/O. `at` gives the policy without the rules that have ended. What the rules say of the last subjects is kept:
+a connection asks the same again for each request. The floor is asked each time, for what is this host's own may change.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from capsem.egress.rules import ANY_HOST, ANY_PORT, MAYBE, NO, Network, Rule, ho
 
 Address = IPv4Address | IPv6Address
 _parsed: Final = lru_cache(maxsize=4096)(ip_address)  # the same few addresses are judged at every request
+
+KEPT: Final = 256  # subjects
+_LONGEST: Final = 1024  # characters of a path of theirs
 
 PAST_THE_FLOOR: Final = frozenset({Layer.CORPORATE, Layer.VM})
 NO_RULE: Final = "default"
@@ -68,9 +72,11 @@ class Policy:
     version: int = 0
     learning: bool = False
     _index: _Index = field(init=False, repr=False, compare=False)
+    _kept: Callable[[Subject], Verdict] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_index", _Index(self.rules))
+        object.__setattr__(self, "_kept", lru_cache(maxsize=KEPT)(self._by_rules))
 
     def judge(self, subject: Subject) -> Verdict:
         """The verdict on a subject. The floor is judged if it has an address."""
@@ -82,7 +88,11 @@ class Policy:
         ):
             leads = f"{subject.host} leads to {address}" if subject.host else str(address)
             return self._verdict(subject, Action.DENY, "floor", Layer.FLOOR, f"{leads}, which is {hit.reason}")
-        verdict = self._by_rules(subject, self._index.about(subject, address))
+        return self._kept(subject) if len(subject.path or "") <= _LONGEST else self._by_rules(subject)
+
+    def _by_rules(self, subject: Subject) -> Verdict:
+        address = None if subject.address is None else _parsed(subject.address)
+        verdict = self._first(subject, self._index.about(subject, address))
         if self.learning and (verdict.action is Action.ASK or verdict.layer is Layer.DEFAULT):
             reason = f"learning: {verdict.reason}"
             return replace(verdict, action=Action.ALLOW, reason=reason, protocol=subject.protocol, remedy=None)
@@ -119,7 +129,7 @@ class Policy:
             for each in self.resolve_allow
         )
 
-    def _by_rules(self, subject: Subject, candidates: Iterable[tuple[Rule, bool]]) -> Verdict:
+    def _first(self, subject: Subject, candidates: Iterable[tuple[Rule, bool]]) -> Verdict:
         asks: Rule | None = None  # the strongest that asks, if what is not known yet turns out so
         unseen: Rule | None = None  # is against passing through, or would have to see requests to judge them
         for rule, in_range in candidates:
