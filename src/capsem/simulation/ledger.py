@@ -23,7 +23,11 @@ class NoWriter:
         done.set_result(None)
         return done
 
-    set_aside = close = flush
+    set_aside = flush
+
+    def close(self, *, lasting: bool = True) -> Future[None]:
+        """Nothing is to be written."""
+        return self.flush()
 
     def go_on(self, path: Path) -> None:
         """It lies elsewhere."""
