@@ -1,7 +1,7 @@
 """Runs in a peer's own environment: takes orders as lines of JSON, and answers each with a line. Standard library, and the peer.
 
     {"do": "boot"}                      a sandbox made, `true` run in it, and left: {"ms": until `true` had ended}
-    {"do": "start"}, {"do": "stop"}     one that stays
+    {"do": "start"}, {"do": "stop"}     one that stays; "ms" as for boot
     {"do": "run", "command": "..."}     in that one: {"ms": ...}
 
 What goes wrong is {"error": "..."}. Each peer is asked for 512 MiB, one CPU and no acceleration, where it lets itself be asked.
@@ -73,6 +73,7 @@ async def serve(make):
                     answer = since(began)
             elif order["do"] == "start":
                 run = await stack.enter_async_context(make())
+                await run("true")
                 answer = since(began)
             elif order["do"] == "run":
                 await run(order["command"])

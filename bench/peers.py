@@ -29,7 +29,10 @@ class Refused(Exception):
 
 
 class Peer:
-    """One of them, in a process of its own."""
+    """One of them, in a process of its own. `booted` is how many milliseconds the sandbox for `run` took to its first end
+    of `true`."""
+
+    booted: float
 
     def __init__(self, name: str, python: Path) -> None:
         self._process = subprocess.Popen(
@@ -56,19 +59,17 @@ class Peer:
         return self._do(do="boot")
 
     def start(self) -> None:
-        """A sandbox for `run`."""
-        self._do(do="start")
+        """A sandbox for `run`. Raises Refused."""
+        self.booted = self._do(do="start")
 
     def run(self, command: str) -> float:
         """Milliseconds of a command there."""
         return self._do(do="run", command=command)
 
-    def stop(self) -> None:
-        """End that sandbox."""
-        self._do(do="stop")
-
     def close(self) -> None:
-        """End its process."""
+        """End that sandbox, and its process."""
+        with contextlib.suppress(Refused, OSError):
+            self._do(do="stop")
         assert self._process.stdin is not None
         self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -99,7 +100,8 @@ def install(name: str, directory: Path) -> Path:
             raise Refused(f"pip took more than {INSTALL_WITHIN:.0f} s") from None
         if not done.returncode:
             return python
-        said = (done.stderr.strip().splitlines() or ["pip failed"])[-1][:300]
+        failure = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+        said = f"with {Path(interpreter).name}: {failure[:300]}"
     raise Refused(said)
 
 
@@ -113,7 +115,7 @@ def running(directory: Path, wanted: tuple[str, ...]) -> Iterator[tuple[dict[str
             try:
                 peer = Peer(name, install(name, directory))
                 stack.callback(peer.close)
-                peer.boot()
+                peer.start()
                 peers[name] = peer
             except Refused as reason:
                 refused[name] = str(reason)
