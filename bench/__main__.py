@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import boots, checkpoints, density, faces, mcp, peers, policy, report, session, transfer, warm
+from bench import boots, checkpoints, density, egress, faces, mcp, peers, policy, proxy, report, session, transfer, warm
 from bench.host import facts, service
 from bench.table import Row, show
 from capsem.hypervisor.driver import Accelerator
@@ -28,7 +28,7 @@ from capsem.image.catalog import Catalog, Image
 
 
 class Bench(NamedTuple):
-    """What a part is given. `few`: so much shall be measured that one sees it works."""
+    """What a part is given. `few`: so much shall be measured that one sees it works; `alone`: nothing is to be installed."""
 
     directory: Path
     image: Image
@@ -36,6 +36,7 @@ class Bench(NamedTuple):
     peers: dict[str, peers.Peer]
     refused: dict[str, str]
     few: bool
+    alone: bool
 
     def runs(self, usual: int) -> int:
         """How often, of what is usually done so often."""
@@ -90,6 +91,20 @@ def _list(given: Bench) -> list[Row]:
     return faces.at_a_rate(given.directory, given.runs(10))
 
 
+def _egress(given: Bench) -> list[Row]:
+    return egress.measure(given.directory, given.runs(5))
+
+
+def _proxy(given: Bench) -> list[Row]:
+    program = None
+    try:
+        if not given.alone:
+            program = str(peers.install("mitmproxy", given.directory).with_name("mitmdump"))
+    except peers.Refused as reason:
+        given.refused["mitmproxy"] = str(reason)
+    return proxy.rows(given.directory, given.runs(3), 1 if given.few else 4, program)
+
+
 def _policy(_given: Bench) -> list[Row]:
     return policy.measure()
 
@@ -107,6 +122,8 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "mcp": _mcp,
     "list": _list,
     "policy": _policy,
+    "proxy": _proxy,
+    "egress": _egress,
 }
 
 
@@ -120,7 +137,7 @@ def take(part: str, given: Bench) -> dict[str, object]:
         "seconds": round(time.time() - began),
         "machine": {**facts(), "accelerator": given.accelerator.value},
         "load": [round(load, 1), round(os.getloadavg()[0], 1)],
-        "refused": given.refused if part == "boots" else {},
+        "refused": given.refused if part in ("boots", "proxy") else {},
         "rows": [row.to_json() for row in rows],
     }
 
@@ -145,7 +162,7 @@ def main() -> None:
         for part in wanted:
             place = directory / part
             place.mkdir()
-            found = take(part, Bench(place, image, accelerator, able, refused, arguments.quick))
+            found = take(part, Bench(place, image, accelerator, able, refused, arguments.quick, arguments.no_peers))
             if not arguments.quick:
                 path = report.RESULTS / f"{part}.json"
                 path.parent.mkdir(exist_ok=True)

@@ -21,6 +21,7 @@ PEERS = {
     "exec-sandbox": ("exec-sandbox",),
     "smolvm": ("smolvm",),
 }
+PROXIES = {"mitmproxy": ("mitmproxy",)}
 PYTHONS = ("python3.13", "python3.12", "python3.11", "python3")
 
 
@@ -93,7 +94,7 @@ def install(name: str, directory: Path) -> Path:
         place = directory / name
         subprocess.run([interpreter, "-m", "venv", "--clear", place], check=True)
         python = place / "bin" / "python"
-        words = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *PEERS[name]]
+        words = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *(PEERS | PROXIES)[name]]
         try:
             done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=INSTALL_WITHIN)
         except subprocess.TimeoutExpired:

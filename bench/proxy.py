@@ -1,13 +1,12 @@
-"""`python -m bench.proxy`: the proxy core beside mitmproxy and beside no proxy at all, in one run, interleaved.
+"""`python -m bench proxy`: the proxy core beside mitmproxy and beside no proxy at all, in one run, interleaved.
 
 Clients are wrk and curl, the origin is nginx: neither is the bottleneck. TLS on both sides of a proxy; ours decides by 201
 rules, writes rows, and offers every request to those who listen for calls of models. All is on the loopback interface, without
-a guest. `--mitmdump` names mitmproxy's program, of an environment of its own; without it that column is empty.
+a guest. mitmproxy is in an environment of its own, from PyPI, that is thrown away.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import datetime
@@ -19,7 +18,6 @@ import ssl
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,9 +25,11 @@ from pathlib import Path
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from bench.table import Row
 from capsem.egress import mint
 from capsem.egress.sockets import HIGH_WATER
 
+DIRECT = "nginx alone"
 NAME = "localhost"  # what every program here can resolve
 BIG = 100 << 20
 NGINX = """
@@ -209,23 +209,12 @@ class Stamps:
             server.close()
 
 
-def show(title: str, figures: dict[str, dict[str, list[float]]], targets: dict[str, str]) -> str:
-    columns = ["ours", "mitmproxy", "direct"]
-    lines = [[title, *columns, "ours/mitmproxy", "to reach"]]
-    for name, by_column in figures.items():
-        cells = [
-            f"{statistics.median(found):.1f} ({min(found):.1f}-{max(found):.1f})"
-            if (found := by_column.get(column))
-            else "-"
-            for column in columns
-        ]
-        both = by_column.get("ours"), by_column.get("mitmproxy")
-        ratio = f"{statistics.median(both[0]) / statistics.median(both[1]):.1f}" if both[0] and both[1] else "-"
-        lines.append([name, *cells, ratio, targets.get(name, "")])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+TARGETS = {
+    "requests, 64 clients (per second)": "5000, and 8 x mitmproxy",
+    "100 MB down (MB/s)": "200",
+    "memory more during the first 100 MB (MB)": "32",
+    "an event on its way, beyond none (ms)": "1",
+}
 
 
 def measure(home: Path, rounds: int, seconds: int, mitmdump: str | None) -> dict[str, dict[str, list[float]]]:
@@ -240,18 +229,18 @@ def measure(home: Path, rounds: int, seconds: int, mitmdump: str | None) -> dict
         ports: dict[str, tuple[int, int | None]] = {"ours": stack.enter_context(ours(home, origin))}
         if mitmdump:
             ports["mitmproxy"] = stack.enter_context(mitmproxy(home, origin, mitmdump))
-        ports["direct"] = origin, None
+        ports[DIRECT] = origin, None
         for column, (port, pid) in ports.items():
             if pid is not None:
-                note("RSS more during first 100 MB, MB", column, growth(pid, port))
+                note("memory more during the first 100 MB (MB)", column, growth(pid, port))
         for _ in range(rounds):
             for column, (port, _) in ports.items():
-                note("requests/s, 64 clients", column, requests_per_second(port, 64, seconds))
-                note("requests/s, 1 client", column, requests_per_second(port, 1, seconds))
-                note("100 MB down, MB/s", column, megabytes_per_second(port))
+                note("requests, 64 clients (per second)", column, requests_per_second(port, 64, seconds))
+                note("requests, 1 client (per second)", column, requests_per_second(port, 1, seconds))
+                note("100 MB down (MB/s)", column, megabytes_per_second(port))
         for column, (_, pid) in ports.items():
             if pid is not None:
-                note("RSS at the end, MB", column, resident(pid, "VmRSS"))
+                note("memory at the end (MB)", column, resident(pid, "VmRSS"))
     asyncio.run(events(home, rounds, mitmdump, note))
     return figures
 
@@ -261,37 +250,26 @@ async def events(home: Path, rounds: int, mitmdump: str | None, note: Callable[[
     stamps = Stamps(home, 200)
     async with stamps.origin() as origin:
         with contextlib.ExitStack() as stack:
-            ports = {"direct": origin, "ours": stack.enter_context(ours(home, origin))[0]}
+            ports = {DIRECT: origin, "ours": stack.enter_context(ours(home, origin))[0]}
             if mitmdump:
                 ports["mitmproxy"] = stack.enter_context(mitmproxy(home, origin, mitmdump))[0]
             for _ in range(rounds):
                 direct = 0.0
                 for column, port in ports.items():
                     median = statistics.median(await stamps.listen(port))
-                    direct = median if column == "direct" else direct
-                    name = "event on its way, ms" if column == "direct" else "event on its way, more ms"
-                    note(name, column, median if column == "direct" else median - direct)
+                    direct = median if column == DIRECT else direct
+                    if column != DIRECT:
+                        note("an event on its way, beyond none (ms)", column, median - direct)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=int, default=4, help="of each wrk run (default 4)")
-    parser.add_argument("--mitmdump", help="mitmproxy's program")
-    arguments = parser.parse_args()
+def rows(directory: Path, rounds: int, seconds: int, mitmdump: str | None) -> list[Row]:
+    """The rows. Raises SystemExit when a program is missing."""
     missing = [program for program in ("wrk", "nginx", "curl") if shutil.which(program) is None]
     if missing:
         raise SystemExit(f"this needs {', '.join(missing)}: install them from the distribution")
-    with tempfile.TemporaryDirectory(prefix="capsem-") as text:
-        figures = measure(Path(text), arguments.rounds, arguments.seconds, arguments.mitmdump)
-    targets = {
-        "requests/s, 64 clients": "5,000, and 8 x mitmproxy",
-        "100 MB down, MB/s": "200",
-        "RSS more during first 100 MB, MB": "under 32",
-        "event on its way, more ms": "under 1",
-    }
-    print(show("", figures, targets))
-
-
-if __name__ == "__main__":
-    main()
+    return [
+        Row(
+            name, found["ours"], target=TARGETS.get(name, ""), peers={who: found[who] for who in found if who != "ours"}
+        )
+        for name, found in measure(directory, rounds, seconds, mitmdump).items()
+    ]

@@ -30,6 +30,8 @@ TITLES = {
     "mcp": "MCP beside HTTP",
     "list": "Many requests",
     "policy": "Verdicts of a network policy",
+    "proxy": "The proxy alone",
+    "egress": "The network, from a VM",
 }
 
 HEAD = """\
