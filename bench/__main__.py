@@ -44,7 +44,7 @@ class Bench(NamedTuple):
 
 
 def _boots(given: Bench) -> list[Row]:
-    return boots.measure(given.directory, given.image, given.accelerator, given.peers, given.refused, given.runs(4))
+    return boots.measure(given.directory, given.image, given.accelerator, given.peers, given.refused, given.runs(3))
 
 
 def _warm(given: Bench) -> list[Row]:
