@@ -3,7 +3,8 @@
 The floor is QEMU with the same guest and one more port: a socket on the host, and in the guest a Python that reads into
 one kept buffer, or writes what it holds 32 KiB at a time; no protocol. A file that was sent is durable when we say that
 it is there, so on the way in the floor is the port and then the same bytes written to a file and synced by the guest:
-both parts are told, too. Each of ours is taken right after its floor.
+both parts are told, too. On the way out it is the port alone; what it costs the guest only to read such a file, from its
+disk and from its cache, is told beside it. Each of ours is taken right after its floor.
 
 A second table has what explains it: the port and the disk each alone, the CPU time of each process for one transfer (it
 holds on a busy host too, where times do not), what the process of `capsem cp` costs, and the memory of the two ends.
@@ -34,13 +35,15 @@ from capsem.wire.messages import Exec
 
 PIECE = 256 * 1024
 
-# "i": read SIZE bytes, answer "."; "o": write SIZE bytes; "f": write and fsync a file of SIZE bytes, answer ".".
+# "i": read SIZE bytes, answer "."; "o": write SIZE bytes; "f": write and fsync a file of SIZE bytes, answer "."; "c": read
+# it, answer "."; "d": the same with nothing of it in the cache.
 GUEST = """
 import glob, os
 SIZE = %d
 port = next(p for p in glob.glob("/sys/class/virtio-ports/*") if open(p + "/name").read().strip() == "%s")
 fd = os.open("/dev/" + os.path.basename(port), os.O_RDWR)
 buffer = memoryview(bytearray(65536))
+data_in = memoryview(bytearray(262144))
 data = memoryview(os.urandom(1 << 20) * (SIZE // (1 << 20) + 1))
 os.write(fd, b".")
 while True:
@@ -52,6 +55,13 @@ while True:
         while at < SIZE:
             at += os.write(fd, data[at:min(at + 32768, SIZE)])
         continue
+    elif order in b"cd":
+        file = os.open("/root/floor", os.O_RDONLY)
+        if order == b"d":
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        while os.readv(file, [data_in]):
+            pass
+        os.close(file)
     else:
         file = os.open("/root/floor", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         while at < SIZE:
@@ -72,6 +82,7 @@ class Floor:
         self._buffer = bytearray(PIECE)
         self.port: list[float] = []
         self.disk: list[float] = []
+        self.read: dict[bytes, list[float]] = {b"d": [], b"c": []}
         assert self._end.recv(1) == b"."
 
     def into(self) -> float:
@@ -86,6 +97,14 @@ class Floor:
         assert self._end.recv(1) == b"."
         self.disk.append(milliseconds(began))
         return self.port[-1] + self.disk[-1]
+
+    def reads(self) -> None:
+        """What the file that `into` wrote takes to be read."""
+        for order, found in self.read.items():
+            began = perf_counter()
+            self._end.sendall(order)
+            assert self._end.recv(1) == b"."
+            found.append(milliseconds(began))
 
     def out_of(self) -> float:
         """For a file's bytes to have gone."""
@@ -236,10 +255,14 @@ def measure(runs: int, size: int, ram_mb: int) -> tuple[list[Row], list[Row]]:
         take(steps, pids, bare.process.pid, 2)  # the emulator has to have met each instruction once
         port.port, port.disk = [], []
         taken = take(steps, pids, bare.process.pid, runs)
+        for _ in range(runs):
+            port.reads()
         ratios = [Row(f"{what}, {name} (ms)", each.ours, each.floor, "1.5 x") for name, each in taken.items()]
         explained = [
             Row(f"{what} into the bare port (ms)", port.port),
             Row(f"{what} written and synced in the guest (ms)", port.disk),
+            Row(f"{what} read in the guest from its disk (ms)", port.read[b"d"]),
+            Row(f"{what} read in the guest from its cache (ms)", port.read[b"c"]),
         ]
         for name, each in taken.items():
             for process, used in each.cpu.items():
