@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from capsem.client.sync import Client
 from capsem.model.errors import AlreadyExists, NotFound, NotRunning
+from capsem.store.locks import is_locked
 from real_service import (
     BIN,
     PATIENCE,
@@ -147,6 +149,53 @@ def test_vms_outlive_a_killed_service(own_service: Service) -> None:
     wait_for(lambda: not any(map(alive, processes)))
     own_service.restart()
     assert own_service.status("kept") == "Suspended"
+
+
+def test_after_a_restart_of_the_host(own_service: Service) -> None:
+    """As far as that can be played: all processes are gone at once, and the records are of another boot."""
+    client = own_service.client
+    client.call("provision", body={"name": "before", "persistent": True, **SMALL})
+    ephemeral = client.call("provision", body={**SMALL})["id"]
+    own_service.output("before", "echo kept > /root/a && sync")
+    family = [*processes_of(own_service, "before"), *processes_of(own_service, ephemeral)]
+    own_service.process.kill()
+    own_service.process.wait()
+    for supervisor in family[::2]:
+        kill(supervisor)
+    wait_for(lambda: not any(map(alive, family)))
+    for session in ("persistent/before", f"sessions/{ephemeral}"):
+        path = own_service.run_dir / session / "vm.json"
+        record = json.loads(path.read_text())
+        assert record["host_boot_id"] == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        path.write_text(json.dumps(record | {"host_boot_id": "11111111-2222-4333-8444-555555555555"}))
+    own_service.restart()
+    [vm] = client.call("list")["sandboxes"]
+    assert (vm["id"], vm["status"], vm["reason"]) == ("before", "Stopped", "host restarted")
+    assert "last_error" not in vm
+    assert b"host restarted" in own_service.cli("info", "before").stdout
+    assert not list((own_service.run_dir / "sessions").iterdir())
+    client.call("resume", vm_id="before")
+    assert own_service.output("before", "cat /root/a") == "kept\n"
+
+
+def test_a_resume_while_the_vmm_s_death_is_not_known_yet(service: Service) -> None:
+    """The supervisor stands still, so that nobody can have heard of it."""
+    client = service.client
+    client.call("provision", body={"name": "quick", "persistent": True, **SMALL})
+    service.output("quick", "echo kept > /root/a && sync")
+    supervisor, vmm = processes_of(service, "quick")
+    kill(supervisor, signal.SIGSTOP)
+    try:
+        kill(vmm)
+        wait_for(lambda: not is_locked(service.run_dir / "persistent/quick/vmm.lock"))
+        assert service.status("quick") == "Running"
+        resuming = service.start_cli("resume", "quick")
+    finally:
+        kill(supervisor, signal.SIGCONT)
+    assert resuming.wait(PATIENCE) == 0
+    assert service.output("quick", "cat /root/a") == "kept\n"
+    assert vmm not in processes_of(service, "quick")
+    client.call("delete", vm_id="quick")
 
 
 def test_a_family_ends_with_the_parent_it_was_told_to_watch(tmp_path: Path) -> None:
