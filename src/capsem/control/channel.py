@@ -23,7 +23,7 @@ from capsem.wire.events import (
 from capsem.wire.frames import ProtocolError
 from capsem.wire.messages import Failed
 from capsem.wire.schema import Message
-from capsem.wire.streams import Mux
+from capsem.wire.streams import BULK_WINDOW, Mux
 
 
 class Stream:
@@ -53,9 +53,9 @@ class Stream:
         """Whether the peer has said that this was all; a stream that was given up, or lost, ends without that."""
         return channel in self._ended
 
-    def widen(self, channel: int) -> None:
-        """Much will come on a channel: let more of it be under way."""
-        self._channel.mux.widen(self.id, channel)
+    def widen(self, channel: int, window: int = BULK_WINDOW) -> None:
+        """Much will come on a channel: let so many bytes of it be under way."""
+        self._channel.mux.widen(self.id, channel, window)
         self._channel.flush()
 
     async def read(self, channel: int) -> bytes:

@@ -75,6 +75,9 @@ from capsem.wire.streams import Mux
 
 HELLO_LIMIT = 5.0  # seconds
 LAST_KEYS = 1.0  # seconds for what was typed to reach a guest that does not take it now
+# Bytes of a file that a guest may be ahead by. It has one CPU as a rule, and each credit that it is handed costs it more than
+# the memory costs us.
+READ_WINDOW = 4 * 1024 * 1024
 COMMAND_SHOWN = 100  # characters of a command in a list: a thousand jobs have to fit a message
 
 log = logging.getLogger("capsem_process.server")
@@ -392,7 +395,7 @@ async def relay(stream: Stream, target: Stream) -> Message:
     if isinstance(target.request, WriteFile):
         stream.widen(STDIN)
     elif isinstance(target.request, ReadFile):
-        target.widen(STDOUT)
+        target.widen(STDOUT, READ_WINDOW)
     tasks = [
         asyncio.create_task(copy(stream, target, STDIN)),
         asyncio.create_task(copy(target, stream, STDOUT)),
