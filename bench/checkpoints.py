@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import tempfile
 import time
@@ -28,7 +29,7 @@ from capsem.hypervisor.driver import Accelerator
 from capsem.hypervisor.qemu.driver import QemuDriver
 from capsem.image.catalog import Catalog
 
-DIRTY = "head -c %dM /dev/urandom > /dev/shm/dirty"
+DIRTY = "head -c %dMB /dev/urandom > /dev/shm/dirty"  # half of the guest's memory fits: of 2048 MiB, 1000 MB do
 SETTLE = 2.5  # seconds between measurements, for what goes on in the background to end
 
 
@@ -104,15 +105,16 @@ def pauses(client: Client, directory: Path, accelerator: Accelerator, ram_mb: in
     image = Catalog.from_environment(os.environ).find()
     rows = []
     for megabytes in amounts:
-        floor, vm_id = BareMachine(image, directory, accelerator, ram_mb), "paused"
-        floor.do(f"{DIRTY % megabytes if megabytes else 'true'}; sync")
-        client.call("provision", body={"name": vm_id, "persistent": True, "ram_mb": ram_mb, "cpus": 1, "cold": True})
-        dirty(client, vm_id, megabytes)
-        floors, ours = [], []
-        for _ in range(3):
-            floors.append(floor.pause())
-            ours.append(client.call("checkpoint", vm_id=vm_id, body={})["pause_ms"])
-        floor.close()
+        floors, ours, vm_id = [], [], "paused"
+        with contextlib.closing(BareMachine(image, directory, accelerator, ram_mb)) as floor:
+            floor.do(f"{DIRTY % megabytes if megabytes else 'true'}; sync")
+            client.call(
+                "provision", body={"name": vm_id, "persistent": True, "ram_mb": ram_mb, "cpus": 1, "cold": True}
+            )
+            dirty(client, vm_id, megabytes)
+            for _ in range(3):
+                floors.append(floor.pause())
+                ours.append(client.call("checkpoint", vm_id=vm_id, body={})["pause_ms"])
         client.call("delete", vm_id=vm_id)
         target = "1.5 x" + {100: ", under 60", 1000: ", under 350"}.get(megabytes, "")
         name = f"pause of a checkpoint, {ram_mb} MiB, {megabytes} MB changed since a cold boot (ms)"
@@ -176,6 +178,11 @@ def forks(client: Client, counts: Sequence[int]) -> list[Row]:
     return rows
 
 
+def said(rows: list[Row]) -> None:
+    """Show what was found at once: what comes later may fail."""
+    print(show(rows), end="\n\n", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
@@ -186,21 +193,20 @@ def main() -> None:
     parser.add_argument("--only", choices=("floor", "pause", "growth", "forks"), action="append")
     arguments = parser.parse_args()
     wanted = arguments.only or ["floor", "pause", "growth", "forks"]
-    rows: list[Row] = []
     os.environ["CAPSEM_MAX_CONCURRENT_VMS"] = "100"  # for the service below
     with tempfile.TemporaryDirectory() as text, service(Path(text) / "home") as (client, _pid):
         directory = Path(text)
         accelerator = asyncio.run(QemuDriver(directory / "cache").accelerator())
         if "floor" in wanted:
             for ram_mb in arguments.ram:
-                rows += beside_the_floor(client, directory, accelerator, ram_mb, arguments.runs)
+                said(beside_the_floor(client, directory, accelerator, ram_mb, arguments.runs))
         if "pause" in wanted:
-            rows += pauses(client, directory, accelerator, 2048, [0, *arguments.dirty])
+            for megabytes in (0, *arguments.dirty):
+                said(pauses(client, directory, accelerator, 2048, [megabytes]))
         if "growth" in wanted:
-            rows += growth(client, arguments.dirty, arguments.depth)
+            said(growth(client, arguments.dirty, arguments.depth))
         if "forks" in wanted:
-            rows += forks(client, arguments.forks)
-    print(show(rows))
+            said(forks(client, arguments.forks))
 
 
 if __name__ == "__main__":
