@@ -362,6 +362,24 @@ def test_a_new_service_adopts_what_runs(tmp_path: Path) -> None:
     play(tmp_path, scene)
 
 
+def test_the_longest_variable_that_linux_takes(tmp_path: Path) -> None:
+    """The kernel has a limit for each string that it hands to a program: what is just within it arrives, the next is refused."""
+    longest = "x" * (128 * 1024 - len("A=\0"))
+
+    async def scene(it: World) -> None:
+        await it.handlers.provision(ProvisionRequest(name="box", env={"A": longest}))
+        for env in (None, {"A": longest}):
+            told = await it.handlers.execute("box", ExecRequest(command='echo "${#A}"', env=env))
+            assert (told.exit_code, told.stdout) == (0, f"{len(longest)}\n")
+        with pytest.raises(InvalidInput, match="variable A is too long"):
+            await it.handlers.execute("box", ExecRequest(command="true", env={"A": longest + "x"}))
+        with pytest.raises(InvalidInput, match="variable A is too long"):
+            await it.handlers.provision(ProvisionRequest(name="other", env={"A": longest + "x"}))
+        assert await status(it) == {"box": "Running"}
+
+    play(tmp_path, scene)
+
+
 def test_many_commands_do_not_mix(tmp_path: Path) -> None:
     async def scene(it: World) -> None:
         await it.handlers.provision(ProvisionRequest(name="box"))
