@@ -35,7 +35,7 @@ docs:
 man:
 	.venv/bin/python -m capsem.cli.man build/share/man/man1
 
-# Ours beside QEMU alone and beside peers, in turn: bench/results, docs/benchmarks.md. About 15 minutes.
+# Ours beside QEMU alone and beside peers, in turn: bench/results, docs/benchmarks.md. Some 20 minutes.
 bench:
 	.venv/bin/python -m bench
 
