@@ -54,6 +54,7 @@ class Origin(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     piece = bytes(256 * 1024)
+    disable_nagle_algorithm = True  # or the second of two small writes waits for an acknowledgement
 
     def do_GET(self) -> None:
         """See the class."""
