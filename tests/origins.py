@@ -36,6 +36,8 @@ NAMES = ("pypi.test", "npm.test", "apt.test", "git.test", "llm.test", "mirror.te
 STREAMS = Path(__file__).parent / "model_streams"
 PACKAGE = "capsem-demo"  # in every index; says hello
 HELLO = "hello from a package"
+HALF = 100_000  # bytes of what is held
+RELEASE_WITHIN = 240.0  # seconds
 
 
 @dataclass
@@ -189,6 +191,7 @@ class Handler(BaseHTTPRequestHandler):
     site: Site
     seen: Path
     lock: threading.Lock
+    released: threading.Event  # what is held by /held goes on
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """`seen` has it."""
@@ -228,6 +231,11 @@ class Handler(BaseHTTPRequestHandler):
         if host in ("mirror.test", "other.test"):
             if path == "/redirect":
                 self._answer(302, "text/plain", b"", Location=f"https://other.test:{port}/")
+            elif path == "/held":
+                self._held()
+            elif path == "/release":
+                self.released.set()
+                self._answer(200, "text/plain", b"released\n")
             else:
                 told = {"headers": dict(self.headers), "target": self.path, "body": body.decode("utf-8", "replace")}
                 self._answer(200, "application/json", json.dumps(told, indent=1).encode())
@@ -236,7 +244,17 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._answer(404, "text/plain", b"there is no such thing\n")
 
-    do_GET = do_HEAD = _get  # noqa: N815
+    def _held(self) -> None:
+        """One half at once, the other after somebody has asked for /release."""
+        self.send_response(200)
+        self.send_header("Content-Length", str(2 * HALF))
+        self.end_headers()
+        self.wfile.write(bytes(HALF))
+        self.wfile.flush()
+        self.released.wait(RELEASE_WITHIN)
+        self.wfile.write(bytes(HALF))
+
+    do_GET = do_HEAD = do_PUT = _get  # noqa: N815
 
     def do_POST(self) -> None:
         """The model's; others tell what they were sent."""
@@ -301,7 +319,12 @@ def serving(directory: Path) -> Iterator[Origins]:
     repository(directory)
     (directory / "hosts").write_text("".join(f"127.0.0.1 {name}\n" for name in NAMES))
     (directory / "seen").touch()
-    parts = {"site": Site(directory), "seen": directory / "seen", "lock": threading.Lock()}
+    parts = {
+        "site": Site(directory),
+        "seen": directory / "seen",
+        "lock": threading.Lock(),
+        "released": threading.Event(),
+    }
     server = Server(type("Bound", (Handler,), parts), contexts(directory))
     thread = threading.Thread(target=server.serve_forever, name="origins", daemon=True)
     thread.start()
