@@ -87,12 +87,12 @@ def test_a_save_that_cannot_say_that_it_failed_leaves_no_layer_in_the_end(
             full = True
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def write(session: SessionDir, record: VmRecord) -> None:
+    def write(session: SessionDir, record: VmRecord, *, lasting: bool = True) -> None:
         nonlocal full
         if full:
             full = False
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        records_write(session, record)
+        records_write(session, record, lasting=lasting)
 
     records_write = records.write
     monkeypatch.setattr(records, "write", write)

@@ -23,7 +23,7 @@ from capsem.wire.events import (
 from capsem.wire.frames import ProtocolError
 from capsem.wire.messages import Failed
 from capsem.wire.schema import Message
-from capsem.wire.streams import BULK_WINDOW, Mux
+from capsem.wire.streams import Mux
 
 
 class Stream:
@@ -53,9 +53,9 @@ class Stream:
         """Whether the peer has said that this was all; a stream that was given up, or lost, ends without that."""
         return channel in self._ended
 
-    def widen(self, channel: int, window: int = BULK_WINDOW) -> None:
-        """Much will come on a channel: let so many bytes of it be under way."""
-        self._channel.mux.widen(self.id, channel, window)
+    def widen(self, channel: int) -> None:
+        """Much will come on a channel: let more of it be under way."""
+        self._channel.mux.widen(self.id, channel)
         self._channel.flush()
 
     async def read(self, channel: int) -> bytes:
@@ -159,6 +159,7 @@ class Channel(asyncio.Protocol):
         self.on_garbage: Callable[[ProtocolError], None] = lambda _error: self.hang_up()
         self.on_lost: Callable[[], None] = lambda: None
         self._transport: asyncio.Transport | None = None
+        self._hung_up = False
         self._streams: dict[int, Stream] = {}
         self._blocked = False
         self._held = False
@@ -221,7 +222,8 @@ class Channel(asyncio.Protocol):
         self.flush()
 
     def hang_up(self) -> None:
-        """Close the connection once what is queued is out."""
+        """Close the connection once what is queued is out; one that is still to be made, as soon as it is."""
+        self._hung_up = True
         if self._transport is not None:
             self._transport.close()
 
@@ -231,6 +233,8 @@ class Channel(asyncio.Protocol):
         """See asyncio.Protocol."""
         self._transport = cast("asyncio.Transport", transport)
         self.flush()
+        if self._hung_up:
+            transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""

@@ -75,9 +75,6 @@ from capsem.wire.streams import Mux
 
 HELLO_LIMIT = 5.0  # seconds
 LAST_KEYS = 1.0  # seconds for what was typed to reach a guest that does not take it now
-# Bytes of a file that a guest may be ahead by. It has one CPU as a rule, and each credit that it is handed costs it more than
-# the memory costs us.
-READ_WINDOW = 4 * 1024 * 1024
 COMMAND_SHOWN = 100  # characters of a command in a list: a thousand jobs have to fit a message
 
 log = logging.getLogger("capsem_process.server")
@@ -130,26 +127,34 @@ class Server:
     def __init__(self, supervised: Supervised) -> None:
         self._supervised = supervised
         self._connections: set[_Connection] = set()
+        self._peers: set[_Connection] = set()  # those who said hello
+        self._closed = False
 
     def connection(self) -> Channel:
         """A protocol for the listener to hand a new connection to."""
-        return _Connection(self, self._supervised).channel
+        connection = _Connection(self, self._supervised)
+        self._connections.add(connection)
+        if self._closed:  # it had been accepted before the listener was closed
+            connection.channel.hang_up()
+        return connection.channel
 
     def add(self, connection: _Connection) -> None:
         """A peer said hello."""
-        self._connections.add(connection)
+        self._peers.add(connection)
 
     def remove(self, connection: _Connection) -> None:
         """A peer went away."""
         self._connections.discard(connection)
+        self._peers.discard(connection)
 
     def broadcast(self, message: Message) -> None:
         """Tell every peer."""
-        for connection in list(self._connections):
+        for connection in list(self._peers):
             connection.channel.control(message)
 
     def close(self) -> None:
-        """Hang up on every peer, once what is queued is out."""
+        """Hang up on everybody, once what is queued is out."""
+        self._closed = True
         for connection in list(self._connections):
             connection.channel.hang_up()
 
@@ -395,7 +400,7 @@ async def relay(stream: Stream, target: Stream) -> Message:
     if isinstance(target.request, WriteFile):
         stream.widen(STDIN)
     elif isinstance(target.request, ReadFile):
-        target.widen(STDOUT, READ_WINDOW)
+        target.widen(STDOUT)
     tasks = [
         asyncio.create_task(copy(stream, target, STDIN)),
         asyncio.create_task(copy(target, stream, STDOUT)),
