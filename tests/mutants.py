@@ -32,18 +32,15 @@ class Mutant(NamedTuple):
     tests: str
 
 
-COMMIT = """        durable.sync_directory(draft.files.path)
-        durable.sync_directory(self._layout.checkpoints)
-        try:
-            durable.write(draft.files.manifest, checkpoint.to_json())
+COMMIT = """        self.enter(draft)
+        self.publish(draft, self.stage(draft, checkpoint))
 """
 MANIFEST_FIRST = """        draft.files.manifest.write_bytes(checkpoint.to_json())
-        durable.sync_directory(draft.files.path)
-        durable.sync_directory(self._layout.checkpoints)
-        try:
-            durable.write(draft.files.manifest, checkpoint.to_json())
+        self.enter(draft)
+        self.publish(draft, self.stage(draft, checkpoint))
 """
 RECORD_CRASH = "tests/crash/test_checkpoints_crash.py::test_a_record_that_a_cut_left_is_the_old_or_the_new"
+SAVE_CRASH = "tests/crash/test_save_crash.py::test_a_suspend_with_all_its_parts_at_once"
 COMMIT_CRASH = "tests/crash/test_checkpoints_crash.py::test_a_commit"
 
 MUTANTS = (
@@ -79,19 +76,51 @@ MUTANTS = (
     Mutant(
         "missing fsync of a file",
         "store/durable.py",
-        "            if lasting:\n                os.fsync(fd)\n",
+        "                if lasting:\n                    os.fsync(fd)\n",
         "",
         RECORD_CRASH,
     ),
     Mutant(
         "rename without directory fsync",
         "store/durable.py",
-        "    if lasting:\n        sync_directory(path.parent)\n",
+        "        if sync:\n            sync_directory(self._path.parent)\n",
         "",
         COMMIT_CRASH,
     ),
     Mutant(
-        "memory not synced", "store/ram.py", "self.size)\n        os.fsync(self._fd)\n", "self.size)\n", COMMIT_CRASH
+        "memory not synced",
+        "store/ram.py",
+        "        self.sync()\n        self.sync_sums()\n",
+        "        self.sync_sums()\n",
+        COMMIT_CRASH,
+    ),
+    Mutant(
+        "memory of a suspend not synced",
+        "supervisor/saving.py",
+        "                    prepared.writer.sync,\n",
+        "",
+        SAVE_CRASH,
+    ),
+    Mutant(
+        "devices of a suspend not synced",
+        "supervisor/saving.py",
+        "                    functools.partial(durable.sync_file, files.devices),\n",
+        "",
+        SAVE_CRASH,
+    ),
+    Mutant(
+        "frozen layer not synced",
+        "supervisor/saving.py",
+        "(frozen, order.layer) if order.go_on else (frozen,)",
+        "(frozen, order.layer) if order.go_on else ()",
+        SAVE_CRASH,
+    ),
+    Mutant(
+        "manifest there while its parts are made durable",
+        "supervisor/saving.py",
+        "                    lambda: manifest.append(self._store.stage(prepared.draft, checkpoint)),\n",
+        "                    lambda: manifest.append(self._store.stage(prepared.draft, checkpoint)) or manifest[0].place(),\n",
+        SAVE_CRASH,
     ),
     Mutant(
         "merged layer not synced",

@@ -165,7 +165,7 @@ class ProcessDriver:
     async def restore(self, spec: MachineSpec, devices: Path, *, vmm_lock: int) -> ProcessMachine:
         raise MachineFailed("a process cannot be restored")
 
-    def create_layer(self, path: Path, *, size_mb: int, vm_id: str, layer_id: str) -> None:
+    def create_layer(self, path: Path, *, size_mb: int, vm_id: str, layer_id: str, sync: bool = True) -> None:
         path.write_bytes(b"layer")
         path.with_suffix(".disk").mkdir()
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from capsem.guest import processes
+from capsem.guest import processes, spawner
 from capsem.guest.group import Group
 from capsem.guest.loop import Loop
 from capsem.guest.processes import Command
+from capsem.guest.spawner import Spawner
 from capsem.wire.events import Closed, DataReceived
 from capsem.wire.messages import STDOUT, Exec, Exited
 from capsem.wire.schema import Message
@@ -32,6 +33,7 @@ class Shell:
         self.directory = directory
         self.host, self.guest = pair()
         self.commands: list[Command] = []
+        self.spawner = Spawner(Group(""))
 
     def start(self, command: str, **options: object) -> Command:
         request = Exec(job="j", command=command, **options)  # type: ignore[arg-type]
@@ -45,7 +47,7 @@ class Shell:
                 request,
                 {"PATH": os.environ["PATH"]},
                 str(self.directory),
-                Group(""),
+                self.spawner,
                 lambda _command: None,
                 lambda _stream: self.loop.exit(0),
             )
@@ -100,7 +102,7 @@ def test_a_command_that_cannot_be_started_leaves_nothing(shell: Shell, monkeypat
     home = Path.cwd()
     with pytest.raises(ValueError, match="surrogates"):
         shell.start("echo \ud800")
-    monkeypatch.setattr(processes, "SHELL", "/no/such/shell")
+    monkeypatch.setattr(spawner, "SHELL", "/no/such/shell")
     with pytest.raises(FileNotFoundError):
         shell.start("true")
     monkeypatch.undo()

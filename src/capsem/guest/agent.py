@@ -17,6 +17,7 @@ from capsem.guest.memory import Memory
 from capsem.guest.port import Port
 from capsem.guest.processes import Command
 from capsem.guest.servant import Servant
+from capsem.guest.spawner import Spawner
 from capsem.guest.system import Bystander
 from capsem.guest.terminal import TerminalCommand
 from capsem.guest.writer import Rings, Writer
@@ -97,6 +98,7 @@ class Agent:
         self._system = system
         self._health = Health(system.volume)
         self._group = Group(system.groups)
+        self._spawner = Spawner(self._group)
         self._held_too_long: Timer | None = None
         self._mux = Mux(FrameDecoder(memory.next_nonce), initiator=False)
         self._mux.largest = MAX_DATA  # a host that speaks this version takes it
@@ -403,7 +405,7 @@ class Agent:
             request,
             {**self._env, **request.env},
             cwd,
-            self._group,
+            self._spawner,
             self._jobs.ended,
             self._finished,
         )

@@ -17,10 +17,10 @@ import signal
 import time
 
 from capsem.guest.files import Refused
-from capsem.guest.group import Group
 from capsem.guest.kept import LIMIT, Kept
 from capsem.guest.loop import READ, WRITE, Loop, Timer
 from capsem.guest.servant import Servant
+from capsem.guest.spawner import SHELL, SHELL_ARGV, Spawner
 from capsem.wire.messages import STDERR, STDIN, STDOUT, Exec, Exited, Reattach, Reattached, Signal, Started
 from capsem.wire.schema import Message
 
@@ -32,57 +32,11 @@ if TYPE_CHECKING:
     from capsem.wire.messages import Terminal
     from capsem.wire.streams import Mux
 
-SHELL = "/bin/bash"
-SHELL_ARGV = ("bash", "-c")  # and the command
 OUTPUTS = (STDOUT, STDERR)
 _PIECE = 64 * 1024
 _PIECES_PER_TURN = 16  # then the rest of the agent gets its turn
 _LINGER = 0.1  # seconds that a background process may hold a pipe open before its command counts as ended
 _FIONREAD = 0x541B  # ioctl: how many bytes a pipe holds
-# Python ignores the first two, the shell that started the agent in the background the others, and that is inherited.
-_RESET_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
-_OOM_SCORE = "/proc/self/oom_score_adj"
-
-
-def spawn(command: str, env: dict[str, str], cwd: str, actions: list[tuple[Any, ...]], group: Group) -> int:
-    """Start `bash -c command` in `group` and a session of its own; `actions` are those of posix_spawn that give it its
-    standard streams. Returns its pid.
-
-    Raises OSError. Call it from the loop's thread alone: the working directory is the process's while it runs.
-    """
-    home = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    oom_score = _swap_oom_score("0")
-    try:
-        os.chdir(cwd)
-        group.enter()
-        return os.posix_spawn(
-            SHELL,
-            [*SHELL_ARGV, command],
-            env,
-            file_actions=actions,
-            setsid=True,
-            setsigdef=_RESET_SIGNALS,
-        )
-    finally:
-        group.leave()
-        os.fchdir(home)
-        os.close(home)
-        if oom_score is not None:
-            _swap_oom_score(oom_score)
-
-
-def _swap_oom_score(new: str) -> str | None:
-    """Commands may be killed when memory runs out, the agent may not; the score is inherited at the fork."""
-    try:
-        with open(_OOM_SCORE, "r+") as file:
-            old = file.read().strip()
-            if old == new:
-                return None
-            file.seek(0)
-            file.write(new)
-            return old
-    except OSError:  # an unprivileged agent in tests: it has the score it has
-        return None
 
 
 class Command(Servant):
@@ -98,7 +52,7 @@ class Command(Servant):
         request: Exec | Terminal,
         env: dict[str, str],
         cwd: str,
-        group: Group,
+        spawner: Spawner,
         ended: Callable[[Command], None],
         left: Callable[[int], None],
     ) -> None:
@@ -123,9 +77,9 @@ class Command(Servant):
         self._stdin_end = False
         self._pipes: dict[int, int] = {}  # channel -> our end, while it is open
         self._paused: set[int] = set()  # channels that wait for credit
-        theirs, actions = self._open(request)
+        theirs, actions = self._open(request, spawner.nothing)
         try:
-            self.pid = spawn(request.command, env, cwd, actions, group)
+            self.pid = spawner.start(request.command, env, cwd, actions)
             self._pidfd = os.pidfd_open(self.pid)
         except BaseException:
             for fd in self._pipes.values():
@@ -146,19 +100,19 @@ class Command(Servant):
         if timeout is not None:
             self._expiry = loop.after(timeout, self._expire)
 
-    def _open(self, request: Exec | Terminal) -> tuple[list[int], list[tuple[Any, ...]]]:
+    def _open(self, request: Exec | Terminal, nothing: int) -> tuple[list[int], list[tuple[Any, ...]]]:
         """Make its streams: our ends are in `_pipes`; returns its own, and how it comes by them."""
         out_ours, out_theirs = os.pipe2(os.O_CLOEXEC)
         err_ours, err_theirs = os.pipe2(os.O_CLOEXEC)
         self._pipes = {STDOUT: out_ours, STDERR: err_ours}
+        theirs, stdin = [out_theirs, err_theirs], nothing
         if getattr(request, "stdin", False):
-            in_theirs, self._pipes[STDIN] = os.pipe2(os.O_CLOEXEC)
-        else:
-            in_theirs = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            stdin, self._pipes[STDIN] = os.pipe2(os.O_CLOEXEC)
+            theirs.append(stdin)
         for fd in self._pipes.values():
             os.set_blocking(fd, False)
-        theirs = [in_theirs, out_theirs, err_theirs]
-        return theirs, [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(theirs)]
+        ends = (stdin, out_theirs, err_theirs)
+        return theirs, [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(ends)]
 
     def _take(self, fd: int, size: int) -> bytes:
         """Read output; b"" at its end. Raises BlockingIOError."""

@@ -31,7 +31,7 @@ class TerminalCommand(Command):
 
     terminal = True
 
-    def _open(self, request: Exec | Terminal) -> tuple[list[int], list[tuple[Any, ...]]]:
+    def _open(self, request: Exec | Terminal, nothing: int) -> tuple[list[int], list[tuple[Any, ...]]]:
         assert isinstance(request, Terminal)
         ours, theirs = os.openpty()
         self._pipes = {STDOUT: ours, STDIN: os.dup(ours)}

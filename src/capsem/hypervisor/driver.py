@@ -163,10 +163,12 @@ class Machine(Protocol):
         """Save RAM and devices at one instant, at which the volume's present top is frozen and `layer` put above it.
 
         With `go_on` the machine runs again before anything is written to disk; without it, it stays paused. `hold` is
-        called right before the vCPUs are stopped, `instant` while they stand still, the last thing before they go on,
-        and `release` as soon as they run again, if they do. Device
-        state and layers are durable on return; RAM is once its writer has finished. Raises MachineFailed, OSError: the
-        machine is then paused or runs as before, and `top_layer` says whether the layer was added.
+        called right before the vCPUs are stopped, when all else is prepared, `instant` while they stand still, the last
+        thing before they go on, and `release` as soon as they run again, if they do.
+
+        What was saved is whole on return, and not durable: the caller syncs device state, frozen layer and RAM, as it
+        suits best. Raises MachineFailed, OSError: the machine is then paused or runs as before, and `top_layer` says
+        whether the layer was added.
         """
 
     async def kill(self) -> None:
@@ -206,8 +208,9 @@ class Driver(Protocol):
     async def version(self) -> str:
         """What `Machine.version` would be of a machine started now. Raises HostNotReady."""
 
-    def create_layer(self, path: Path, *, size_mb: int, vm_id: str, layer_id: str) -> None:
-        """Write a new, empty qcow2 layer of `size_mb` MiB, mode 0600, that carries both ids; durable on return."""
+    def create_layer(self, path: Path, *, size_mb: int, vm_id: str, layer_id: str, sync: bool = True) -> None:
+        """Write a new, empty qcow2 layer of `size_mb` MiB, mode 0600, that carries both ids; durable on return, unless the
+        caller is to `sync` it and its directory."""
 
     async def merge_layers(
         self, sources: Sequence[Path], target: Path, *, vm_id: str, layer_id: str, size_mb: int | None = None

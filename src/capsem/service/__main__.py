@@ -181,8 +181,9 @@ class Service:
             loop.add_signal_handler(number, stop.set)
         fleet = self._fleet(layout)
         process_binary = self.arguments.process_binary or find_process_binary()
-        spares = Spares(fleet.system, [str(process_binary)], passed_on(os.environ), Path(os.devnull))
-        handlers = self._handlers(fleet, process_binary, spares)
+        hypervisor = os.environ.get("CAPSEM_HYPERVISOR") or "qemu"
+        spares = Spares(fleet.system, [str(process_binary)], hypervisor, passed_on(os.environ), Path(os.devnull))
+        handlers = self._handlers(fleet, process_binary, hypervisor, spares)
         server = make_server(handlers)
         timers = Timers(fleet, handlers)
         log.info("capsem_service %s serves %s", __version__, path)
@@ -225,8 +226,7 @@ class Service:
     def _fleet(self, layout: Layout) -> Fleet:
         return Fleet(real_system(), layout, self.settings.max_concurrent_vms)
 
-    def _handlers(self, fleet: Fleet, process_binary: Path, spares: Spares) -> Handlers:
-        hypervisor = os.environ.get("CAPSEM_HYPERVISOR") or "qemu"
+    def _handlers(self, fleet: Fleet, process_binary: Path, hypervisor: str, spares: Spares) -> Handlers:
         driver = make_driver(hypervisor, fleet.layout.run_dir, fleet.system, os.environ)
         lock, overlap = default_path(os.environ), driver.features.transitions_overlap
         launcher = Launcher(

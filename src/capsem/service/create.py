@@ -130,12 +130,15 @@ class Maker:
         )
         return self._write(record)
 
-    def new_layer(self, record: VmRecord) -> str:
-        """Make an empty layer for a VM; returns its id. Raises OSError; then nothing is left of it."""
+    def new_layer(self, record: VmRecord, *, sync: bool = True) -> str:
+        """Make an empty layer for a VM; returns its id. It is durable, unless its supervisor is to `sync` it.
+
+        Raises OSError; then nothing is left of it.
+        """
         layer = self.fleet.system.entropy.token_bytes(16).hex()
         path = self.fleet.layout.layer(layer)
         try:
-            self.driver.create_layer(path, size_mb=record.spec.disk_mb, vm_id=record.id, layer_id=layer)
+            self.driver.create_layer(path, size_mb=record.spec.disk_mb, vm_id=record.id, layer_id=layer, sync=sync)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
@@ -219,7 +222,7 @@ class Maker:
             raise HostNotReady("the service is stopping", hint="try again when it is back")
         if vm.record.state == State.SUSPENDED or self.fleet.is_frozen(vm.record.layers[-1]):
             with span("make a layer"):
-                boot = replace(boot, layer=self.new_layer(vm.record))
+                boot = replace(boot, layer=self.new_layer(vm.record, sync=False))
         layers = await self.fleet.network_layers(vm.record.network)
         granted = self.fleet.granted(vm.record.secrets)
         boot = replace(boot, ledger=self.fleet.ledger and not vm.record.nobodys, network=layers, secrets=granted)

@@ -44,7 +44,7 @@ def passed_on(environ: Mapping[str, str]) -> dict[str, str]:
 @dataclass(frozen=True, slots=True)
 class Boot:
     """How a VM is to come up: from `memory`, the RAM of its checkpoint, or from the beginning; with `layer` on top of
-    its volume, where what is on top now must not be written to."""
+    its volume, which the supervisor makes durable, where what is on top now must not be written to."""
 
     kind: str = "cold"
     note: str | None = None

@@ -18,10 +18,12 @@ log = logging.getLogger("capsem_service.spares")
 class Spares:
     """Keeps one supervisor in reserve. A service that ends, however it ends, takes it along: its standard input closes."""
 
-    def __init__(self, system: System, argv: Sequence[str], env: Mapping[str, str], log_file: Path) -> None:
+    def __init__(
+        self, system: System, argv: Sequence[str], hypervisor: str, env: Mapping[str, str], log_file: Path
+    ) -> None:
         """`argv` is a supervisor's, without options; until it has a VM, its complaints go to `log_file`."""
         self._system = system
-        self._argv = [*argv, "--spare", "_" * ROOM]
+        self._argv = [*argv, "--spare", "_" * ROOM, "--hypervisor", hypervisor]
         self._env = env
         self._log_file = log_file
         self._child: Child | None = None

@@ -238,6 +238,7 @@ class Vm:
         if claim is None and own is None:
             raise Unavailable(f"somebody else supervises {self.id}")
         try:
+            records.sweep(self.session)
             if record.state == State.SUSPENDED:
                 ending = Exit("suspended", "its supervisor ended while it was being suspended or resumed")
             elif status == 0:  # it ended as it should, and could not say so

@@ -51,12 +51,12 @@ def _ack_before_exit() -> None:
 
 def _ack_before_commit() -> None:
     """A checkpoint is acknowledged, and its manifest written a while later."""
-    commit = CheckpointStore.commit
+    publish = CheckpointStore.publish
 
     def later(self: CheckpointStore, *args: Any) -> None:
-        asyncio.get_running_loop().call_later(0.5, lambda: commit(self, *args))
+        asyncio.get_running_loop().call_later(0.5, lambda: publish(self, *args))
 
-    CheckpointStore.commit = later  # type: ignore[method-assign, assignment]
+    CheckpointStore.publish = later  # type: ignore[method-assign, assignment]
 
 
 def _goes_on_in_a_frozen_layer() -> None:

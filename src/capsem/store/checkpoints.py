@@ -80,22 +80,37 @@ class CheckpointStore:
         with self._layout.layer(layer).open("rb", buffering=0) as file:
             return hashlib.sha256(file.read(HEAD)).hexdigest()
 
-    def commit(self, draft: Draft, checkpoint: Checkpoint) -> None:
-        """Make a draft, whose parts are durable, a checkpoint. Raises OSError; then it is still a draft.
+    def enter(self, draft: Draft) -> None:
+        """Make it durable that the parts of a draft are there. Raises OSError."""
+        durable.sync_directory(draft.files.path)
+        durable.sync_directory(self._layout.checkpoints)
+
+    def stage(self, draft: Draft, checkpoint: Checkpoint) -> durable.Staged:
+        """The manifest, durable and not there yet. Raises OSError."""
+        assert checkpoint.id == draft.id
+        return durable.Staged(draft.files.manifest, checkpoint.to_json())
+
+    def publish(self, draft: Draft, manifest: durable.Staged) -> None:
+        """Make a draft a checkpoint: one that was entered, and whose parts are durable. Raises OSError; then it is still a
+        draft.
 
         The draft's lock is let go of.
         """
-        assert checkpoint.id == draft.id
-        durable.sync_directory(draft.files.path)
-        durable.sync_directory(self._layout.checkpoints)
         try:
-            durable.write(draft.files.manifest, checkpoint.to_json())
+            manifest.place()
         except BaseException:
             draft.files.manifest.unlink(missing_ok=True)
             raise
         with contextlib.suppress(OSError):  # it is a checkpoint, with this file or without
             draft.files.draft.unlink(missing_ok=True)
         draft.lock.release()
+
+    def commit(self, draft: Draft, checkpoint: Checkpoint) -> None:
+        """Make a draft, whose parts are durable, a checkpoint: all that there is to it, one thing after the other. Raises
+        OSError; then it is still a draft.
+        """
+        self.enter(draft)
+        self.publish(draft, self.stage(draft, checkpoint))
 
     def discard(self, draft: Draft) -> None:
         """Remove a draft. The manifest goes first, should there be one: `commit` may have failed after it was there."""

@@ -15,30 +15,56 @@ from pathlib import Path
 TEMPORARY = ".tmp-"
 
 
+class Staged:
+    """A file's next content, durable under a name that nobody looks at: what takes a disk longest is done before it is to
+    count. `place` or `discard` it.
+    """
+
+    def __init__(self, path: Path, data: bytes, *, mode: int = 0o600, name: str = "", lasting: bool = True) -> None:
+        """Write it beside `path`, durably if it is to be `lasting`; no two of the same `name` at a time in one process.
+
+        Raises OSError; then it is gone.
+        """
+        self._path = path
+        self._temporary = path.with_name(f"{TEMPORARY}{path.name}.{os.getpid()}{name}")
+        try:
+            fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+            try:
+                _write_all(fd, data)
+                if lasting:
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
+        except BaseException:
+            self.discard()
+            raise
+
+    def place(self, *, sync: bool = True) -> None:
+        """Replace the content of the file, durably, unless the caller is to `sync` its directory.
+
+        Raises OSError; then the file is as it was, or, when only the last step (the directory's sync) failed, new.
+        """
+        try:
+            os.replace(self._temporary, self._path)
+        except BaseException:
+            self.discard()
+            raise
+        if sync:
+            sync_directory(self._path.parent)
+
+    def discard(self) -> None:
+        """It is not wanted any more."""
+        with contextlib.suppress(FileNotFoundError):
+            self._temporary.unlink()
+
+
 def write(path: Path, data: bytes, *, mode: int = 0o600, lasting: bool = True) -> None:
     """Replace the content of `path` atomically and durably; atomically alone if it need not be `lasting`: when the host
     itself goes down, what is there afterwards may be the old, the new, or not whole.
 
     Raises OSError; then `path` is as it was, or, when only the last step (the directory's sync) failed, new.
     """
-    temporary = path.with_name(f"{TEMPORARY}{path.name}.{os.getpid()}")
-    try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
-            if lasting:
-                os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
-    if lasting:
-        sync_directory(path.parent)
+    Staged(path, data, mode=mode, lasting=lasting).place(sync=lasting)
 
 
 def create(path: Path, data: bytes, *, mode: int = 0o600) -> bool:
@@ -56,6 +82,21 @@ def create(path: Path, data: bytes, *, mode: int = 0o600) -> bool:
         temporary.unlink()
     sync_directory(path.parent)
     return True
+
+
+def draft(path: Path, data: bytes) -> None:
+    """Write a file that is not there yet, mode 0600. It is durable once it and its directory were synced. Raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        _write_all(fd, data)
+    finally:
+        os.close(fd)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
 
 
 def sync_directory(path: Path) -> None:

@@ -99,7 +99,7 @@ class RamFile:
 
 
 class RamWriter:
-    """A RAM file in the making. All methods block; use them from one thread at a time."""
+    """A RAM file in the making. All methods block; use them from one thread at a time, but for `sync` and `sync_sums`."""
 
     def __init__(self, path: Path, sums: Path, size: int) -> None:
         """Make both files, which must not exist, mode 0600; `size` is the RAM's, in bytes. Raises OSError."""
@@ -148,12 +148,25 @@ class RamWriter:
         sums.flush()
         return runs, written
 
-    def finish(self, identity: RamIdentity) -> str:
-        """Make it durable; returns the SHA-256 of the table of checksums. Raises OSError."""
+    def seal(self, identity: RamIdentity) -> str:
+        """Say whose memory it is; returns the SHA-256 of the table of checksums. Raises OSError."""
         _write(self._fd, memoryview(identity.to_bytes()), self.size)
-        os.fsync(self._fd)
-        os.fsync(self._sums_fd)
         return digest_sums(self._sums_fd)
+
+    def sync(self) -> None:
+        """Make the RAM durable. Raises OSError."""
+        os.fsync(self._fd)
+
+    def sync_sums(self) -> None:
+        """Make the table of checksums durable. Raises OSError."""
+        os.fsync(self._sums_fd)
+
+    def finish(self, identity: RamIdentity) -> str:
+        """`seal`, and make all of it durable. Raises OSError."""
+        digest = self.seal(identity)
+        self.sync()
+        self.sync_sums()
+        return digest
 
     def close(self) -> None:
         """Close both files; calling again is no error."""

@@ -26,6 +26,18 @@ def write(session: SessionDir, record: VmRecord, *, lasting: bool = True) -> Non
     durable.write(session.record, record.to_json(), lasting=lasting)
 
 
+def stage(session: SessionDir, record: VmRecord) -> durable.Staged:
+    """What the record is to be, if what is under way succeeds; others may be written meanwhile. Raises OSError."""
+    return durable.Staged(session.record, record.to_json(), name="-next")
+
+
+def sweep(session: SessionDir) -> None:
+    """Remove what an earlier holder of the claim was about to write when it was killed; for who holds it now. Raises
+    OSError."""
+    for path in session.path.glob(f"{durable.TEMPORARY}{session.record.name}.*"):
+        path.unlink(missing_ok=True)
+
+
 def sessions(layout: Layout) -> list[SessionDir]:
     """All session directories with a record, of VMs that ran or may run; kept failures are not among them."""
     found = []

@@ -23,7 +23,7 @@ from capsem.api.internal import BOUND, PROTOCOL, Bootstrap, Stop, speaks
 from capsem.egress.mint import AuthorityError, open_authority
 from capsem.egress.resolve import Resolver, with_hosts
 from capsem.egress.taps import prices
-from capsem.hypervisor.registry import make_driver
+from capsem.hypervisor import registry
 from capsem.model.errors import CapsemError, InvalidInput, host_failed
 from capsem.model.ids import check_name
 from capsem.store.layout import Layout, SessionDir
@@ -122,7 +122,7 @@ async def serve(vm_id: str, session_dir: Path, bootstrap: Bootstrap) -> int:
     layout = Layout(Path(bootstrap.run_dir))
     names = Names(SessionDir(session_dir), layout, Path(bootstrap.socket), Path(bootstrap.ready_file))
     system = real_system()
-    driver = make_driver(bootstrap.hypervisor, layout.run_dir, system, os.environ)
+    driver = registry.make_driver(bootstrap.hypervisor, layout.run_dir, system, os.environ)
     supervisor = Supervisor(
         system,
         driver,
@@ -148,12 +148,15 @@ def main() -> int:
     parser.add_argument("--id")
     parser.add_argument("--session-dir", type=Path)
     parser.add_argument("--spare", metavar="ROOM", help="wait to be told which VM")
+    parser.add_argument("--hypervisor", default="qemu", help="whose driver a spare has imported by then")
     arguments = parser.parse_args()
     if arguments.spare is None and None in (arguments.id, arguments.session_dir):
         parser.error("--id and --session-dir are needed")
     os.umask(0o077)
     os.chdir("/")
     try:
+        if arguments.spare is not None:
+            registry.load(arguments.hypervisor)
         data = sys.stdin.buffer.read()
         if arguments.spare is not None and not data:
             return 0

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from capsem import faults
 from capsem.api.internal import (
@@ -46,7 +47,7 @@ from capsem.model.vm import Exit, VmRecord
 from capsem.store import durable, records
 from capsem.store.flatten import replaced
 from capsem.store.layout import SessionDir
-from capsem.supervisor.owned import Owned
+from capsem.supervisor.owned import Next, Owned
 from capsem.supervisor.policing import table_of
 from capsem.supervisor.saving import Order
 
@@ -55,6 +56,17 @@ FREEZE_LIMIT = 2.0  # seconds that the guest holds its writes for a new layer
 SAVE_HINT = "the VM goes on; `capsem df` shows what takes room"
 
 log = logging.getLogger("capsem_process")
+
+
+def _suspended(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a record says of a VM that is suspended in a checkpoint."""
+    return {
+        "checkpoint": checkpoint.id,
+        "current": checkpoint.id,
+        "saving": None,
+        "layers": checkpoint.layer_ids,
+        "last_exit": Exit("suspended", "suspended"),
+    }
 
 
 class Changes(Owned):
@@ -195,6 +207,7 @@ class Changes(Owned):
             layer_id = self._system.entropy.token_bytes(16).hex()
             layer = Layer(self._names.layout.layer(layer_id), "qcow2")
             what = "checkpoint" if request.go_on else "suspend"  # see capsem.faults
+            final: list[Next] = []
             try:
                 checkpoint_id = await saver.reserve()
                 faults.at(f"{what}.reserved", machine.pid)
@@ -210,8 +223,13 @@ class Changes(Owned):
                 faults.at(f"{what}.named", machine.pid)
                 console = self._names.session.serial_log
                 order = Order(Kind(request.kind), before.layers, layer, request.go_on, request.message, console)
-                checkpoint = await saver.save(before, order)
+                if request.go_on:
+                    checkpoint = await saver.save(before, order)
+                else:
+                    checkpoint = await saver.save(before, order, lambda made: final.append(self._stage_suspended(made)))
             except BaseException as error:
+                for each in final:
+                    each.staged.discard()
                 await self._go_on(before, layer_id, layer)
                 if isinstance(error, OSError):
                     raise MachineFailed(
@@ -222,7 +240,7 @@ class Changes(Owned):
                 self._note_current(checkpoint)
                 faults.at("checkpoint.recorded", machine.pid)
             else:
-                self._suspend(checkpoint)
+                await self._suspend(checkpoint, final[0])
                 await self._gateway.close()
                 faults.at("suspend.recorded", machine.pid)
                 layer.path.unlink(missing_ok=True)
@@ -257,28 +275,33 @@ class Changes(Owned):
         except OSError as error:  # a full disk; the checkpoint is made, and the next word in the record says so too
             log.error("the record cannot be written: %s", error)
 
-    def _suspend(self, checkpoint: Checkpoint) -> None:
+    def _stage_suspended(self, checkpoint: Checkpoint) -> Next:
+        return self._stage(Event.SUSPENDED, **_suspended(checkpoint))
+
+    async def _suspend(self, checkpoint: Checkpoint, final: Next) -> None:
         """The word that makes it final. Raises Interrupted when the machine was killed on request meanwhile."""
         if self._record.state != Lifecycle.SUSPENDING:
+            final.staged.discard()
             self._store.remove(checkpoint.id)
             raise Interrupted(f"{self._record.id} was stopped while it was being suspended")
+        # With the checkpoint committed, SUSPENDING says the same (model.lifecycle.recover): it is done, and a machine that
+        # went on now would make that a lie. So the machine's end and the record need not wait for one another.
         try:
-            self._advance(
-                Event.SUSPENDED,
-                checkpoint=checkpoint.id,
-                current=checkpoint.id,
-                saving=None,
-                layers=checkpoint.layer_ids,
-                last_exit=Exit("suspended", "suspended"),
-            )
+            if self._record != final.before:  # its policy was changed meanwhile
+                final.staged.discard()
+                final = self._stage_suspended(checkpoint)
+            final.staged.place(sync=False)  # here and now: no other change of the record comes in between
         except OSError as error:
-            # With the checkpoint committed, SUSPENDING says the same (model.lifecycle.recover): it is done, and a machine
-            # that went on now would make that a lie.
             log.error("the record cannot be written: %s", error)
-        finally:
-            self._suspended.set()
-            self.recording.rest()
-            self.jobs.cut(self._job_waits)
+        self._record = self._record.after(final.event, **_suspended(checkpoint))
+        self._suspended.set()
+        self.recording.lifecycle(final.event, self._record.state)
+        self.recording.rest()
+        self.jobs.cut(self._job_waits)
+        try:
+            await asyncio.to_thread(durable.sync_directory, self._names.session.path)
+        except OSError as error:
+            log.error("the record cannot be made durable: %s", error)
 
     def _job_waits(self, job: str) -> Interrupted:
         """What the clients of commands are told at a suspend."""

@@ -23,7 +23,7 @@ from capsem.hypervisor.driver import Driver, Machine
 from capsem.model.lifecycle import Event
 from capsem.model.lifecycle import State as Lifecycle
 from capsem.model.vm import VmRecord
-from capsem.store import records
+from capsem.store import durable, records
 from capsem.store.checkpoints import CheckpointStore
 from capsem.store.gate import HostLock
 from capsem.store.layout import Layout, SessionDir
@@ -55,6 +55,16 @@ class Names:
     layout: Layout
     socket: Path
     ready_file: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Next:
+    """The record after an event that is expected, durable and ready to take the place of the one that it was made from."""
+
+    before: VmRecord
+    event: Event
+    record: VmRecord
+    staged: durable.Staged
 
 
 class Owned:
@@ -198,6 +208,12 @@ class Owned:
     def _discarded(self) -> bool:
         """Whether the VM is to be deleted as soon as it has ended: then nobody waits for a disk to keep what is said of that."""
         return self._stop_asked is not None and self._stop_asked.discard
+
+    def _stage(self, event: Event, **changes: object) -> Next:
+        """Prepare a move of the record. Raises OSError."""
+        before = self._record
+        record = before.after(event, **changes)
+        return Next(before, event, record, records.stage(self._names.session, record))
 
     def _detail(self, event: Event) -> str | None:
         """What there is to say of an event beside its name."""

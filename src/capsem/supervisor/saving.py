@@ -4,7 +4,8 @@
               copied in the background where the file system cannot share it: the save then writes what has changed
     save      a mark and a flush in the guest, as far as it answers, and its commands held still; then RAM, devices,
               volume and jobs at one instant, after which the commands go on, in a restored machine once that is who it is
-    commit    everything durable, the manifest last
+    commit    everything durable, the manifest last: all parts at the same time, for a file system makes many files durable
+              in the time that it takes for one
 
 A save that fails leaves no trace: the draft is removed, and whoever asked decides what becomes of the machine.
 """
@@ -14,9 +15,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -47,6 +50,25 @@ HOLD_LIMIT = 1.0  # seconds for it to hold its processes still
 CONSOLE = 64 * 1024  # bytes of the console's log that forks are given
 
 log = logging.getLogger("capsem_process.saving")
+
+
+def _other_parts(files: CheckpointDir, jobs: bytes, names: bytes, console: Path | None) -> list[Path]:
+    """Write what there is of the parts that are not the machine's; returns their paths. They are not durable yet."""
+    said = b"" if console is None else read_tail(console, CONSOLE).encode()
+    parts = [(path, data) for path, data in ((files.jobs, jobs), (files.names, names), (files.console, said)) if data]
+    for path, data in parts:
+        durable.draft(path, data)
+    return [path for path, _ in parts]
+
+
+async def _together(*work: Callable[[], object]) -> None:
+    """Do all of it at the same time; returns, or raises what the first has raised, when all of it has ended."""
+    loop = asyncio.get_running_loop()
+    with ThreadPoolExecutor(len(work)) as threads:
+        done = await asyncio.gather(*(loop.run_in_executor(threads, each) for each in work), return_exceptions=True)
+    for error in done:
+        if isinstance(error, BaseException):
+            raise error
 
 
 def _step(name: str) -> trace:
@@ -177,30 +199,43 @@ class Saver:
         self._syncing = asyncio.create_task(self._sync(draft.id), name="sync")
         return draft.id
 
-    async def save(self, record: VmRecord, order: Order) -> Checkpoint:
+    async def save(
+        self, record: VmRecord, order: Order, alongside: Callable[[Checkpoint], object] = lambda _checkpoint: None
+    ) -> Checkpoint:
         """Make the checkpoint that `reserve` announced; committed on return.
 
-        Raises CapsemError, OSError: nothing is left of the checkpoint; the machine may stand still, and its volume may
-        have gone on to the order's layer.
+        `alongside` is called on a thread with what will be one, while its parts are made durable: to make something durable
+        that counts after it. Raises CapsemError, OSError: nothing is left of the checkpoint; the machine may stand still,
+        and its volume may have gone on to the order's layer.
         """
         prepared, syncing, self._syncing = self._prepared, self._syncing, None
         assert prepared is not None
         assert syncing is not None
+        frozen = self._machine.top_layer
+        manifest: list[durable.Staged] = []
         try:
-            with _step("sync"):
-                synced = await syncing
             files = SaveFiles(prepared.draft.files.devices, prepared.writer, compare=self._own)
             with _step("machine"):
-                saved, jobs, names = await self._save(files, order)
+                saved, jobs, names, synced = await self._save(files, order, syncing)
             faults.at(f"{_what(order)}.saved", self._machine.pid)
-            with _step("finish"):
-                if order.kind != Kind.TEMPLATE:  # what it was warmed up with is no business of its forks
-                    for path, data in ((prepared.draft.files.jobs, jobs), (prepared.draft.files.names, names)):
-                        if data:
-                            await asyncio.to_thread(durable.write, path, data)
-                checkpoint = await asyncio.to_thread(self._finish, prepared, record, order, saved, synced)
+            with _step("describe"):
+                console = order.console if order.kind in FORKED else None
+                parts = await asyncio.to_thread(_other_parts, prepared.draft.files, jobs, names, console)
+                checkpoint = await asyncio.to_thread(self._describe, prepared, record, order, saved, synced)
+            with _step("sync"):
+                layers = (frozen, order.layer) if order.go_on else (frozen,)
+                await _together(
+                    prepared.writer.sync,
+                    prepared.writer.sync_sums,
+                    functools.partial(durable.sync_file, files.devices),
+                    *(functools.partial(durable.sync_file, layer.path) for layer in layers),
+                    *(functools.partial(durable.sync_file, part) for part in parts),
+                    functools.partial(self._store.enter, prepared.draft),
+                    lambda: manifest.append(self._store.stage(prepared.draft, checkpoint)),
+                    lambda: alongside(checkpoint),
+                )
             with _step("commit"):
-                await asyncio.to_thread(self._store.commit, prepared.draft, checkpoint)
+                await asyncio.to_thread(self._store.publish, prepared.draft, manifest[0])
         except BaseException as error:
             full = isinstance(error, MachineFailed) and room.is_full(prepared.draft.files.path)
             self._drop_prepared()
@@ -219,8 +254,10 @@ class Saver:
                 log.error("the next checkpoint will take longer: %s", error)
         return checkpoint
 
-    async def _save(self, files: SaveFiles, order: Order) -> tuple[Saved, bytes, bytes]:
-        """RAM, devices, volume, and the jobs and names of the same instant.
+    async def _save(
+        self, files: SaveFiles, order: Order, syncing: asyncio.Task[bool]
+    ) -> tuple[Saved, bytes, bytes, bool]:
+        """RAM, devices, volume, and the jobs and names of the same instant; whether the guest had flushed its file systems.
 
         Around that instant nothing is sent to the guest. So what its memory holds as confirmed is not beyond what the
         jobs have here, and what they have here is not beyond what it had written: between the two nothing is missing.
@@ -231,6 +268,8 @@ class Saver:
         what = _what(order)
 
         async def hold() -> None:
+            with _step("flush"):
+                await syncing
             await self._hold()
             channel.hold()
             faults.at(f"{what}.held", self._machine.pid)
@@ -257,8 +296,10 @@ class Saver:
         except BaseException:
             channel.release()
             raise
+        if order.kind == Kind.TEMPLATE:  # what it was warmed up with is no business of its forks
+            return saved, b"", b"", syncing.result()
         jobs = saved_jobs(marks)
-        return saved, encode(jobs) if jobs else b"", names
+        return saved, encode(jobs) if jobs else b"", names, syncing.result()
 
     async def _sync(self, mark: str) -> bool:
         try:
@@ -281,12 +322,10 @@ class Saver:
             self._base.close()
         self._base, self._own = base, True
 
-    def _finish(self, prepared: _Prepared, record: VmRecord, order: Order, saved: Saved, synced: bool) -> Checkpoint:
-        """Make RAM durable, and write down what was saved."""
+    def _describe(self, prepared: _Prepared, record: VmRecord, order: Order, saved: Saved, synced: bool) -> Checkpoint:
+        """Write down what was saved."""
         size = self._spec.ram_mb << 20
-        if order.console is not None and order.kind in FORKED:
-            durable.write(prepared.draft.files.console, read_tail(order.console, CONSOLE).encode())
-        digest = prepared.writer.finish(RamIdentity(record.id, prepared.draft.id, size))
+        digest = prepared.writer.seal(RamIdentity(record.id, prepared.draft.id, size))
         runs = tuple((offset // PAGE, length // PAGE) for offset, length in saved.runs)
         guest = GuestState(
             boot_id=self._guest.boot_id,

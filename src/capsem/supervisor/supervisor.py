@@ -1,6 +1,6 @@
 """One VM's run, from the claim to the exit: the only writer of the VM's record while it lives.
 
-    claim -> VMM lock -> record STARTING or RESUMING -> socket -> machine -> handshake -> record RUNNING, .ready
+    claim -> VMM lock -> record STARTING or RESUMING, and meanwhile the VMM -> socket -> handshake -> record RUNNING, .ready
     -> ... -> machine's end -> record STOPPED or FAILED with the reason -> .ready and socket removed -> exit
 
 A step that fails ends the run through the same last three steps, so that whoever looks afterwards finds a record that
@@ -12,47 +12,38 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from capsem import faults
 from capsem.api.internal import (
     Bootstrap,
     ShutdownAsked,
     Stop,
 )
-from capsem.control.guest import Guest, Restored
 from capsem.control.heartbeat import Heartbeat
-from capsem.hypervisor.driver import Accelerator, Driver, Ending, Layer, Machine, MachineSpec
-from capsem.model.checkpoint import Kind
+from capsem.hypervisor.driver import Driver, Ending, Machine
 from capsem.model.errors import (
     CapsemError,
-    Corrupt,
-    MachineFailed,
     NotRunning,
     Unavailable,
 )
 from capsem.model.lifecycle import Event
 from capsem.model.lifecycle import State as Lifecycle
-from capsem.model.vm import Exit, VmRecord
-from capsem.store import durable, records
+from capsem.model.vm import Exit
+from capsem.store import records
 from capsem.store.gate import HostLock
-from capsem.store.jobs import decode
-from capsem.store.layout import CheckpointDir
 from capsem.store.lines import last_lines
-from capsem.store.locks import Lock, holders, take_lock, try_lock
+from capsem.store.locks import Lock, take_lock
 from capsem.supervisor import room
-from capsem.supervisor.changes import Changes
 from capsem.supervisor.console import Console
 from capsem.supervisor.outlet import Outside
-from capsem.supervisor.owned import Names
+from capsem.supervisor.owned import Names, Next
 from capsem.supervisor.recording import Recording
-from capsem.supervisor.saving import Saver
 from capsem.supervisor.server import Server
+from capsem.supervisor.starting import Starting
 from capsem.system import System
 from capsem.tracing import span
 from capsem.wire.messages import ShutdownRequest
@@ -64,14 +55,12 @@ POWER_OFF_MARGIN = 3.0  # seconds beyond the guest's grace until the machine is 
 ENDING_LIMIT = 2.0  # seconds between the loss of the control channel and the VMM's end
 GATE_WAIT = 60.0  # seconds that a guest's own shutdown waits for the gate
 ORPHAN_WAIT = 5.0  # and one because the parent of the family is gone
-ORPHAN_LIMIT = 5.0  # seconds for the VMM of an earlier, killed supervisor to die
-LOCK_TURN = 0.05  # seconds between looks at a lock whose holder cannot be found
 LOG_LINES = 20
 
 log = logging.getLogger("capsem_process")
 
 
-class Supervisor(Changes):
+class Supervisor(Starting):
     """Owns one machine and speaks with its guest."""
 
     def __init__(
@@ -86,6 +75,7 @@ class Supervisor(Changes):
     ) -> None:
         super().__init__(system, driver, names, bootstrap, bound, renamed, outside)
         self._server = Server(self)
+        self._began = system.clock.monotonic()
 
     # -- for the server
 
@@ -112,6 +102,7 @@ class Supervisor(Changes):
         session = self._names.session
         claim = take_lock(session.claim, "this VM")
         try:
+            records.sweep(session)
             self._record = self._recovered(records.read(session))
             self._require_layer()
             self._at("claimed")
@@ -119,9 +110,7 @@ class Supervisor(Changes):
                 self._system.clock, session.ledger, on=self._bootstrap.ledger, resumed=self._bootstrap.restore
             )
             try:
-                with span("write the record"):
-                    self._begin()
-                self._at("begun")
+                self._begin()
                 return await self._run_claimed()
             finally:
                 with span("close the ledger"):
@@ -130,66 +119,29 @@ class Supervisor(Changes):
             self._work_done()
             claim.release()
 
-    def _recovered(self, record: VmRecord) -> VmRecord:
-        """A record that still speaks of a run: with the claim ours, that run is over, whatever kept it from saying so."""
-        saved = record.saving is not None and self._store.is_committed(record.saving)
-        return record.recovered(self._system.clock.boot_id(), saved=saved)
-
-    def _require_layer(self) -> None:
-        """The layer that the machine is to write to is there: a service that came after the one that has spawned us may
-        have swept it, for no record names it yet. Raises Unavailable."""
-        layer = self._bootstrap.layer
-        if layer is not None and not self._names.layout.layer(layer).exists():
-            raise Unavailable(f"the service that was starting {self._record.id} has ended", hint="start it again")
-
-    def _at(self, step: str) -> None:
-        """A step of the start; see capsem.faults."""
-        what = "resume" if self._bootstrap.restore else "boot"
-        faults.at(f"{what}.{step}", self._machine.pid if self._machine else 0)
-
-    def _begin(self) -> None:
-        """The record of a run that begins. Raises CapsemError, OSError: nothing was changed."""
-        bootstrap, clock, entropy, restored = self._bootstrap, self._system.clock, self._system.entropy, None
-        token, kind = entropy.token_bytes(16).hex(), bootstrap.boot_kind
-        if bootstrap.restore:
-            assert self._record.checkpoint is not None
-            checkpoint = self._store.read(self._record.checkpoint)
-            assert checkpoint.guest is not None
-            guest = checkpoint.guest
-            mark = checkpoint.id if guest.synced else None
-            restored = Restored(guest.epoch, bytes.fromhex(guest.next_nonce), mark, guest.frozen)
-            if checkpoint.vm_id == self._record.id:
-                kind, token = "warm", guest.token
-            else:
-                kind = "template" if checkpoint.kind == Kind.TEMPLATE else "forked"
-        self._advance(
-            Event.RESUME if restored else Event.START,
-            layers=(*self._record.layers, *([bootstrap.layer] if bootstrap.layer else ())),
-            machine_id=self._record.machine_id or entropy.token_bytes(16).hex(),
-            attached=(),
-            started_at=clock.time(),
-            host_boot_id=clock.boot_id(),
-            boot_kind=kind,
-            boot_note=bootstrap.boot_note,
-            last_exit=None,
-        )
-        self._token = token
-        record = self._record
-        self.policing.begin(record.id, bootstrap.network, record.network, record.learning_since)
-        self.lending.begin(bootstrap.secrets, record.forked_from)
-        self.guest = Guest(self._identity(), clock, entropy, restored)
-        self._begin_network()
-
     async def _run_claimed(self) -> int:
+        # The VMM takes longer to come up than a disk takes to remember that it does: neither waits for the other.
+        begun = asyncio.create_task(asyncio.to_thread(self._write_begun), name="record")
         try:
             await self._at_work(shared=not self._bootstrap.restore)
             with span("take the VMM lock"):
                 vmm_lock = await self._take_vmm_lock()
-            with span("listen"):
-                self._listener = await self._listen()
-            self._bound()
-            ending = await self._run_machine(vmm_lock)
+            starting = asyncio.create_task(self._start_machine(vmm_lock), name="start")
+            try:
+                with span("write the record"):
+                    await begun
+                with span("listen"):
+                    self._listener = await self._listen()
+                self._bound()
+            finally:
+                started = await asyncio.gather(starting, return_exceptions=True)
+            if isinstance(started[0], BaseException):
+                raise started[0]
+            ending = await self._run_machine()
         except Exception as error:
+            await asyncio.wait((begun,))
+            if begun.exception() is not None:
+                raise
             if not isinstance(error, CapsemError):
                 log.exception("the run failed")
             ending = Ending(clean=False, reason=str(error))
@@ -204,72 +156,11 @@ class Supervisor(Changes):
         self._server.close()
         return code
 
-    async def _take_vmm_lock(self) -> Lock:
-        """The VMM lock; an orphan that holds it (its supervisor was killed) is killed first. Raises MachineFailed."""
-        path = self._names.session.vmm_lock
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(ORPHAN_LIMIT):
-                while (lock := try_lock(path)) is None:
-                    pids = holders(path)
-                    if not pids:  # it has just ended, or is not to be seen from here
-                        await asyncio.sleep(LOCK_TURN)
-                    for pid in pids:
-                        log.warning("killing orphaned VMM %d", pid)
-                        self._system.processes.signal(pid, 9)
-                        await self._system.processes.gone(pid)
-                return lock
-        raise MachineFailed("an earlier VMM of this VM does not die", hint=f"look for processes that hold {path}")
-
-    def _spec(self) -> MachineSpec:
-        record, bootstrap, layout = self._record, self._bootstrap, self._names.layout
-        return MachineSpec(
-            vm_id=record.id,
-            cpus=record.spec.cpus,
-            ram_mb=record.spec.ram_mb,
-            accelerator=Accelerator(bootstrap.accelerator),
-            kernel=Path(bootstrap.kernel),
-            initrd=Path(bootstrap.initrd),
-            root=Path(bootstrap.root),
-            volume=(
-                Layer(Path(bootstrap.volume), "raw"),
-                *(Layer(layout.layer(each), "qcow2") for each in record.layers),
-            ),
-            ram_file=Path(bootstrap.ram_file),
-            command_line=bootstrap.kernel_command_line,
-            hardware=record.hardware,
-        )
-
-    async def _run_machine(self, vmm_lock: Lock) -> Ending:
-        """Start the machine, serve until it ends; returns how."""
-        network = self._system.network
-        began = self._system.clock.monotonic()
-        spec, files = self._spec(), self._names.layout.checkpoint(self._record.checkpoint or "")
-        restore = self._record.state == Lifecycle.RESUMING
-        try:
-            if restore:
-                machine = await self._driver.restore(spec, files.devices, vmm_lock=vmm_lock.fd)
-            else:
-                machine = await self._driver.start(spec, vmm_lock=vmm_lock.fd)
-            self._machine = machine
-        finally:
-            vmm_lock.release()
-        self._saver = saver = Saver(
-            self._system,
-            self._driver,
-            self._store,
-            machine,
-            spec,
-            self.guest,
-            self.jobs,
-            self._gateway,
-            self._outlet,
-            self._bootstrap.assets,
-        )
-        if restore:
-            saver.restored_from(files)
-            self._restore_jobs(files)
-            self._restore_names(files)
-            self._inherit_console(files)
+    async def _run_machine(self) -> Ending:
+        """Let the machine run, serve until it ends; returns how."""
+        machine, saver, network = self._machine, self._saver, self._system.network
+        assert machine is not None
+        assert saver is not None
         self._at("started")
         self._console = Console(self._names.session.serial_log)
         await network.attach(machine.console, lambda: self._console)
@@ -279,14 +170,15 @@ class Supervisor(Changes):
         with span("let the vCPUs run"):
             await machine.run()
         self._at("running")
-        log.info("machine %d runs after %.3f s", machine.pid, self._system.clock.monotonic() - began)
+        log.info("machine %d runs after %.3f s", machine.pid, self._system.clock.monotonic() - self._began)
 
         self._heartbeat = heartbeat = Heartbeat(
             self.guest, self._system.clock, lambda: self._server.broadcast(self.state())
         )
         ended = asyncio.create_task(machine.wait(), name="machine")
+        ready = asyncio.create_task(asyncio.to_thread(self._stage, Event.READY), name="record")
         others = [
-            asyncio.create_task(self._become_ready(began), name="boot"),
+            asyncio.create_task(self._become_ready(ready), name="boot"),
             asyncio.create_task(self._end_when_asked(machine), name="stop"),
             asyncio.create_task(heartbeat.run(), name="heartbeat"),
             asyncio.create_task(room.keep_going(machine, self._names.layout.layers, self._warn), name="room"),
@@ -306,30 +198,15 @@ class Supervisor(Changes):
             for task in (ended, *others):
                 task.cancel()
             await asyncio.gather(ended, *others, return_exceptions=True)
+            for next_ in await asyncio.gather(ready, return_exceptions=True):
+                if isinstance(next_, Next):
+                    next_.staged.discard()
             await (
                 self._saving.acquire()
             )  # a save that is under way learns that the machine is gone, and puts things right
             await self._gateway.close()
             await self._outlet.close()
             await saver.close()
-
-    def _restore_jobs(self, files: CheckpointDir) -> None:
-        """The commands of that time go on. Those of a file that cannot be read do so, too, only nobody learns how."""
-        try:
-            if files.jobs.exists():
-                self.jobs.restore(decode(files.jobs.read_bytes(), source=str(files.jobs)), self.guest)
-                for job in self.jobs:
-                    job.on_ended = functools.partial(self.recording.command_ended, job)
-        except (OSError, Corrupt) as error:
-            log.error("the jobs of the checkpoint are lost: %s", error)
-
-    def _restore_names(self, files: CheckpointDir) -> None:
-        """What addresses meant to its programs they still mean. Without that, a name has to be looked up again."""
-        try:
-            if files.names.exists():
-                self._outlet.remember_names(files.names.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            log.error("the names of the checkpoint are lost: %s", error)
 
     def _guest_ready(self, ready: bool) -> None:
         if ready and self.guest.boot_ready is not None:
@@ -338,28 +215,28 @@ class Supervisor(Changes):
                 self._lost_streams = self.guest.boot_ready.reset
         self._server.broadcast(self.state())
 
-    def _inherit_console(self, files: CheckpointDir) -> None:
-        """A fork's log begins with what its machine had said before it was one."""
-        log_file = self._names.session.serial_log
-        try:
-            if files.console.exists() and not log_file.exists():
-                durable.write(log_file, files.console.read_bytes())
-        except OSError as error:
-            log.warning("the console's log begins with this run: %s", error)
-
-    async def _become_ready(self, began: float) -> None:
+    async def _become_ready(self, ready: asyncio.Task[Next]) -> None:
+        """Let others in. `ready` is the record that says so, made while the guest shows that it is well."""
         with span("wait for the guest"):
             await self.guest.wait_ready(BOOT_LIMIT)
         self._work_done()
         with span("wait for the ledger"):
             await self.recording.opened()
+        await asyncio.wait((ready,))
         if self._stop_asked is None:
             self._at("ready")
             with span("write the record"):
-                self._advance(Event.READY)
+                if ready.exception() is None and ready.result().before == self._record:
+                    ready.result().staged.place()
+                    self._record = ready.result().record
+                    self.recording.lifecycle(Event.READY, self._record.state)
+                else:
+                    if ready.exception() is None:
+                        ready.result().staged.discard()
+                    self._advance(Event.READY)
             self._at("recorded")
             self._names.ready_file.touch(mode=0o600)
-            log.info("guest ready after %.3f s", self._system.clock.monotonic() - began)
+            log.info("guest ready after %.3f s", self._system.clock.monotonic() - self._began)
             if self._saver is not None and self._record.persistent:
                 self._saver.prepare_soon()
         self._server.broadcast(self.state())

@@ -95,17 +95,22 @@ class Message:
         return f"{type(self).__name__}({shown})"
 
 
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
+
+
+# Made once: under emulation, what a machine that was just restored does for the first time is felt.
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+
+
 def encode_message(message: Message) -> bytes:
     """The JSON form. Raises ProtocolError when it is over the frame limit."""
     fields = {name: value for name, value in message.__dict__.items() if value != message._fields[name][1]}
-    payload = json.dumps({"t": message.tag, **fields}, separators=(",", ":")).encode("ascii")
+    payload = _ENCODER.encode({"t": message.tag, **fields}).encode("ascii")
     if len(payload) > MAX_MESSAGE:
         raise ProtocolError(f"{message.tag} message of {len(payload)} bytes is over the limit of {MAX_MESSAGE}")
     return payload
-
-
-def _no_constant(text: str) -> float:
-    raise ValueError(f"{text} is not JSON")
 
 
 class UnknownMessage(ProtocolError):
@@ -115,7 +120,7 @@ class UnknownMessage(ProtocolError):
 def decode_message(payload: bytes, messages: dict[str, type[Message]]) -> Message:
     """The message in a frame's payload, one of `messages` (tag -> class). Raises ProtocolError, whatever the bytes."""
     try:
-        fields = json.loads(payload, parse_constant=_no_constant)
+        fields = _DECODER.decode(payload.decode())
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"message is not JSON: {str(error)[:80]}") from None
     if not isinstance(fields, dict):

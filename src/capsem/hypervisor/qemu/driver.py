@@ -63,9 +63,9 @@ class QemuDriver:
         async with self._probing:
             return await probe(find_qemu(), self._cache / "accelerator.json")
 
-    def create_layer(self, path: Path, *, size_mb: int, vm_id: str, layer_id: str) -> None:
+    def create_layer(self, path: Path, *, size_mb: int, vm_id: str, layer_id: str, sync: bool = True) -> None:
         """See Driver; also raises OSError."""
-        qcow2.create_layer(path, size_mb=size_mb, vm_id=vm_id, layer_id=layer_id)
+        qcow2.create_layer(path, size_mb=size_mb, vm_id=vm_id, layer_id=layer_id, sync=sync)
 
     async def merge_layers(
         self, sources: Sequence[Path], target: Path, *, vm_id: str, layer_id: str, size_mb: int | None = None

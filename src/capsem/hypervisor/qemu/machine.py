@@ -21,7 +21,7 @@ from capsem.hypervisor.qemu.memory import GuestMemory, Pieces, Snapshot, stream
 from capsem.hypervisor.qemu.process import Process, complaint
 from capsem.hypervisor.qemu.qmp import Event, Monitor
 from capsem.model.errors import MachineFailed
-from capsem.store import durable
+from capsem.store.ram import Runs
 
 HEADROOM: Final = (
     32 << 20
@@ -94,6 +94,12 @@ class _Opened(NamedTuple):
 def _room(memory: GuestMemory) -> Snapshot:
     """Room for what is changed now, and for what will be by the time that the machine stands still."""
     return Snapshot(memory, sum(length for _, length in memory.changed()) + HEADROOM)
+
+
+def _patch(files: SaveFiles, pieces: Pieces) -> tuple[Runs, int]:
+    # Closed also when the disk is full: they look into memory that is about to be given back.
+    with contextlib.closing(pieces):
+        return files.ram.patch(pieces, compare=files.compare)
 
 
 class QemuMachine:
@@ -252,6 +258,7 @@ class QemuMachine:
     ) -> Saved:
         memory = GuestMemory(self.pid, self._spec.ram_file, self._spec.ram_mb << 20)
         snapshot = await asyncio.to_thread(_room, memory) if go_on else None
+        saved = False
         try:
             async with self._opened(layer) as opened:
                 if hold is not None:
@@ -272,22 +279,15 @@ class QemuMachine:
                         if release is not None:
                             release()
                 pause = time.monotonic() - began
-            await self._seal()
             pieces = stream(memory) if snapshot is None else snapshot.pieces()
-            return await asyncio.to_thread(self._write, files, pieces, pause)
+            runs, written = await asyncio.to_thread(_patch, files, pieces)
+            saved = True
+            return Saved(pause, runs, written)
         finally:
             if snapshot is not None:
                 snapshot.close()
-
-    def _write(self, files: SaveFiles, pieces: Pieces, pause: float) -> Saved:
-        with contextlib.closing(
-            pieces
-        ):  # also when the disk is full: they look into memory that is about to be given back
-            runs, written = files.ram.patch(pieces, compare=files.compare)
-        durable.sync_file(files.devices)
-        for layer in (self._frozen, self._top):
-            durable.sync_file(layer.path)
-        return Saved(pause, runs, written)
+            if self._top == layer and (go_on or not saved):  # it goes on; one that was suspended never will
+                await self._seal()
 
     async def kill(self) -> None:
         """See Machine. Raises MachineFailed if the kernel does not let go of it within 10 s."""

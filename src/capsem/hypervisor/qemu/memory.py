@@ -128,12 +128,29 @@ class Snapshot:
 
 
 def stream(memory: GuestMemory) -> Pieces:
-    """What has changed, read piece by piece: for a machine that will not run on."""
+    """What has changed, read as it is asked for: for a machine that will not run on."""
     with _touched(CHUNK) as buffer, memoryview(buffer) as view:
-        for offset, length in _chunks(memory.changed()):
-            with view[:length] as piece:
-                memory.read([(offset, length)], piece)
-                yield offset, piece
+        for group in _groups(memory.changed()):
+            memory.read(group, view)
+            at = 0
+            for offset, length in group:
+                with view[at : at + length] as piece:
+                    yield offset, piece
+                at += length
+
+
+def _groups(runs: Runs) -> Iterator[Runs]:
+    """As many runs at a time as a call reads and CHUNK bytes hold."""
+    group: Runs = []
+    size = 0
+    for offset, length in _chunks(runs):
+        if size + length > CHUNK or len(group) == _IOV_MAX:
+            yield group
+            group, size = [], 0
+        group.append((offset, length))
+        size += length
+    if group:
+        yield group
 
 
 def _touched(size: int) -> mmap.mmap:

@@ -80,8 +80,8 @@ def header(size: int, identity: Identity, *, l1_offset: int = 3 * CLUSTER, refco
     )
 
 
-def create_layer(path: Path, *, size_mb: int, vm_id: str, layer_id: str) -> None:
-    """Write a new, empty layer of `size_mb` MiB at `path`, which must not exist, mode 0600; durable on return.
+def create_layer(path: Path, *, size_mb: int, vm_id: str, layer_id: str, sync: bool = True) -> None:
+    """Write a new, empty layer of `size_mb` MiB at `path`, which must not exist, mode 0600; durable on return, if `sync`.
 
     Raises OSError, among others FileExistsError; then there is no file (or the one that was there).
     """
@@ -97,13 +97,15 @@ def create_layer(path: Path, *, size_mb: int, vm_id: str, layer_id: str) -> None
             os.pwrite(fd, header(size, Identity(vm_id, layer_id)), 0)
             os.pwrite(fd, struct.pack(">Q", 2 * CLUSTER), 1 * CLUSTER)
             os.pwrite(fd, struct.pack(">H", 1) * clusters, 2 * CLUSTER)
-            os.fsync(fd)
+            if sync:
+                os.fsync(fd)
         finally:
             os.close(fd)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-    durable.sync_directory(path.parent)
+    if sync:
+        durable.sync_directory(path.parent)
 
 
 def read_identity(path: Path) -> Identity:

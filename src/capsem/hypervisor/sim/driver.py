@@ -68,7 +68,7 @@ class SimDriver:
             "command_line": command_line,
         }
 
-    def create_layer(self, path: Path, *, size_mb: int, vm_id: str, layer_id: str) -> None:
+    def create_layer(self, path: Path, *, size_mb: int, vm_id: str, layer_id: str, sync: bool = True) -> None:
         """See Driver; also raises OSError."""
         volume.create(path, size_mb=size_mb, vm_id=vm_id, layer_id=layer_id)
 

@@ -19,7 +19,6 @@ from capsem.hypervisor.sim.memory import Memory
 from capsem.hypervisor.sim.plan import Dice
 from capsem.hypervisor.sim.volume import Disk
 from capsem.model.errors import MachineFailed
-from capsem.store import durable
 from capsem.system import System
 
 VERSION = "sim 1"
@@ -209,10 +208,8 @@ class SimMachine:
         fd = os.open(files.devices, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             os.write(fd, json.dumps(state).encode())
-            os.fsync(fd)
         finally:
             os.close(fd)
-        durable.sync_file(self._top.path)
 
     async def kill(self) -> None:
         """See Machine."""
