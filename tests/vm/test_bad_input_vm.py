@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from capsem.api import stream
+from capsem.model.errors import CapsemError
 from outside import ask, refused, traces
-from real_service import SMALL, Service, wait_for
+from real_service import PATIENCE, SMALL, Service, wait_for
 
 
 @pytest.fixture
@@ -32,6 +33,7 @@ def begun(service: Service, path: str, body: Any, *, promised: int = 0) -> Itera
     """A request that is under way; leaving hangs up. `promised`: bytes of the body that do not come."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(PATIENCE)
         connection.connect(str(service.socket))
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data) + promised}\r\n\r\n"
         connection.sendall(head.encode() + data)
@@ -82,6 +84,49 @@ def test_hanging_up_in_the_middle_of_a_file(untouched: Service, box: str) -> Non
     with begun(untouched, f"/write_file/{box}", b'{"path":"kept","content":"new', promised=10):
         pass
     assert untouched.output(box, "cat kept; rm kept; ls -A | grep -c capsem || true") == "old0\n"
+
+
+def test_an_agent_that_is_killed_in_the_middle_of_a_file(untouched: Service, box: str) -> None:
+    """What was there stays, and nothing is left beside it."""
+    untouched.client.call("write_file", vm_id=box, body={"path": "kept", "content": "old"})
+    agents = "$(pgrep -f '[/]usr/lib/capsem/agent.py' | sed 's|.*|/proc/&/fd|')"  # with what it keeps to start others
+    with begun(untouched, f"/files/{box}/content?path=kept", os.urandom(3_000_000), promised=3_000_000) as connection:
+        wait_for(lambda: untouched.exec(box, f"ls -l {agents} | grep -q '/root/.*(deleted)'")[0] == 0)
+        with pytest.raises(CapsemError):  # it goes as well
+            untouched.exec(box, "pkill -9 -f '[/]usr/lib/capsem/agent.py'; sleep 1000")
+        connection.sendall(b"more")  # who says nothing is not told anything, either
+        answer = connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 5"), answer
+    assert untouched.output(box, "cat kept; rm kept; ls -A | grep -c capsem || true") == "old0\n"
+
+
+def test_the_longest_variable_that_linux_takes(untouched: Service, box: str) -> None:
+    """The kernel has a limit for each string that it hands to a program: what is just within it arrives, the next is refused."""
+    longest = "x" * (128 * 1024 - len("A=\0"))
+    assert untouched.exec(box, 'echo "${#A}"', env={"A": longest}) == (0, f"{len(longest)}\n", "")
+    refused(
+        ask(untouched.socket, "POST", f"/exec/{box}", {"command": "true", "env": {"A": longest + "x"}}),
+        400,
+        "invalid_input",
+    )
+
+
+@pytest.mark.parametrize(
+    "words", [("exec", "sleep 4714"), ("run", "--ram", "0.5", "--cpu", "1", "sleep 4714")], ids=str
+)
+def test_a_command_line_that_is_killed(untouched: Service, box: str, words: tuple[str, ...]) -> None:
+    """It can say nothing more; what it had begun ends all the same."""
+    ids = {vm["id"] for vm in untouched.client.call("list")["sandboxes"]}
+    name, *rest = words
+    client = untouched.start_cli(name, *([box] if name == "exec" else []), *rest)
+    if name == "exec":
+        wait_for(lambda: runs(untouched, box, "sleep 4714"))
+    else:
+        wait_for(lambda: len(untouched.client.call("list")["sandboxes"]) > len(ids))
+    client.kill()
+    client.wait()
+    wait_for(lambda: not runs(untouched, box, "sleep 4714"))
+    wait_for(lambda: {vm["id"] for vm in untouched.client.call("list")["sandboxes"]} == ids)
 
 
 def test_hanging_up_during_a_run(untouched: Service) -> None:

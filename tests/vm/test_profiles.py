@@ -29,6 +29,21 @@ def test_code_has_what_writes_and_runs_code(service: Service) -> None:
         node -e 'console.log(6 * 7)'
         python3 -m venv --without-pip /tmp/v
         /tmp/v/bin/python -c 'print(6 * 7)'
+
+        python3 -c 'import zipfile
+with zipfile.ZipFile("/tmp/answer-1-py3-none-any.whl", "w") as wheel:
+    wheel.writestr("answer.py", "print(6 * 7)")
+    wheel.writestr("answer-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: answer\nVersion: 1\n")
+    wheel.writestr("answer-1.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+    wheel.writestr("answer-1.dist-info/RECORD", "")'
+        pip --python /tmp/v/bin/python install --quiet --no-index /tmp/answer-1-py3-none-any.whl >&2
+        /tmp/v/bin/python -m answer
+
+        mkdir /tmp/package && cd /tmp/package
+        echo '{"name": "answer", "version": "1.0.0"}' > package.json
+        echo 'console.log(6 * 7)' > index.js
+        npm install --silent --offline --prefix /tmp/n /tmp/package >&2
+        cd /tmp/n && node -e 'require("answer")'
     """
     answer = service.client.call("run", body={"command": command, "profile": "code", **SMALL})
-    assert (answer["stdout"], answer["exit_code"]) == ("42\n" * 4, 0), answer
+    assert (answer["stdout"], answer["exit_code"]) == ("42\n" * 6, 0), answer
