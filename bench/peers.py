@@ -14,6 +14,7 @@ from pathlib import Path
 
 DRIVER = Path(__file__).with_name("peer_driver.py")
 INSTALL_WITHIN = 300.0  # seconds
+SAID = 200  # characters of a reason
 
 # Name -> what pip is asked for. quick-sandbox's QEMU comes apart, and its image, too: without that it asks GitHub for one.
 PEERS = {
@@ -26,7 +27,11 @@ PYTHONS = ("python3.13", "python3.12", "python3.11", "python3")
 
 
 class Refused(Exception):
-    """It does not do that here; says why."""
+    """It does not do that here; says why, without the address that it may have wanted, and without what followed from that."""
+
+    def __init__(self, said: str) -> None:
+        before, address, _ = said.partition("://")
+        super().__init__(f"{before.rpartition(' ')[0]} an address outside of this machine" if address else said[:SAID])
 
 
 class Peer:
