@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from capsem.client.sync import Client
+from capsem.model.errors import CapsemError
 
 BIN = Path(sys.executable).parent
 
@@ -29,9 +30,11 @@ def service(directory: Path, **more: str) -> Iterator[tuple[Client, int]]:
     client = Client(directory / "run" / "service.sock")
     try:
         while True:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(CapsemError):  # it is not there yet
                 client.call("version")
                 break
+            if process.poll() is not None:
+                raise RuntimeError(f"capsem-service ended with status {process.returncode}")
             time.sleep(0.02)
         yield client, process.pid
     finally:
