@@ -70,6 +70,8 @@ def test_a_ledger_through_the_life_of_its_vm(service: Service) -> None:
 
     supervisor = info["pid"]
     service.output("child", "echo last")
+    # An answer does not wait for its row; what has been written must outlive the supervisor.
+    wait_for(lambda: commands(service, "child")[0] == ("echo last", 0))
     os.kill(supervisor, signal.SIGKILL)
     wait_for(lambda: service.status("child") == "Defunct")
     assert not alive(supervisor)
