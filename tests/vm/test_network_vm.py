@@ -121,6 +121,10 @@ def test_what_is_allowed_passes_and_the_rest_is_told_why(networked: Service, ori
         assert networked.client.call("inspect", vm_id="net", body={"sql": sql})["rows"] == [["curl"], ["python3"]], (
             table
         )
+    # So it is of one that asks over TCP.
+    assert networked.output("net", f"RES_OPTIONS=use-vc curl -sS http://by-tcp.test:{plain}/") == "hello\n"
+    sql = "SELECT DISTINCT process_name FROM dns_events WHERE domain = 'by-tcp.test'"
+    assert networked.client.call("inspect", vm_id="net", body={"sql": sql})["rows"] == [["curl"]]
 
 
 def test_a_guest_that_opens_all_it_can_still_runs_commands(networked: Service, origins: tuple[Path, int, int]) -> None:

@@ -64,7 +64,7 @@ class Capture:
                 *((each, partial(self._accept_redirected, each)) for each in transparent),
                 (proxy, partial(self._accept_explicit, proxy)),
             ]
-            self._questions = Questions(self._loop, self._mux, udp, tcp, self._opened, self._owners)
+            self._questions = Questions(self._loop, self._mux, udp, tcp, self._system, self._opened, self._owners)
         elif not on and self._listeners:
             for listener, _ in self._listeners:
                 self._loop.unwatch(listener.fileno())

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from capsem.guest.owner import Owners
+    from capsem.guest.system import Bystander
     from capsem.wire.streams import Mux
 
 MAX_PENDING = 128  # questions that wait for the host; more fail at once
@@ -68,6 +69,7 @@ class Questions:
         mux: Mux,
         udp: _socket.socket,
         tcp: _socket.socket,
+        system: Bystander,
         opened: Callable[[int, Servant], None],
         owners: Owners,
     ) -> None:
@@ -77,6 +79,7 @@ class Questions:
         self._mux = mux
         self._udp = udp
         self._tcp = tcp
+        self._system = system
         self._opened = opened
         self._owners = owners
         self._connections: set[_Connection] = set()
@@ -130,18 +133,26 @@ class Questions:
         if len(self._connections) >= _MAX_CONNECTIONS:
             sock.close()
             return
-        self._connections.add(_Connection(self._loop, self, sock, self._connections.discard))
+        address, port = self._system.destination(sock)
+        process = self._owners.of_connection(sock, (address, port) if port else sock.getsockname())
+        self._connections.add(_Connection(self._loop, self, sock, process, self._connections.discard))
 
 
 class _Connection:
     """Someone who asks over TCP: questions and answers with their length before each."""
 
     def __init__(
-        self, loop: Loop, questions: Questions, sock: _socket.socket, over: Callable[[_Connection], None]
+        self,
+        loop: Loop,
+        questions: Questions,
+        sock: _socket.socket,
+        process: str | None,
+        over: Callable[[_Connection], None],
     ) -> None:
         self._loop = loop
         self._questions = questions
         self._socket = sock
+        self._process = process  # that asks
         self._over = over
         self._in = bytearray()
         self._out = bytearray()
@@ -186,7 +197,7 @@ class _Connection:
                 self.close()
                 break
             self._waiting = True
-            self._questions.ask(query, self._answered)
+            self._questions.ask(query, self._answered, self._process)
         self._turning = False
         if self._ended and not self._waiting and not self._out:
             self.close()
