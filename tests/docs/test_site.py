@@ -81,10 +81,12 @@ def test_every_symptom_has_its_place() -> None:
 
 def test_comparisons_name_their_sources() -> None:
     page = (ROOT / "docs/comparison.md").read_text()
-    head = next(line for line in page.splitlines() if line.startswith("| |"))
-    others = [cell for cell in head.split("|")[3:] if cell.strip()]
-    assert others
-    assert all("](https://" in cell for cell in others)
+    heads = [line for line in page.splitlines() if line.startswith("| |")]
+    assert len(heads) == 2
+    for head in heads:
+        others = [cell for cell in head.split("|")[3:] if cell.strip()]
+        assert others
+        assert all("](https://" in cell for cell in others)
 
 
 def test_every_command_has_a_manual_page_and_an_example() -> None:
