@@ -419,7 +419,7 @@ NO_IMAGE = "import sys; sys.prefix = sys.argv.pop(1); from capsem.service.__main
 
 
 def test_without_an_image(home: Path) -> None:
-    env = {**os.environ, "HOME": str(home), "CAPSEM_HOME": str(home)}
+    env = {**os.environ, "HOME": str(home), "CAPSEM_HOME": str(home), "CAPSEM_RUN_DIR": str(home / "run")}
     process = subprocess.Popen([sys.executable, "-c", NO_IMAGE, str(home / "prefix"), "--foreground"], env=env)
     service = Service(home, process)
     try:

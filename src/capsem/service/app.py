@@ -38,6 +38,7 @@ from capsem.service.file_routes import FILE_ROUTES, file_endpoint
 from capsem.service.gate import VISIT, Visit
 from capsem.service.manager import Manager
 from capsem.service.traces import Traced
+from capsem.service.unread import Lingering
 
 T = TypeVar("T")
 Handler = Callable[[Manager, str, Any], Awaitable[Any]]  # manager, id or name, request or query
@@ -202,6 +203,7 @@ def build_app(manager: Manager, version: str) -> Starlette:
     )
     app.router.redirect_slashes = False
     app.add_middleware(Traced, traces=manager.traces)
+    app.add_middleware(Lingering)
     app.state.transitions = transitions
     return app
 
@@ -231,8 +233,6 @@ def error_response(exc: Exception, operation: Operation) -> Response:
     response = _json(exc.status, msgspec.json.encode(exc.to_dict()))
     if isinstance(exc, Unavailable):
         response.headers["Retry-After"] = str(max(1, math.ceil(exc.retry_after)))
-    if isinstance(exc, PayloadTooLarge):
-        response.headers["Connection"] = "close"  # else the server would go on to read what nobody wants
     return response
 
 

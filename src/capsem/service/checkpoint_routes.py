@@ -34,5 +34,4 @@ def checkpoint_endpoint(operation: Operation, manager: Manager, error_response: 
         made = await manager.import_checkpoint(query.name, pieces_of(request), trust=query.trust)
         return Response(encode(made), media_type="application/json")
 
-    uploads = operation.name == "import_checkpoint"
-    return streamed_endpoint(operation, take_in if uploads else export, error_response, uploads=uploads)
+    return streamed_endpoint(operation, take_in if operation.name == "import_checkpoint" else export, error_response)

@@ -23,4 +23,4 @@ def events_endpoint(operation: Operation, manager: Manager, error_response: Erro
         query = decode_query(AsksQuery, request.query_params)
         return Streamed(manager.asks.follow(query.id), EVENTS, {"Cache-Control": "no-store"})
 
-    return streamed_endpoint(operation, follow, error_response, uploads=False)
+    return streamed_endpoint(operation, follow, error_response)

@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, Final, TypeVar
 
 import msgspec
-from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -25,7 +24,6 @@ from capsem.api.operation import Operation
 from capsem.model.errors import Interrupted, InvalidInput, PayloadTooLarge
 from capsem.model.ids import check_name
 from capsem.service.manager import Manager, Resize
-from capsem.service.unread import leave_unread
 
 _HELD: Final = 4 * stream.WINDOW  # bytes of standard input that wait here before listening stops
 
@@ -57,7 +55,6 @@ class ExecStream:
             if reply.started:
                 await reply.end(stream.ERROR, bytes(response.body))
             else:
-                leave_unread(response, Headers(scope=scope))
                 await response(scope, receive, send)
 
     async def _attend(self, vm_id: str, request: Any, incoming: _Incoming, reply: _Reply) -> None:

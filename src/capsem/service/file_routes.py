@@ -54,7 +54,6 @@ async def _feed(manager: Manager, vm_id: str, request: Request) -> Response:
 
 
 _CALLS: Final = MappingProxyType({"list_files": _list, "get_file": _get, "put_file": _put, "feed_job": _feed})
-_UPLOADS: Final = frozenset({"put_file", "feed_job"})
 FILE_ROUTES: Final = frozenset(_CALLS)
 
 
@@ -65,4 +64,4 @@ def file_endpoint(operation: Operation, manager: Manager, error_response: ErrorR
     async def answer(request: Request) -> Response:
         return await call(manager, check_name(request.path_params["id"]), request)
 
-    return streamed_endpoint(operation, answer, error_response, uploads=operation.name in _UPLOADS)
+    return streamed_endpoint(operation, answer, error_response)

@@ -11,7 +11,6 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from capsem.api.operation import Operation
-from capsem.service.unread import leave_unread
 
 ErrorResponse = Callable[[Exception, Operation], Response]
 Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -49,10 +48,8 @@ def streamed_endpoint(
     operation: Operation,
     call: Callable[[Request], Awaitable[Response]],
     error_response: ErrorResponse,
-    *,
-    uploads: bool,
 ) -> Endpoint:
-    """An endpoint that answers errors and raises none. `uploads`: an error may come before the whole body has."""
+    """An endpoint that answers errors and raises none."""
 
     async def answer(request: Request) -> Response:
         try:
@@ -60,9 +57,6 @@ def streamed_endpoint(
         except ClientDisconnect:
             return Response(status_code=_CLIENT_GONE)
         except Exception as exc:  # noqa: BLE001  this is the edge: everything becomes an answer
-            response = error_response(exc, operation)
-            if uploads:
-                leave_unread(response, request.headers)
-            return response
+            return error_response(exc, operation)
 
     return answer
