@@ -12,8 +12,9 @@ from typing import Any
 from real_service import SMALL, Service, alive, wait_for
 
 
-def query(path: Path, sql: str) -> list[tuple[Any, ...]]:
-    """As somebody would who knows nothing of Capsem."""
+def query(service: Service, vm_id: str, path: Path, sql: str) -> list[tuple[Any, ...]]:
+    """As somebody would who knows nothing of Capsem, once what is on its way is written."""
+    commands(service, vm_id)
     with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as connection:
         found = connection.execute(sql).fetchall()
     connection.close()
@@ -34,15 +35,17 @@ def test_a_ledger_through_the_life_of_its_vm(service: Service) -> None:
     service.output(name, "true")
     path = service.run_dir / "sessions" / name / "session.db"
     # Files that the agent wrote at start, told by itself.
-    written = {row[0] for row in query(path, "SELECT path FROM fs_events WHERE action = 'modified'")}
+    written = {row[0] for row in query(service, name, path, "SELECT path FROM fs_events WHERE action = 'modified'")}
     assert {"/etc/hostname", "/etc/hosts", "/etc/machine-id"} <= written
 
     service.client.call("write_file", vm_id=name, body={"path": "notes.txt", "content": "hello"})
-    assert query(path, "SELECT action, size FROM fs_events WHERE path = '/root/notes.txt'") == [("created", 5)]
+    assert query(service, name, path, "SELECT action, size FROM fs_events WHERE path = '/root/notes.txt'") == [
+        ("created", 5)
+    ]
     service.exec(name, "echo out; echo err >&2; exit 3")
     assert commands(service, name)[0] == ("echo out; echo err >&2; exit 3", 3)
     pid = int(service.output(name, "echo $$"))
-    assert query(path, "SELECT pid, uid, exe, cwd FROM audit_events ORDER BY id DESC LIMIT 1") == [
+    assert query(service, name, path, "SELECT pid, uid, exe, cwd FROM audit_events ORDER BY id DESC LIMIT 1") == [
         (pid, 0, "/bin/bash", "/root")
     ]
 
@@ -70,8 +73,8 @@ def test_a_ledger_through_the_life_of_its_vm(service: Service) -> None:
 
     supervisor = info["pid"]
     service.output("child", "echo last")
-    # An answer does not wait for its row; what has been written must outlive the supervisor.
-    wait_for(lambda: commands(service, "child")[0] == ("echo last", 0))
+    # A command's end does not wait for its row; who asks does. What was told must outlive the supervisor.
+    assert commands(service, "child")[0] == ("echo last", 0)
     os.kill(supervisor, signal.SIGKILL)
     wait_for(lambda: service.status("child") == "Defunct")
     assert not alive(supervisor)
