@@ -334,7 +334,7 @@ class Network:
         what = "Would have allowed what was denied" if decision == "denied" else "Learnt from what was done"
         head = (
             f"{what} in {vm_id}: {learnt.rows} requests and connections.",
-            f"capsem create NAME --net FILE makes a VM with it, capsem net set {vm_id} FILE gives it to this one.",
+            f"capsem create -n NAME --net FILE makes a VM with it, capsem net set {vm_id} FILE gives it to this one.",
             *(f"Left out: {each}" for each in learnt.left_out),
         )
         return LearnResponse(

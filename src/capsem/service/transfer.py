@@ -133,7 +133,7 @@ class Transfer(Forks):
             if self._store.is_committed(checkpoint.id):
                 raise AlreadyExists(
                     f"checkpoint {checkpoint.id[:12]} is on this host already",
-                    hint="fork it live (`capsem fork --live`), or import its disk alone, without --trust",
+                    hint="fork it where it is (`capsem fork --at`), or import its disk alone, without --trust",
                 )
             await self._maker.check_restorable(source, checkpoint)
         arrival.prepare(draft)
