@@ -247,12 +247,19 @@ def test_many_who_say_nothing_hold_up_nobody(service: Service) -> None:
         (("create", "--cpu", "0"), 2, "cpus"),
         (("create", "--cpu", "99"), 2, "cpus"),
         (("create", "--ram", "0"), 2, "ram"),
-        (("create", "--ram", "0.1"), 2, "ram_mb"),
-        (("create", "--ram", "999999"), 2, "ram_mb"),
+        *(
+            ((*words, "--ram", ram), 2, f"--ram is {ram} GB\nhint: choose 0.25 to 16\n")
+            for words in (("create",), ("run", "true"))
+            for ram in ("0.1", "99", "999999")
+        ),
+        *(
+            ((*words, "--disk", "0.4"), 2, "--disk is 0.4 GB\nhint: choose 0.5 to 1024\n")
+            for words in (("create",), ("run", "true"))
+        ),
         (("create", "-e", "LD_PRELOAD=/x.so"), 2, "LD_PRELOAD"),
         (("run", "-e", "LD_PRELOAD=/x.so", "true"), 2, "LD_PRELOAD"),
         *((("run", "--cpu", cpus, "true"), 2, "cpus") for cpus in ("0", "99")),
-        *((("run", "--ram", ram, "true"), 2, "ram") for ram in ("0", "999999")),
+        (("run", "--ram", "0", "true"), 2, "ram"),
         (("create", "--from", "ghost"), 1, "ghost"),
         *(((*verb, "ghost"), 1, "ghost") for verb in (("info",), ("logs",), ("stop",), ("resume",), ("attach",))),
         *(((*verb, "ghost"), 1, "ghost") for verb in (("delete",), ("rm",), ("restart",))),

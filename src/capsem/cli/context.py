@@ -15,12 +15,14 @@ from capsem.client.sync import Client
 from capsem.config import Paths
 from capsem.model.errors import CapsemError, InvalidInput
 from capsem.model.ids import check_name
+from capsem.model.spec import DISK_MB, RAM_MB
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
 
 INTERRUPTED = 130  # the exit code after a Ctrl-C
+_MB_PER_GB = 1024
 
 
 class Context:
@@ -92,29 +94,45 @@ class NewName(click.ParamType[str]):
 
 
 class Amount(click.ParamType[float]):
-    """A positive number; `scale` turns it into the whole number of units that the service is sent."""
+    """A positive number."""
 
-    def __init__(self, name: str, scale: int | None = None) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self._scale = scale
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | int:
-        """Check it and turn it into units."""
+        """Check it."""
         try:
             number = float(value)
         except ValueError:
             number = math.nan
         if not 0 < number < 1e9:
             self.fail(f"{value!r} is not a positive number", param, ctx)
-        if self._scale is not None:
-            return round(number * self._scale)
         return int(number) if number.is_integer() else number
+
+
+class Gigabytes(Amount):
+    """An amount of GB, as the number of MB that the service is sent; refused in the unit in which it was asked for."""
+
+    def __init__(self, allowed: range) -> None:
+        """`allowed` is in MB."""
+        super().__init__("GB")
+        self._allowed = allowed
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Check it and turn it into MB. Raises InvalidInput."""
+        number = super().convert(value, param, ctx)
+        if (size := round(number * _MB_PER_GB)) not in self._allowed:
+            least, most = self._allowed.start / _MB_PER_GB, (self._allowed.stop - 1) / _MB_PER_GB
+            option = param.opts[0] if param else self.name
+            raise InvalidInput(f"{option} is {number:g} GB", hint=f"choose {least:g} to {most:g}")
+        return size
 
 
 NEW_NAME = NewName()
 SESSION = SessionType("session", "capsem list shows those there are")
 IMAGE = NameType("image", "capsem image list shows those there are")
-GIGABYTES = Amount("GB", 1024)
+MEMORY = Gigabytes(RAM_MB)
+VOLUME = Gigabytes(DISK_MB)
 SECONDS = Amount("S")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from capsem.cli.context import GIGABYTES, IMAGE, SESSION, Context, parse_env
+from capsem.cli.context import IMAGE, MEMORY, SESSION, VOLUME, Context, parse_env
 from capsem.cli.net import net_option, wanted
 from capsem.cli.policy import given, policy_options
 from capsem.cli.terminal import waiting
@@ -16,9 +16,9 @@ from capsem.cli.terminal import waiting
     "  capsem create --profile code\n  capsem create -n box --idle 15m\n  capsem create -n box --net policy.toml",
 )
 @click.option("-n", "--name", metavar="N", help="Its name; a VM with a name is persistent.")
-@click.option("--ram", type=GIGABYTES, metavar="GB", help="Memory, 0.25 to 16; 4 unless the settings say otherwise.")
+@click.option("--ram", type=MEMORY, metavar="GB", help="Memory, 0.25 to 16; 4 unless the settings say otherwise.")
 @click.option("--cpu", type=int, metavar="N", help="CPUs, 1 to 8; 4 unless the settings say otherwise.")
-@click.option("--disk", type=GIGABYTES, metavar="GB", help="Room on its volume; 16. What is not used takes no space.")
+@click.option("--disk", type=VOLUME, metavar="GB", help="Room on its volume; 16. What is not used takes no space.")
 @click.option("-e", "--env", multiple=True, metavar="K=V", help="An environment variable for every command in it.")
 @click.option(
     "--secret", "secrets", multiple=True, metavar="NAME", help="A key that it may use and never sees: `capsem secret`."

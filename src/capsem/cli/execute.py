@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from capsem.api import stream
-from capsem.cli.context import GIGABYTES, IMAGE, SECONDS, SESSION, Context, parse_env
+from capsem.cli.context import IMAGE, MEMORY, SECONDS, SESSION, VOLUME, Context, parse_env
 from capsem.cli.net import net_option, wanted
 from capsem.cli.terminal import waiting
 from capsem.client.exec_answer import BrokenOff
@@ -82,9 +82,9 @@ def exec_command(
 @click.option(
     "--secret", "secrets", multiple=True, metavar="NAME", help="A key that it may use and never sees: `capsem secret`."
 )
-@click.option("--ram", type=GIGABYTES, metavar="GB", help="Memory of the VM, 0.25 to 16.")
+@click.option("--ram", type=MEMORY, metavar="GB", help="Memory of the VM, 0.25 to 16.")
 @click.option("--cpu", type=int, metavar="N", help="CPUs of the VM, 1 to 8.")
-@click.option("--disk", type=GIGABYTES, metavar="GB", help="Room on its volume.")
+@click.option("--disk", type=VOLUME, metavar="GB", help="Room on its volume.")
 @click.option("--profile", type=IMAGE, metavar="NAME", help="The image it is made from; `default`, or say `code`.")
 @click.option("--cold", is_flag=True, help="Boot it, though there is a template of its size to fork.")
 @net_option
