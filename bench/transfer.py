@@ -1,10 +1,11 @@
 """`python -m bench.transfer`: a file into a VM and out of it, beside the bare virtio port.
 
 The floor is QEMU with the same guest and one more port: a socket on the host, and in the guest a Python that reads into
-one kept buffer, or writes what it holds 32 KiB at a time; no protocol. A file that was sent is durable when we say that
-it is there, so on the way in the floor is the port and then the same bytes written to a file and synced by the guest:
-both parts are told, too. On the way out it is the port alone; what it costs the guest only to read such a file, from its
-disk and from its cache, is told beside it. Each of ours is taken right after its floor.
+one kept buffer, or writes 32 KiB at a time; no protocol. It does what a file takes on its way. One that was sent is
+durable when we say that it is there, so on the way in the floor is the port and then the same bytes written to a file and
+synced by the guest. One that is fetched has to be read by the guest, so on the way out it is such a file sent piece by
+piece: first from the disk, for what came in is in no cache of the guest (docs/decisions/0020), then from the cache. What
+the port alone takes for bytes that lie in memory is told as well. Each of ours is taken right after these two.
 
 A second table has what explains it: the port and the disk each alone, the CPU time of each process for one transfer (it
 holds on a busy host too, where times do not), what the process of `capsem cp` costs, and the memory of the two ends.
@@ -35,15 +36,14 @@ from capsem.wire.messages import Exec
 
 PIECE = 256 * 1024
 
-# "i": read SIZE bytes, answer "."; "o": write SIZE bytes; "f": write and fsync a file of SIZE bytes, answer "."; "c": read
-# it, answer "."; "d": the same with nothing of it in the cache.
+# "i": read SIZE bytes, answer "."; "o": write SIZE bytes from memory; "f": write and fsync a file of SIZE bytes, answer
+# "."; "c": write what is in it; "d": the same with nothing of it in the cache.
 GUEST = """
 import glob, os
 SIZE = %d
 port = next(p for p in glob.glob("/sys/class/virtio-ports/*") if open(p + "/name").read().strip() == "%s")
 fd = os.open("/dev/" + os.path.basename(port), os.O_RDWR)
-buffer = memoryview(bytearray(65536))
-data_in = memoryview(bytearray(262144))
+buffer = memoryview(bytearray(262144))
 data = memoryview(os.urandom(1 << 20) * (SIZE // (1 << 20) + 1))
 os.write(fd, b".")
 while True:
@@ -59,9 +59,13 @@ while True:
         file = os.open("/root/floor", os.O_RDONLY)
         if order == b"d":
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-        while os.readv(file, [data_in]):
-            pass
+        while left:
+            size, at = os.readv(file, [buffer]), 0
+            while at < size:
+                at += os.write(fd, buffer[at:min(at + 32768, size)])
+            left -= size
         os.close(file)
+        continue
     else:
         file = os.open("/root/floor", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         while at < SIZE:
@@ -80,36 +84,40 @@ class Floor:
         self._end = end
         self._data = os.urandom(size)
         self._buffer = bytearray(PIECE)
-        self.port: list[float] = []
         self.disk: list[float] = []
-        self.read: dict[bytes, list[float]] = {b"d": [], b"c": []}
         assert self._end.recv(1) == b"."
 
     def into(self) -> float:
-        """For a file's bytes to have come, and then to have become durable."""
+        """For bytes to have come."""
         began = perf_counter()
         self._end.sendall(b"i")
         self._end.sendall(self._data)
         assert self._end.recv(1) == b"."
-        self.port.append(milliseconds(began))
-        began = perf_counter()
+        return milliseconds(began)
+
+    def file_into(self) -> float:
+        """For a file's bytes to have come, and then to have become durable."""
+        port, began = self.into(), perf_counter()
         self._end.sendall(b"f")
         assert self._end.recv(1) == b"."
         self.disk.append(milliseconds(began))
-        return self.port[-1] + self.disk[-1]
-
-    def reads(self) -> None:
-        """What the file that `into` wrote takes to be read."""
-        for order, found in self.read.items():
-            began = perf_counter()
-            self._end.sendall(order)
-            assert self._end.recv(1) == b"."
-            found.append(milliseconds(began))
+        return port + self.disk[-1]
 
     def out_of(self) -> float:
-        """For a file's bytes to have gone."""
+        """For bytes to have gone."""
+        return self._fetch(b"o")
+
+    def file_out_of(self) -> float:
+        """For the bytes of the file that `file_into` wrote to have gone, read from the guest's disk."""
+        return self._fetch(b"d")
+
+    def cached_out_of(self) -> float:
+        """The same, from its cache."""
+        return self._fetch(b"c")
+
+    def _fetch(self, order: bytes) -> float:
         left, began = len(self._data), perf_counter()
-        self._end.sendall(b"o")
+        self._end.sendall(order)
         while left:
             left -= self._end.recv_into(self._buffer)
         return milliseconds(began)
@@ -204,18 +212,22 @@ class Taken:
 
     ours: list[float]
     floor: list[float]
+    port: list[float]  # alone
     cpu: dict[str, list[float]]
     floor_cpu: list[float]
 
 
-def take(
-    steps: dict[str, tuple[Callable[[], float], Callable[[], float]]], pids: dict[str, int], bare: int, runs: int
-) -> dict[str, Taken]:
-    """Each step `runs` times in turn, right after its floor."""
-    found = {name: Taken([], [], {each: [] for each in pids}, []) for name in steps}
+Steps = dict[str, tuple[Callable[[], float], Callable[[], float], Callable[[], float]]]  # port, floor and ours, by name
+
+
+def take(steps: Steps, pids: dict[str, int], bare: int, runs: int) -> dict[str, Taken]:
+    """Each step `runs` times in turn, right after the port alone and its floor."""
+    found = {name: Taken([], [], [], {each: [] for each in pids}, []) for name in steps}
     for _ in range(runs):
-        for name, (floor_of, ours_of) in steps.items():
-            taken, began = found[name], cpu_milliseconds(bare)
+        for name, (port_of, floor_of, ours_of) in steps.items():
+            taken = found[name]
+            taken.port.append(port_of())
+            began = cpu_milliseconds(bare)
             taken.floor.append(floor_of())
             taken.floor_cpu.append(cpu_milliseconds(bare) - began)
             before = {each: cpu_milliseconds(pid) for each, pid in pids.items()}
@@ -245,25 +257,26 @@ def measure(runs: int, size: int, ram_mb: int) -> tuple[list[Row], list[Row]]:
         pids = {"VMM": vmm, "supervisor": supervisor, "service": service_pid}
         memory = {name: status(pid, "VmHWM") for name, pid in pids.items() if name != "VMM"}
 
-        steps: dict[str, tuple[Callable[[], float], Callable[[], float]]] = {
-            "HTTP in": (port.into, lambda: upload(path, data)),
-            "HTTP out": (port.out_of, lambda: download(path, data)),  # read from the guest's disk
-            "HTTP out again": (port.out_of, lambda: download(path, data)),  # from its page cache
-            "cp in": (port.into, lambda: command(home, "cp", str(local), "box:ten")),
-            "cp out": (port.out_of, lambda: command(home, "cp", "box:ten", str(local))),
+        def fetch() -> float:
+            return command(home, "cp", "box:ten", str(local))
+
+        def send() -> float:
+            return command(home, "cp", str(local), "box:ten")
+
+        steps: Steps = {
+            "HTTP in": (port.into, port.file_into, lambda: upload(path, data)),
+            "HTTP out": (port.out_of, port.file_out_of, lambda: download(path, data)),
+            "HTTP out again": (port.out_of, port.cached_out_of, lambda: download(path, data)),
+            "cp in": (port.into, port.file_into, send),
+            "cp out": (port.out_of, port.file_out_of, fetch),
         }
         take(steps, pids, bare.process.pid, 2)  # the emulator has to have met each instruction once
-        port.port, port.disk = [], []
+        port.disk = []
         taken = take(steps, pids, bare.process.pid, runs)
-        for _ in range(runs):
-            port.reads()
         ratios = [Row(f"{what}, {name} (ms)", each.ours, each.floor, "1.5 x") for name, each in taken.items()]
-        explained = [
-            Row(f"{what} into the bare port (ms)", port.port),
-            Row(f"{what} written and synced in the guest (ms)", port.disk),
-            Row(f"{what} read in the guest from its disk (ms)", port.read[b"d"]),
-            Row(f"{what} read in the guest from its cache (ms)", port.read[b"c"]),
-        ]
+        for name, each in taken.items():
+            ratios.append(Row(f"{what}, {name}, beside the port alone (ms)", each.ours, each.port, "1.5 x"))
+        explained = [Row(f"{what} written and synced in the guest (ms)", port.disk)]
         for name, each in taken.items():
             for process, used in each.cpu.items():
                 floor_cpu = each.floor_cpu if process == "VMM" else ()
