@@ -160,6 +160,7 @@ def test_a_failure_is_said_and_leaves_what_was_there(case: Case, fail: str, old:
     assert isinstance(failed, Failed)
     assert failed.code == "guest_failed"
     assert "No space left" in failed.message
+    assert failed.hint is not None
     assert case.names() == ([] if old is None else ["file"])
     assert old is None or (case.workspace / "file").read_bytes() == old
     assert descriptors() == before

@@ -1,5 +1,6 @@
 """What a restored guest says of itself: the mark that memory and volume carry, the volume's writes, the kernel's log."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -65,6 +66,31 @@ def test_a_volume_that_cannot_be_read_or_written_is_a_problem(health: Health, vo
     assert "cannot be written" in Health(str(volume)).examine(None)[0][0]
     with pytest.raises(IsADirectoryError):
         Health(str(volume)).sync(MARK)
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pwrite(_fd: int, _data: object, _at: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+
+
+@pytest.mark.usefixtures("full")
+def test_a_full_volume_is_flushed_without_a_mark(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[bool] = []
+    monkeypatch.setattr(os, "sync", lambda: synced.append(True))
+    with pytest.raises(OSError, match="No space left"):
+        Health(str(volume)).sync(MARK)
+    assert synced
+
+
+def test_a_full_volume_is_no_problem_unless_it_has_to_have_a_mark(
+    health: Health, volume: Path, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue("full")
+    assert health.examine(None) == ([], ["the volume is full: it could not be tried whether it can be written"])
+    assert "cannot be written" in health.examine(MARK)[0][0]
 
 
 def test_a_mark_that_somebody_removed_is_still_the_one(health: Health, volume: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from capsem.guest import health
 from capsem.image.host import Host
 from capsem.image.manifest import describe
 from capsem.image.volume import format_volume
@@ -43,6 +44,13 @@ class TestMade:
         }
         assert modes["upper"] == "40755"  # becomes the guest's /
         assert modes["work"] == modes["workspace"] == "40700"
+
+    def test_holds_a_mark_that_is_rewritten_without_taking_room(self, tmp_path: Path) -> None:
+        format_volume(tmp_path / "v", 512)
+        said = ask("debugfs", "-R", f"stat {health.MARK}", str(tmp_path / "v"))
+        assert "Mode:  0600" in said
+        assert f"Size: {health.BLOCK}" in said
+        assert "Blockcount: 8" in said
 
     def test_gives_the_guest_nothing_to_initialise(self, tmp_path: Path) -> None:
         format_volume(tmp_path / "v", 1024)

@@ -69,8 +69,9 @@ mv -fT -- "$t" "$p"
 _UNPACK: Final = """
 set -e
 if [ -d "$p" ] && [ -n "$n" ]; then p="${p%/}/$n"; fi
+if [ -e "$p" ]; then new=; else new=1; fi
 mkdir -p -- "$p"
-exec tar --no-same-owner -C "$p" -xpf -
+tar --no-same-owner -C "$p" -xpf - || { code=$?; [ -z "$new" ] || rm -rf -- "$p"; exit $code; }
 """
 
 
@@ -405,8 +406,10 @@ def _check(result: dict[str, Any], errors: bytearray, where: str) -> None:
         raise NotFound(f"{where}: no such file or directory")
     if code == _NO_FILE:
         raise InvalidInput(f"{where} is neither a file nor a directory")
-    lines = errors.decode("utf-8", "replace").strip().splitlines()
-    raise GuestFailed(f"{where}: {lines[-1] if lines else f'the VM could not do it, exit code {code}'}")
+    text = errors.decode("utf-8", "replace").strip()
+    hint = "the VM's own disk is full: remove something in it" if "No space left on device" in text else None
+    line = text.splitlines()[-1] if text else f"the VM could not do it, exit code {code}"
+    raise GuestFailed(f"{where}: {line}", hint=hint)
 
 
 class _Progress:

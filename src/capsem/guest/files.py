@@ -33,6 +33,7 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 MAX_ENTRIES = 50_000  # of one listing
 _QUOTED = 1000  # characters of what was asked for that an answer repeats
 _TOO_LONG = (7, 36)  # E2BIG, ENAMETOOLONG
+_FULL = 28  # ENOSPC
 
 
 class Refused(Exception):
@@ -52,7 +53,8 @@ def refusal(error: BaseException, path: str) -> Failed:
     if isinstance(error, (NotADirectoryError, IsADirectoryError)) or getattr(error, "errno", None) in _TOO_LONG:
         return Failed(code="invalid_input", message=f"{path}: {os.strerror(getattr(error, 'errno', None) or 0)}")
     if isinstance(error, OSError):
-        return Failed(code="guest_failed", message=f"{path}: {os.strerror(error.errno or 5)}")
+        hint = "the VM's own disk is full: remove something in it" if error.errno == _FULL else None
+        return Failed(code="guest_failed", message=f"{path}: {os.strerror(error.errno or 5)}", hint=hint)
     return Failed(code="guest_failed", message=f"{path}: {type(error).__name__}: {error}")
 
 

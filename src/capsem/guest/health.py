@@ -2,7 +2,8 @@
 
 Before a checkpoint a mark is left on the volume and kept in memory: what comes back together must carry the same one.
 The mark on the volume is read around the page cache, which was restored with the memory and would only say what memory
-says. Then the volume must take a write and flush it, and the kernel must have had nothing to complain about.
+says. Then the volume must take a write and flush it, and the kernel must have had nothing to complain about. A volume
+that is merely full is as well as its owner wants it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import mmap
 import os
 
-_NAME = ".capsem-mark"
-_BLOCK = 4096
+MARK = ".capsem-mark"  # on the volume, made with it: one that its owner has filled has no room for another file
+BLOCK = 4096  # bytes of the mark
 _LINES = 8
 # Of the kernel's complaints, those that mean that the volume or its file system is not what the memory believes.
 _FATAL = (
@@ -24,6 +25,7 @@ _FATAL = (
     "failed to convert unwritten extents",
     "virtio_blk",
 )
+_FULL = 28  # ENOSPC
 _ERROR = 3  # syslog(2): levels up to "error"
 
 
@@ -31,20 +33,22 @@ class Health:
     """Of the volume mounted at a path; "": there is none (tests), and nothing to examine."""
 
     def __init__(self, volume: str) -> None:
-        self._path = f"{volume}/{_NAME}" if volume else ""
+        self._path = f"{volume}/{MARK}" if volume else ""
         self._fd = -1
-        self._block = mmap.mmap(-1, _BLOCK)  # direct I/O wants aligned memory
+        self._block = mmap.mmap(-1, BLOCK)  # direct I/O wants aligned memory
         self._mark = ""
         self._log = -1
 
     def sync(self, mark: str | None) -> None:
         """Leave the mark, if there is one, and flush every file system. Raises OSError."""
-        if mark and self._path:
-            self._open()
-            self._write(mark)
-            self._mark = mark
-        self._follow_log()
-        os.sync()
+        try:
+            if mark and self._path:
+                self._open()
+                self._write(mark)
+                self._mark = mark
+        finally:
+            self._follow_log()
+            os.sync()
 
     def examine(self, mark: str | None) -> tuple[list[str], list[str]]:
         """What is wrong, and what else the kernel complained of since the last `sync`.
@@ -53,6 +57,7 @@ class Health:
         in a machine that was just restored every system call of another kind is felt.
         """
         problems: list[str] = []
+        warnings: list[str] = []
         if self._path:
             try:
                 if self._fd < 0:
@@ -66,10 +71,13 @@ class Health:
                         )
                 self._write(mark or "resumed")
             except OSError as error:
-                problems.append(f"the volume cannot be written: {error}")
+                if mark is None and error.errno == _FULL:
+                    warnings.append("the volume is full: it could not be tried whether it can be written")
+                else:
+                    problems.append(f"the volume cannot be written: {error}")
         complaints = self._complaints()
         problems += [line for line in complaints if any(sign in line for sign in _FATAL)]
-        warnings = [line for line in complaints if line not in problems]
+        warnings += [line for line in complaints if line not in problems]
         if self._path and self._log < 0:
             warnings.insert(0, "the kernel's log was not followed: what it complained of is not known")
         return problems[:_LINES], warnings[:_LINES]
@@ -81,13 +89,13 @@ class Health:
         self._fd = fd
 
     def _write(self, mark: str) -> None:
-        self._block[:] = mark.encode("ascii").ljust(_BLOCK, b"\0")
+        self._block[:] = mark.encode("ascii").ljust(BLOCK, b"\0")
         os.pwrite(self._fd, self._block, 0)
         os.fsync(self._fd)
 
     def _read(self) -> str:
         """The mark as the disk has it."""
-        self._block[:] = bytes(_BLOCK)  # what a shorter read leaves is not the last mark
+        self._block[:] = bytes(BLOCK)  # what a shorter read leaves is not the last mark
         os.preadv(self._fd, [self._block], 0)
         return self._block[:].rstrip(b"\0").decode("ascii", "replace")
 

@@ -8,9 +8,11 @@ background, which would make every VM's layer grow by itself.
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Final
 
+from capsem.guest import health
 from capsem.image.host import Host
 from capsem.model.errors import InvalidInput
 from capsem.model.spec import DISK_MB
@@ -34,7 +36,8 @@ _TIME: Final = 1_700_000_000  # of all that the file system is made with
 
 def format_volume(path: Path, size_mb: int, *, host: Host | None = None) -> None:
     """Make the new file `path`, `size_mb` MiB long but with next to nothing allocated: an ext4 file system that holds
-    the three empty directories the guest mounts from. The same size gives the same bytes. Durable on return.
+    the three empty directories the guest mounts from, and room for its agent's mark. The same size gives the same bytes.
+    Durable on return.
 
     Raises InvalidInput for a size out of range, HostNotReady without e2fsprogs, MachineFailed, OSError.
     """
@@ -58,7 +61,11 @@ def format_volume(path: Path, size_mb: int, *, host: Host | None = None) -> None
         os.truncate(path, size_mb << 20)
         host.run(["mke2fs", *identity, *geometry, "-E", options, str(path)], env=environment)
         commands = [f"mkdir {name}\nset_inode_field {name} mode 04{mode:04o}\n" for name, mode in DIRECTORIES.items()]
-        host.run(["debugfs", "-w", "-f", "-", str(path)], stdin="".join(commands).encode(), env=environment)
+        with tempfile.NamedTemporaryFile() as mark:
+            mark.write(b"new".ljust(health.BLOCK, b"\n"))  # no zeroes, which would be left out
+            mark.flush()
+            commands.append(f"write {mark.name} {health.MARK}\nset_inode_field {health.MARK} mode 0100600\n")
+            host.run(["debugfs", "-w", "-f", "-", str(path)], stdin="".join(commands).encode(), env=environment)
         durable.sync_file(path)
     except BaseException:
         path.unlink(missing_ok=True)
