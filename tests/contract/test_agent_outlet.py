@@ -18,6 +18,7 @@ from capsem.egress.compose import Layers
 from capsem.egress.floor import floor
 from capsem.egress.resolve import Resolver
 from capsem.egress.taps import prices
+from capsem.supervisor.carrying import Carrying
 from capsem.supervisor.gateway import Gateway
 from capsem.supervisor.lending import Lending
 from capsem.supervisor.outlet import Outlet, Outside
@@ -40,8 +41,9 @@ class Way:
         clock = RealClock()
         self.policing = Policing(clock, floor(lambda _address: False), lambda _own, _since: None)
         self.policing.begin("box", "", {}, None)
-        outside = Outside(origins.authority, Resolver(origins._lookup), prices.load())
-        self.outlet = Outlet(clock, self.policing, Lending(), self.rows, outside, self.changed)
+        carrying = Carrying(origins.authority, Resolver(origins._lookup), prices.load(), clock)
+        outside = Outside(origins.authority.pem.decode("ascii"), lambda: carrying)
+        self.outlet = Outlet(self.policing, Lending(), self.rows, outside, self.changed)
         self.gateway = Gateway(self.outlet)
         bench.guest.serve_streams(self.gateway.opened)
         bench.guest.on_epoch = self.new_epoch

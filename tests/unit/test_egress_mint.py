@@ -6,13 +6,16 @@ import datetime
 import os
 import ssl
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 
-from capsem.egress import mint
-from capsem.egress.mint import FILE, AuthorityError, Minter, open_authority
+from capsem.egress import authority, mint
+from capsem.egress.authority import FILE, AuthorityError
+from capsem.egress.mint import Minter, open_authority
 
 NOW = 1_800_000_000.0
 HOUR = 3600.0
@@ -76,6 +79,16 @@ def test_a_spoilt_file_is_told_of_and_left(tmp_path: Path, content: bytes) -> No
     with pytest.raises(AuthorityError, match="net ca rotate"):
         open_authority(tmp_path, NOW, "box")
     assert (tmp_path / FILE).read_bytes() == content
+    with pytest.raises(AuthorityError, match="net ca rotate"):
+        authority.certificate(tmp_path / FILE, content)
+
+
+def test_the_certificate_alone_is_had_without_the_library_that_signs(tmp_path: Path) -> None:
+    made = open_authority(tmp_path, NOW, "box")
+    content = (tmp_path / FILE).read_bytes()
+    assert authority.certificate(tmp_path / FILE, content) == made.pem.decode("ascii")
+    code = "import sys, capsem.egress.authority; assert not {'cryptography', 'h2'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_key_of_another_certificate_is_told_of(tmp_path: Path) -> None:
@@ -86,6 +99,8 @@ def test_a_key_of_another_certificate_is_told_of(tmp_path: Path) -> None:
     (tmp_path / "a" / FILE).write_bytes(key + certificate)
     with pytest.raises(AuthorityError, match="do not belong together"):
         open_authority(tmp_path / "a", NOW, "box")
+    with pytest.raises(AuthorityError, match="net ca rotate"):
+        authority.certificate(tmp_path / "a" / FILE, key + certificate)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +158,9 @@ def test_contexts_are_kept_but_not_without_end(tmp_path: Path, monkeypatch: pyte
 
 def test_no_leaf_touches_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    monkeypatch.setattr(mint.os, "memfd_create", lambda *_: opened.append("memory") or os.open(os.devnull, os.O_RDWR))
+    monkeypatch.setattr(
+        authority.os, "memfd_create", lambda *_: opened.append("memory") or os.open(os.devnull, os.O_RDWR)
+    )
     minter = Minter(open_authority(tmp_path, NOW, "box"), lambda: NOW)
     with pytest.raises(ssl.SSLError):
         minter.context("site.test")

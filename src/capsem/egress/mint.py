@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-import os
 import ssl
 from collections import OrderedDict
 from collections.abc import Callable
@@ -21,18 +20,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from capsem.egress import hosts
+from capsem.egress.authority import FILE, AuthorityError, load_chain
 from capsem.store import durable
 
-FILE: Final = "egress-ca.pem"  # key and certificate in one file, so that they can never be of different pairs
 _AUTHORITY_LIFE: Final = datetime.timedelta(days=3650)
 _LEAF_LIFE: Final = datetime.timedelta(days=7)
 _BACKDATED: Final = datetime.timedelta(days=1)  # a guest's clock may be behind
 _RENEW: Final = datetime.timedelta(days=2)  # before a leaf ends: its clock may be ahead
 CONTEXTS: Final = 512
-
-
-class AuthorityError(Exception):
-    """The authority's file cannot be used; the message says what to do."""
 
 
 class Authority:
@@ -102,7 +97,7 @@ def open_authority(home: Path, now: float, host: str, *, rotate: bool = False) -
     path = home / FILE
     if not rotate:
         try:
-            return _load(path, path.read_bytes())
+            return read_authority(home, path.read_bytes())
         except FileNotFoundError:
             pass
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -110,10 +105,12 @@ def open_authority(home: Path, now: float, host: str, *, rotate: bool = False) -
     if rotate:
         durable.write(path, content, mode=0o600)
         return authority
-    return authority if durable.create(path, content) else _load(path, path.read_bytes())
+    return authority if durable.create(path, content) else read_authority(home, path.read_bytes())
 
 
-def _load(path: Path, content: bytes) -> Authority:
+def read_authority(home: Path, content: bytes) -> Authority:
+    """What the content of an installation's file says. Raises AuthorityError."""
+    path = home / FILE
     try:
         key = serialization.load_pem_private_key(content, password=None)
         certificate = x509.load_pem_x509_certificate(content)
@@ -159,20 +156,11 @@ class Minter:
             0  # a ticket's key would live as long as the context, and a fork's guest could try its source's
         )
         context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
-        _load_chain(context, self._key_pem + leaf.public_bytes(serialization.Encoding.PEM))
+        load_chain(context, self._key_pem + leaf.public_bytes(serialization.Encoding.PEM))
         self._contexts[key] = (now, context)
         if len(self._contexts) > CONTEXTS:
             self._contexts.popitem(last=False)
         return context
-
-
-def _load_chain(context: ssl.SSLContext, pem: bytes) -> None:
-    fd = os.memfd_create("leaf", os.MFD_CLOEXEC)
-    try:
-        os.write(fd, pem)
-        context.load_cert_chain(f"/proc/self/fd/{fd}")
-    finally:
-        os.close(fd)
 
 
 def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:

@@ -28,12 +28,13 @@ from capsem.api.network_types import (
 from capsem.api.operation import unknown_vm
 from capsem.api.operations import OPERATIONS
 from capsem.egress.allow import Destination, allowing, denying, destination, subject_of_url, with_rule, without_opposite
+from capsem.egress.authority import FILE, AuthorityError
 from capsem.egress.compose import compose
 from capsem.egress.document import Document, from_dict
 from capsem.egress.facts import Action, Layer, Verdict
 from capsem.egress.learn import learn
 from capsem.egress.lint import lint
-from capsem.egress.mint import FILE, AuthorityError, open_authority
+from capsem.egress.mint import open_authority
 from capsem.egress.policy import Policy
 from capsem.egress.schema import PRESETS
 from capsem.egress.toml import dump

@@ -1,8 +1,8 @@
 """capsem-process: `--id ID --session-dir DIR`, so that it can be found; everything else comes on standard input.
 
-A service also keeps a spare one, `--spare`: everything is imported, which takes longer than all the rest of a start, and
-it waits for its standard input to tell what VM it is to supervise. Then it shows the arguments that it would have had,
-and logs where it would have logged. One that is told nothing ends with its service.
+A service also keeps a spare one, `--spare`: everything that a start needs is imported, which takes longer than all the
+rest of a start, and it waits for its standard input to tell what VM it is to supervise. Then it shows the arguments that
+it would have had, and logs where it would have logged. One that is told nothing ends with its service.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import resource
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from capsem import config, faults, tracing
 from capsem import log as logs
 from capsem.api.internal import BOUND, PROTOCOL, Bootstrap, Stop, speaks
-from capsem.egress.mint import AuthorityError, open_authority
-from capsem.egress.resolve import Resolver, with_hosts
-from capsem.egress.taps import prices
+from capsem.egress import authority
 from capsem.hypervisor import registry
 from capsem.model.errors import CapsemError, InvalidInput, host_failed
 from capsem.model.ids import check_name
@@ -36,9 +35,11 @@ from capsem.system.real import real_system
 from capsem.wire.frames import ProtocolError
 from capsem.wire.schema import decode_message
 
+if TYPE_CHECKING:
+    from capsem.supervisor.carrying import Carrying
+
 SIGTERM_GRACE = 1.0  # seconds for the guest's processes: the service allows two in all
 SIGTERM_WAIT = 0.5  # and for the gate
-HOSTS = "CAPSEM_HOSTS"  # a file like /etc/hosts with names that come first
 DESCRIPTORS = 2048  # open files, for 512 streams of a guest and what they lead to
 
 log = logging.getLogger("capsem_process")
@@ -104,17 +105,30 @@ def outside(system: System) -> Outside | None:
         if few:
             log.warning("this host allows %d open files, %d would be enough for any VM", hard, DESCRIPTORS)
     try:
-        authority = open_authority(home, system.clock.time(), platform.node())
-    except (AuthorityError, OSError) as error:
+        content = _authority(home, system.clock.time())
+        certificate = authority.certificate(home / authority.FILE, content)
+    except (authority.AuthorityError, OSError) as error:
         log.error("VMs have no network: %s", error)
         return None
+
+    def carrying() -> Carrying:
+        from capsem.supervisor.carrying import of_host
+
+        return of_host(home, content, system.clock)
+
+    return Outside(certificate, carrying)
+
+
+def _authority(home: Path, now: float) -> bytes:
+    """What is in the authority's file, which is made if there is none. Raises AuthorityError, OSError."""
+    path = home / authority.FILE
     try:
-        known = prices.load(home / prices.FILE)
-    except InvalidInput as error:
-        log.error("costs of models are told without the user's list: %s", error)
-        known = prices.load()
-    names = os.environ.get(HOSTS)
-    return Outside(authority, Resolver(with_hosts(Path(names))) if names else Resolver(), known)
+        return path.read_bytes()
+    except FileNotFoundError:
+        from capsem.egress.mint import open_authority  # see supervisor.carrying
+
+        open_authority(home, now, platform.node())
+        return path.read_bytes()
 
 
 async def serve(vm_id: str, session_dir: Path, bootstrap: Bootstrap) -> int:

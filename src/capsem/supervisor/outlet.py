@@ -2,6 +2,8 @@
 
 Upstream connections, sessions of TLS and streams belong to an epoch and end with it. What outlives one is the table of names
 that addresses were given out for: programs in the guest remember those.
+
+What the proxy is made of is imported with the first connection: see supervisor.carrying.
 """
 
 from __future__ import annotations
@@ -11,32 +13,28 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from capsem.egress.core import Egress
-from capsem.egress.dial import Dialer, Trust
+from capsem.egress.authority import AuthorityError
 from capsem.egress.events import Recorder
-from capsem.egress.mint import Authority, Minter
 from capsem.egress.names import NameTable
 from capsem.egress.parts import Broker
-from capsem.egress.proxies import BadProxy, from_environment
-from capsem.egress.resolve import Resolver
 from capsem.egress.stream import GuestStream
-from capsem.egress.taps.pick import model_taps
-from capsem.egress.taps.prices import Prices
 from capsem.supervisor.policing import Policing
-from capsem.system import Clock
+
+if TYPE_CHECKING:
+    from capsem.egress.core import Egress
+    from capsem.supervisor.carrying import Carrying
 
 log = logging.getLogger("capsem_process.outlet")
 
 
 @dataclass(frozen=True, slots=True)
 class Outside:
-    """The host as connections need it: the authority that its guests trust, who knows addresses, and what models cost."""
+    """The host as connections need it."""
 
-    authority: Authority
-    resolver: Resolver
-    prices: Prices
+    authority: str  # the certificate that its guests are to trust
+    carrying: Callable[[], Carrying]  # blocks; raises AuthorityError
 
 
 class Outlet:
@@ -44,7 +42,6 @@ class Outlet:
 
     def __init__(
         self,
-        clock: Clock,
         policing: Policing,
         broker: Broker,
         recorder: Recorder,
@@ -54,12 +51,11 @@ class Outlet:
         """`changed` is called when `open` may have changed."""
         self._names = NameTable()
         self._broker = broker
-        self._clock = clock
         self._policing = policing
         self._recorder = recorder
         self._outside = outside
         self._changed = changed
-        self._minter = Minter(outside.authority, clock.time) if outside else None
+        self._carrying: asyncio.Future[Carrying] | None = None
         self._egress: Egress | None = None
         self._former: list[Egress] = []  # of this epoch: they carry what they have begun
         self._made_for = policing.outside
@@ -74,7 +70,7 @@ class Outlet:
     @property
     def authority(self) -> str | None:
         """The certificate that programs in the guest are to trust."""
-        return self._outside.authority.pem.decode("ascii") if self._outside else None
+        return self._outside.authority if self._outside else None
 
     def known_names(self) -> bytes:
         """Which names the guest was given which addresses for, for a checkpoint; b"" when it has asked for none."""
@@ -86,7 +82,7 @@ class Outlet:
 
     async def connection(self, stream: GuestStream) -> None:
         """See gateway.Carrier."""
-        egress = self._present()
+        egress = await self._present()
         if egress is None:
             stream.abort()
         else:
@@ -94,34 +90,23 @@ class Outlet:
 
     async def question(self, query: bytes, process: str | None) -> bytes:
         """See gateway.Carrier."""
-        egress = self._present()
+        egress = await self._present()
         return b"" if egress is None else await egress.resolve(query, process)
 
-    def _present(self) -> Egress | None:
+    async def _present(self) -> Egress | None:
         """The proxy of this epoch, made when it is first needed."""
-        if self._egress is None and self._outside is not None and self._minter is not None:
+        if self._outside is None:
+            return None
+        if self._carrying is None:
+            self._carrying = asyncio.ensure_future(asyncio.to_thread(self._outside.carrying))
+        try:
+            carrying = await asyncio.shield(self._carrying)  # who asked may be gone; others wait for it, too
+        except AuthorityError as error:
+            log.error("nothing is carried: %s", error)
+            return None
+        if self._egress is None:
             wanted = self._policing.outside
-            certificates = {
-                name: (Path(each.cert).expanduser(), Path(each.key).expanduser())
-                for name, each in wanted.certificates.items()
-            }
-            try:
-                proxies = from_environment(wanted.proxies)
-            except BadProxy as error:
-                log.error("nothing is carried: %s", error)
-                return None
-            self._egress = Egress(
-                judge=self._policing.live,
-                asker=self._policing.asks,
-                resolver=self._outside.resolver,
-                dialer=Dialer(Trust([Path(path).expanduser() for path in wanted.extra_ca], certificates), proxies),
-                minter=self._minter,
-                recorder=self._recorder,
-                clock=self._clock,
-                broker=self._broker,
-                taps=model_taps(self._recorder, self._clock, self._outside.prices),
-                names=self._names,
-            )
+            self._egress = carrying.proxy(wanted, self._policing, self._recorder, self._broker, self._names)
             self._made_for = wanted
         return self._egress
 

@@ -135,8 +135,8 @@ class Owned:
 
     def _begin_network(self) -> None:
         """What of the guest's connections is carried, and how."""
-        clock, recorder = self._system.clock, self.recording.traffic
-        self._outlet = Outlet(clock, self.policing, self.lending, recorder, self._outside, self._open_network)
+        recorder = self.recording.traffic
+        self._outlet = Outlet(self.policing, self.lending, recorder, self._outside, self._open_network)
         self._gateway = Gateway(self._outlet)
         self.guest.serve_streams(self._gateway.opened)
         self.guest.on_epoch = self._epoch_began
