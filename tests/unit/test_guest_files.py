@@ -12,10 +12,10 @@ import pytest
 
 from capsem.guest import files
 from capsem.guest.files import Reader, Refused, open_parent, refusal
-from capsem.guest.writer import Rings, Writer
+from capsem.guest.writer import LARGE_RING, Rings, Writer
 from capsem.wire.events import Closed, CreditReceived, DataReceived, EndReceived
 from capsem.wire.messages import STDIN, STDOUT, Failed, FileRead, FileWritten, ReadFile, WriteFile
-from capsem.wire.streams import BULK_WINDOW, WINDOW
+from capsem.wire.streams import WINDOW
 from wire_pair import pair, settle
 
 
@@ -207,24 +207,24 @@ def test_giving_up_at_any_moment_leaves_nothing_behind(case: Case) -> None:
 
 
 def test_credit_is_given_as_bytes_are_written_and_no_more_comes_than_there_is_memory_for(case: Case) -> None:
-    content = random.Random(1).randbytes(3 * BULK_WINDOW + 12345)
+    content = random.Random(1).randbytes(3 * LARGE_RING + 12345)
     writer = case.writer()
     case.host.mux.send(1, STDIN, content)
     case.host.mux.end(1, STDIN)
     received, most = case.arrives(writer), 0
-    assert received == BULK_WINDOW
+    assert received == LARGE_RING
     while not case.finished:
         case.loop.run()
         received += case.arrives(writer)
         most = max(most, received - writer._written)
-    assert most <= BULK_WINDOW
+    assert most <= LARGE_RING
     assert case.answer() == [FileWritten(size=len(content), created=True)]
     assert (case.workspace / "file").read_bytes() == content
 
 
 def test_what_comes_while_a_part_is_written_waits(case: Case) -> None:
     writer = case.writer()
-    case.host.mux.send(1, STDIN, bytes(BULK_WINDOW))
+    case.host.mux.send(1, STDIN, bytes(LARGE_RING))
     case.host.mux.end(1, STDIN)
     case.arrives(writer)
     for _ in range(3):  # two halves of the ring, and the commit
@@ -249,7 +249,7 @@ def test_a_large_file_is_written_past_the_page_cache_where_that_can_be_done(
         return real(path, how & ~os.O_DIRECT, *rest, **options)  # what lies below the tests may not take it
 
     monkeypatch.setattr(files.os, "open", open_)
-    content = random.Random(2).randbytes(BULK_WINDOW + 5)
+    content = random.Random(2).randbytes(LARGE_RING + 5)
     for data, direct in ((content[:1000], False), (content, True)):
         flags.clear()
         writer = case.writer()
@@ -263,6 +263,36 @@ def test_a_large_file_is_written_past_the_page_cache_where_that_can_be_done(
         assert any(how & os.O_DIRECT for how in flags) is direct
 
 
+def test_of_what_is_left_at_the_end_all_blocks_are_written_past_the_cache_if_that_is_much(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_open, real_write = files.os.open, os.pwrite
+    direct: set[int] = set()
+    written = {True: 0, False: 0}
+
+    def open_(path: str, how: int, *rest: Any, **options: Any) -> int:
+        fd = real_open(path, how & ~os.O_DIRECT, *rest, **options)
+        (direct.add if how & os.O_DIRECT else direct.discard)(fd)
+        return fd
+
+    def pwrite(fd: int, data: memoryview, at: int) -> int:
+        written[fd in direct] += len(data)
+        return real_write(fd, data, at)
+
+    monkeypatch.setattr(files.os, "open", open_)
+    monkeypatch.setattr(files.os, "pwrite", pwrite)
+    content = random.Random(3).randbytes(LARGE_RING // 2 + 600_000)
+    writer = case.writer()
+    case.host.mux.send(writer._stream, STDIN, content)
+    case.host.mux.end(writer._stream, STDIN)
+    case.arrives(writer)
+    while case.loop.work:
+        case.loop.run()
+        case.arrives(writer)
+    assert (case.workspace / "file").read_bytes() == content
+    assert written == {True: len(content) - len(content) % 4096, False: len(content) % 4096}
+
+
 def test_a_write_that_fails_ends_the_upload_at_once_and_leaves_what_was_there(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,7 +303,7 @@ def test_a_write_that_fails_ends_the_upload_at_once_and_leaves_what_was_there(
     before = descriptors()
     monkeypatch.setattr(files.os, "pwrite", pwrite)
     writer = case.writer()
-    case.host.mux.send(1, STDIN, bytes(BULK_WINDOW))
+    case.host.mux.send(1, STDIN, bytes(LARGE_RING))
     case.arrives(writer)
     case.loop.run()
     (failed,) = case.answer()
@@ -288,7 +318,7 @@ def test_who_gives_up_while_a_thread_writes_takes_nothing_away_from_under_it(cas
     """The number of a descriptor that was closed may be another file's by the time of the write."""
     before = descriptors()
     writer = case.writer()
-    case.host.mux.send(1, STDIN, bytes(BULK_WINDOW))
+    case.host.mux.send(1, STDIN, bytes(LARGE_RING))
     case.arrives(writer)
     writer.cancelled()
     assert descriptors() > before
@@ -301,10 +331,10 @@ def test_who_gives_up_while_a_thread_writes_takes_nothing_away_from_under_it(cas
 def test_many_files_at_once_have_little_memory_each(case: Case) -> None:
     rings = Rings()
     sizes = [rings.take() for _ in range(20)]
-    assert (sizes.count(BULK_WINDOW), sizes.count(WINDOW)) == (8, 12)
+    assert (sizes.count(LARGE_RING), sizes.count(WINDOW)) == (4, 16)
     for size in sizes:
         rings.give_back(size)
-    assert rings.take() == BULK_WINDOW
+    assert rings.take() == LARGE_RING
 
 
 # -- a parent that changes while it is opened

@@ -7,7 +7,7 @@ very end.
 What comes is collected in a ring of memory, of which full parts are written by a thread, past the page cache. Under
 emulation that is a third of the work: no page is looked for, cleared, kept, found dirty and written back. Nor is what a
 host sends part of the memory that the next checkpoint has to save. What is left at the end, of a small file all, goes
-through the cache.
+through the cache; of much that is left, its last bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from capsem.guest.files import Refused, open_parent, refusal
 from capsem.guest.loop import Loop
 from capsem.guest.servant import Servant
 from capsem.wire.messages import STDIN, FileWritten, WriteFile
-from capsem.wire.streams import BULK_WINDOW, WINDOW
+from capsem.wire.streams import WINDOW
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from capsem.wire.streams import Mux
 
 _PARTS = 2  # of a ring: while one is written, the other one fills
-_LARGE_RINGS = 8  # at once; further files get along with a window's worth of memory each
+LARGE_RING = 4 * 1024 * 1024  # bytes: half of it is one write, and what a disk takes per write does not count then
+_LARGE_RINGS = 4  # at once; further files get along with a window's worth of memory each
+_PAST_CACHE = 512 * 1024  # bytes left at the end from which on they are worth a write of their own
+_BLOCK = 4096  # bytes; of its multiples are the writes past the cache
 _NO_TMPFILE = (21, 22, 95)  # EISDIR, EINVAL, EOPNOTSUPP: a file system that knows no files without a name
 _NO_DIRECT = (22, 95)  # EINVAL, EOPNOTSUPP: one that does not write past the page cache
 
@@ -45,11 +48,11 @@ class Rings:
         if not self._large:
             return WINDOW
         self._large -= 1
-        return BULK_WINDOW
+        return LARGE_RING
 
     def give_back(self, size: int) -> None:
         """One that was taken."""
-        self._large += size == BULK_WINDOW
+        self._large += size == LARGE_RING
 
 
 class Writer(Servant):
@@ -139,9 +142,12 @@ class Writer(Servant):
             self._loop.offload(self._commit, self._committed)
 
     def _write_part(self) -> None:
+        self._write_past_cache(self._part)
+
+    def _write_past_cache(self, size: int) -> None:
         if self._direct < 0:
             self._direct = self._open_direct()
-        self._write(self._direct, self._part)
+        self._write(self._direct, size)
 
     def _open_direct(self) -> int:
         path = f"/proc/self/fd/{self._fd}"
@@ -178,6 +184,8 @@ class Writer(Servant):
             self._go_on()
 
     def _commit(self) -> None:
+        if (left := self._received - self._written) >= _PAST_CACHE:
+            self._write_past_cache(left - left % _BLOCK)
         self._write(self._fd, self._received - self._written)
         os.fsync(self._fd)
         if self._cancelled:
