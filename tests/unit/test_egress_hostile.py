@@ -251,6 +251,28 @@ async def test_an_address_below_the_floor_is_not_dialled_whatever_its_name(tmp_p
         assert (await client.answer())[0] == 403, "where a redirect may lead"
 
 
+@pytest.mark.parametrize("there", ["169.254.169.254", "[fd00:ec2::254]", "metadata.test", "168.63.129.16"])
+@run
+async def test_a_redirect_to_a_metadata_service_leads_to_the_floor(tmp_path: Path, there: str) -> None:
+    """An allowed host sends the client there, which follows."""
+    location = f"http://{there}/latest/meta-data"
+    seen: list[bytes] = []
+    async with bench(tmp_path, sites("site.test"), rule("all", hosts=("*",))) as world:
+        world.names["metadata.test"] = ["169.254.169.254"]
+        port = await world.origin(answering(seen=seen, head=f"Location: {location}\r\n".encode()))
+        client = world.plain(port=port)
+        await client.send(GET)
+        _, headers, _ = await client.answer()
+        assert headers["location"] == location
+        follower = world.plain(port=80)
+        await follower.send(f"GET /latest/meta-data HTTP/1.1\r\nHost: {there}\r\n\r\n".encode())
+        status, _, body = await follower.answer()
+        assert (status, json.loads(body)["layer"]) == (403, "floor")
+        row = await world.rows.row(1)
+        assert (row.decision, row.rule_layer, row.address) == ("denied", "floor", None)
+    assert len(seen) == 1
+
+
 @run
 async def test_a_name_is_looked_up_once_and_what_was_checked_is_dialled(tmp_path: Path) -> None:
     async with bench(tmp_path, sites("site.test")) as world:

@@ -127,6 +127,21 @@ def test_what_is_allowed_passes_and_the_rest_is_told_why(networked: Service, ori
     assert networked.client.call("inspect", vm_id="net", body={"sql": sql})["rows"] == [["curl"]]
 
 
+@pytest.mark.parametrize("off", [-3600, 3600])
+def test_a_guest_whose_clock_is_an_hour_off_trusts_the_proxy(
+    networked: Service, origins: tuple[Path, int, int], off: int
+) -> None:
+    """The proxy's certificate and its authority are as old as this test. A clock that is set is set right again at once, so it
+    is a client that is told another time."""
+    _, _, secure = origins
+    told = networked.output(
+        "net",
+        f"openssl s_client -connect some.test:{secure} -servername some.test -verify_hostname some.test"
+        f" -verify_return_error -attime $(($(date +%s) + {off})) -CAfile /etc/ssl/certs/ca-certificates.crt </dev/null",
+    )
+    assert "Verify return code: 0 (ok)" in told
+
+
 def test_a_guest_that_opens_all_it_can_still_runs_commands(networked: Service, origins: tuple[Path, int, int]) -> None:
     _, plain, _ = origins
     supervisor = int(networked.client.call("info", vm_id="net")["pid"])

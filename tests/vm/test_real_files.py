@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from capsem.client.http import Answer
+from outside import resident
 from real_service import Service
 
 MIB = 1024 * 1024
@@ -55,6 +56,20 @@ def test_10_mb_both_ways(service: Service, box: str, place: str) -> None:
     status, content = request(service, "GET", url)
     print(f"10 MB out: {time.monotonic() - began:.2f} s")
     assert (status, content == data) == (200, True)
+
+
+def test_100_mb_pass_in_flat_memory(service: Service, box: str, place: str) -> None:
+    """Of the two processes on the way, beyond what 10 MB take."""
+    way = [service.process.pid, service.client.call("info", vm_id=box)["pid"]]
+    url = f"/files/{box}/content?path={place}/large"
+    for size in (10_000_000, 100_000_000):
+        data = os.urandom(size)
+        before = [resident(pid) for pid in way]
+        assert request(service, "POST", url, data)[0] == 200
+        status, content = request(service, "GET", f"{url}&whole=1")
+        assert (status, content == data) == (200, True)
+        grown = [after - then for after, then in zip(map(resident, way), before, strict=True)]
+    assert max(grown) < 16 * 1024, f"service and supervisor grew by {grown} KiB"
 
 
 def test_more_than_10_mib_is_refused(service: Service, box: str, place: str) -> None:
