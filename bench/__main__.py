@@ -71,6 +71,10 @@ def _transfer(given: Bench) -> list[Row]:
     return transfer.measure(given.runs(5), 10_000_000, 512)[0]
 
 
+def _large(given: Bench) -> list[Row]:
+    return transfer.large(given.runs(4))
+
+
 def _density(given: Bench) -> list[Row]:
     return density.measure(given.directory / "d", (1, 3) if given.few else density.COUNTS)
 
@@ -116,6 +120,7 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "pauses": _pauses,
     "forks": _forks,
     "transfer": _transfer,
+    "large": _large,
     "density": _density,
     "session": _session,
     "faces": _faces,

@@ -24,6 +24,7 @@ TITLES = {
     "pauses": "The pause of a checkpoint",
     "forks": "Many forks of one VM",
     "transfer": "10 MB in and out",
+    "large": "100 MB in and out",
     "density": "Idle VMs",
     "session": "A session of an agent",
     "faces": "The command line, the record, and the processes",
