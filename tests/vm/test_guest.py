@@ -56,6 +56,10 @@ def test_storage(service: Service, box: str) -> None:
     assert 15 << 30 < size <= 16 << 30
 
 
+def test_descriptors_have_names(service: Service, box: str) -> None:
+    assert service.exec(box, "cat <(echo one) /dev/stdin <<<two | tee /dev/stderr") == (0, "one\ntwo\n", "one\ntwo\n")
+
+
 def test_environment(service: Service, box: str) -> None:
     lines = dict(line.split("=", 1) for line in service.output(box, "env").splitlines())
     assert lines["HOME"] == lines["PWD"] == "/root"

@@ -27,6 +27,11 @@ mount -t ext4 -o data=ordered,noatime,discard /dev/vdb /volume || fail "the volu
 mkdir /dev/pts /dev/shm
 mount -a -T /mounts || fail "the root does not mount"
 rm -f /new/dev/mem /new/dev/port
+# What programs know the descriptors by that they were given, bash its `<(...)` too.
+ln -s /proc/self/fd /new/dev/fd
+ln -s fd/0 /new/dev/stdin
+ln -s fd/1 /new/dev/stdout
+ln -s fd/2 /new/dev/stderr
 # Until here the shell needed /proc, and this is the last it gets.
 /bin/busybox mount -o move /proc /new/proc
 exec /bin/busybox switch_root /new /usr/lib/capsem/init
