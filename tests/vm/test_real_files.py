@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import pytest
 
 from capsem.client.http import Answer
 from outside import resident
-from real_service import Service
+from real_service import BIN, Service, wait_for
 
 MIB = 1024 * 1024
 
@@ -147,3 +148,24 @@ def test_cp(service: Service, box: str, place: str, tmp_path: Path) -> None:
     done = service.cli("cp", f"{box}:/tmp/none", str(tmp_path))
     assert (done.returncode, b"no such file" in done.stderr) == (1, True)
     service.output(box, "rm /tmp/outside")
+
+
+@pytest.mark.parametrize("what", ["stdin", "tree"])
+def test_a_copy_that_is_killed_leaves_nothing(
+    service: Service, box: str, place: str, tmp_path: Path, what: str
+) -> None:
+    """Whatever way it goes: neither part of it, nor what it would have become."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "a").write_bytes(b"a")
+    with (tree / "b").open("wb") as file:
+        file.truncate(8 << 30)  # it does not come to its end
+    source = "-" if what == "stdin" else str(tree)
+    command = [BIN / "capsem", "cp", source, f"{box}:{place}/it"]
+    with subprocess.Popen(command, env=service.env, stdin=subprocess.PIPE) as copy:
+        assert copy.stdin is not None
+        copy.stdin.write(bytes(3 * MIB) if what == "stdin" else b"")
+        copy.stdin.flush()
+        wait_for(lambda: service.output(box, f"ls -A {place}") != "")
+        copy.kill()
+    wait_for(lambda: service.output(box, f"ls -A {place}") == "")

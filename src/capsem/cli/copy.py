@@ -55,23 +55,32 @@ elif [ -f "$p" ]; then stat -L -c 'file %a %s' -- "$p" && exec cat -- "$p"
 elif [ -e "$p" ]; then exit 67
 else exit 66; fi
 """
-_WRITE: Final = """
+# `clear FILE` removes it when this script is killed before it has said that all is well: a session of its own is not.
+_CLEAR: Final = """
 set -e
-if [ -d "$p" ]; then p="${p%/}/$n"; fi
+clear() {
+    coproc CLEAR { exec setsid bash -c 'read -r well; [ -n "$well" ] || rm -rf -- "$0"' "$1" >/dev/null 2>&1; }
+}
+"""
+_WRITE: Final = f"""{_CLEAR}
+if [ -d "$p" ]; then p="${{p%/}}/$n"; fi
 if [ -d "$p" ]; then echo "is a directory" >&2; exit 1; fi
-case "$p" in ?*/*) mkdir -p -- "${p%/*}"; t="${p%/*}" ;; /*) t=/ ;; *) t=. ;; esac
-t=$(mktemp -- "${t%/}/.capsem-XXXXXXXX")
+case "$p" in ?*/*) mkdir -p -- "${{p%/*}}"; t="${{p%/*}}" ;; /*) t=/ ;; *) t=. ;; esac
+t="${{t%/}}/.capsem-$$-$RANDOM$RANDOM"
+clear "$t"
 trap 'rm -f -- "$t"' EXIT
-dd bs=1M iflag=fullblock conv=fsync status=none of="$t"
+(umask 077; exec dd bs=1M iflag=fullblock oflag=nofollow conv=fsync,excl status=none of="$t")
 chmod -- "$m" "$t"
 mv -fT -- "$t" "$p"
+echo well >&"${{CLEAR[1]}}"
 """
-_UNPACK: Final = """
-set -e
-if [ -d "$p" ] && [ -n "$n" ]; then p="${p%/}/$n"; fi
-if [ -e "$p" ]; then new=; else new=1; fi
+_UNPACK: Final = f"""{_CLEAR}
+if [ -d "$p" ] && [ -n "$n" ]; then p="${{p%/}}/$n"; fi
+if [ -e "$p" ]; then exec tar --no-same-owner -C "$p" -xpf -; fi
+clear "$p"
 mkdir -p -- "$p"
-tar --no-same-owner -C "$p" -xpf - || { code=$?; [ -z "$new" ] || rm -rf -- "$p"; exit $code; }
+tar --no-same-owner -C "$p" -xpf - || {{ code=$?; rm -rf -- "$p"; exit $code; }}
+echo well >&"${{CLEAR[1]}}"
 """
 
 
