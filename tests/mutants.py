@@ -118,8 +118,8 @@ MUTANTS = (
     Mutant(
         "manifest there while its parts are made durable",
         "supervisor/saving.py",
-        "                    lambda: manifest.append(self._store.stage(prepared.draft, checkpoint)),\n",
-        "                    lambda: manifest.append(self._store.stage(prepared.draft, checkpoint)) or manifest[0].place(),\n",
+        "                alongside(checkpoint)\n",
+        "                alongside(checkpoint)\n                manifest.place()\n",
         SAVE_CRASH,
     ),
     Mutant(
@@ -149,6 +149,13 @@ MUTANTS = (
         "                    if not await vm.ended(EXIT_LIMIT):\n                        await vm.stop(Stop(kill=True))\n",
         "                    pass\n",
         "tests/contract/test_hazard.py::test_with_the_gate_nothing_is_ever_lost tests/contract/test_driver_sim.py",
+    ),
+    Mutant(
+        "a flush that was given up holds the guest's commands later",
+        "guest/agent.py",
+        "elif limit is None or self._mux.request(stream) is None:",
+        "elif limit is None:",
+        "tests/contract/test_agent_epochs.py::test_a_flush_that_was_given_up_holds_nothing_later",
     ),
     Mutant(
         "no epoch check",

@@ -14,7 +14,17 @@ from agent_bench import Bench
 from capsem.model.errors import AlreadyExists, GuestFailed, Interrupted, TimedOut, Unavailable
 from capsem.wire import frames
 from capsem.wire.frames import FIRST_NONCE, answer_to, encode
-from capsem.wire.messages import PROTOCOL_VERSION, STDOUT, BootConfigDone, Exec, Ping, ReadFile, Ready, ShutdownRequest
+from capsem.wire.messages import (
+    PROTOCOL_VERSION,
+    STDOUT,
+    BootConfigDone,
+    Exec,
+    Ping,
+    ReadFile,
+    Ready,
+    ShutdownRequest,
+    Sync,
+)
 from capsem.wire.schema import encode_message
 
 Run = Callable[..., None]
@@ -253,6 +263,32 @@ def test_while_commands_are_held_nothing_is_started_and_nobody_let_in(with_agent
         # A new epoch lets go as well.
         await guest.hold(10)
         await bench.restart()
+        await bench.serves()
+
+    with_agent(scenario)
+
+
+def test_a_flush_for_a_checkpoint_ends_in_a_hold(with_agent: Run) -> None:
+    async def scenario(bench: Bench) -> None:
+        guest = bench.guest
+        assert await guest.quiesce(100, "a" * 32) is False  # see above
+        with pytest.raises(Unavailable):
+            await bench.run("true")
+        guest.go_on()
+        await guest.wait_ready(60)
+        await bench.serves()
+
+    with_agent(scenario)
+
+
+def test_a_flush_that_was_given_up_holds_nothing_later(with_agent: Run) -> None:
+    async def scenario(bench: Bench) -> None:
+        guest = bench.guest
+        with pytest.raises(TimedOut):
+            await guest.quiesce(0, "a" * 32)
+        guest.go_on()
+        await guest.channel.open(Sync()).result()  # it takes as long as the other, which began before
+        await guest.wait_ready(60)
         await bench.serves()
 
     with_agent(scenario)

@@ -19,7 +19,7 @@ from capsem.model.errors import (
     PayloadTooLarge,
     PermissionDenied,
 )
-from capsem.wire.messages import STDIN, STDOUT, FileRead, Freeze, ReadFile, Thawed, WriteFile
+from capsem.wire.messages import STDIN, STDOUT, FileRead, Freeze, ReadFile, Sync, Synced, Thawed, WriteFile
 from capsem.wire.streams import WINDOW
 
 Run = Callable[..., None]
@@ -411,7 +411,10 @@ def test_many_at_once_do_not_mix(with_agent: Run) -> None:
 
 def test_sync(with_agent: Run) -> None:
     async def scenario(bench: Bench) -> None:
-        assert await bench.guest.sync(100) >= 0  # of this computer's disks, whatever else it does
+        result = await bench.guest.channel.open(Sync()).result()  # of this computer's disks, whatever else it does
+        assert isinstance(result, Synced)
+        assert result.duration >= 0
+        assert result.frozen is None
 
     with_agent(scenario)
 

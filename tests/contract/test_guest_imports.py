@@ -62,7 +62,8 @@ async def serve(source: Path, directory: Path) -> tuple[int, list[str], list[str
         await guest.ping(10)
         await guest.write_file("d/file", b"content")
         assert (await guest.read_file("d/file", 100))[0] == b"content"
-        await guest.sync(100)
+        await guest.quiesce(100, "a" * 32)
+        guest.go_on()
         stream = guest.execute(Exec(job="j", command="cat; exit 3", stdin=True, timeout=20))
         await stream.write(STDIN, b"x")
         stream.end(STDIN)

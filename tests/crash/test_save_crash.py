@@ -52,11 +52,9 @@ class Inline:
         self._count = count
         self._work: list[tuple[Future[Any], Any, Any]] = []
 
-    def __enter__(self) -> Inline:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def shutdown(self, *, wait: bool) -> None:
         assert not self._work
+        assert not wait
 
     def submit(self, work: Any, *args: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -89,10 +87,7 @@ class Guest:
     class identity:  # noqa: N801
         vm_id, token = "box", "token"
 
-    async def sync(self, _limit: float, _mark: str) -> None:
-        pass
-
-    async def hold(self, _limit: float) -> bool:
+    async def quiesce(self, _limit: float, _mark: str) -> bool:
         return True
 
     def go_on(self) -> None:

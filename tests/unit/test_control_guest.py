@@ -442,7 +442,7 @@ async def test_a_call_that_ends_early_gives_its_stream_up(bench: Bench) -> None:
     bench.boot()
     bench.listen()
     with pytest.raises(TimedOut):
-        await bench.guest.sync(0)
+        await bench.guest.quiesce(0, "a" * 32)
     writing = asyncio.ensure_future(bench.guest.write_file("x", bytes(1 << 20)))
     for _ in range(3):
         await asyncio.sleep(0)

@@ -394,13 +394,18 @@ class Guest:
         """What begins the next epoch: both ends know it once the guest is ready."""
         return self._nonce
 
-    async def sync(self, limit: float, mark: str | None = None) -> float:
-        """Flush the guest's file systems, `mark` included; returns seconds. Raises TimedOut, Interrupted."""
-        stream = self.channel.open(Sync(mark=mark))
+    async def quiesce(self, limit: float, mark: str) -> bool | None:
+        """Flush the guest's file systems, `mark` included, and hold the processes of all commands still; whether they are,
+        None from an agent that does one at a time: then `hold`. Raises TimedOut, Interrupted, and what the guest says.
+
+        However this ends, nobody is let in until `go_on`; whoever gives it up lets go after that.
+        """
+        self._holding = True
+        stream = self.channel.open(Sync(mark=mark, hold=HELD_AT_MOST))
         async with limited(stream, "sync", limit):
             result = await stream.result()
         assert isinstance(result, Synced)
-        return result.duration
+        return result.frozen
 
     async def hold(self, limit: float) -> bool:
         """Hold the processes of all commands still; whether they are. Raises TimedOut, Interrupted, Unsupported.

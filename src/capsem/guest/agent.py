@@ -353,28 +353,33 @@ class Agent:
             freezer = Freezer(self._loop, self._mux, stream, request.limit, self._system.volume, self._finished)
             self._servants[stream] = freezer
         elif isinstance(request, Sync):
-            began, mark = time.monotonic(), request.mark
-
-            def synced(error: Exception | None) -> None:
-                done = Synced(duration=time.monotonic() - began)
-                self._mux.close(stream, refusal(error, "the volume") if error else done)
-
-            self._loop.offload(lambda: self._health.sync(mark), synced)
+            self._sync(stream, request)
         elif isinstance(request, Hold):
-            self._hold(stream, request.limit)
+            self._hold(request.limit, lambda frozen: self._mux.close(stream, Held(frozen=frozen)))
         else:
             self._mux.close(stream, Failed(code="unsupported", message=f"this agent does not serve {request.tag}"))
 
-    def _hold(self, stream: int, limit: float) -> None:
+    def _sync(self, stream: int, request: Sync) -> None:
+        began, mark, limit = time.monotonic(), request.mark, request.hold
+
+        def synced(error: Exception | None) -> None:
+            duration = time.monotonic() - began
+            if error:
+                self._mux.close(stream, refusal(error, "the volume"))
+            elif limit is None or self._mux.request(stream) is None:  # whoever gave it up may have let go already
+                self._mux.close(stream, Synced(duration=duration))
+            else:
+                self._hold(limit, lambda frozen: self._mux.close(stream, Synced(duration=duration, frozen=frozen)))
+
+        self._loop.offload(lambda: self._health.sync(mark), synced)
+
+    def _hold(self, limit: float, then: Callable[[bool], None]) -> None:
         self._let_go()
         self._group.hold()
         # While the machine stands still its clock does too: this counts what of `limit` it was awake for.
         self._held_too_long = self._loop.after(limit, self._let_go)
 
-        def done(frozen: bool | Exception) -> None:
-            self._mux.close(stream, Held(frozen=frozen is True))
-
-        self._loop.offload(self._group.freeze, done)
+        self._loop.offload(self._group.freeze, lambda frozen: then(frozen is True))
 
     def _let_go(self) -> bool:
         self._stop_waiting_to_go_on()

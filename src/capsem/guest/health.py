@@ -49,6 +49,8 @@ class Health:
         finally:
             self._follow_log()
             os.sync()
+        if self._fd >= 0:
+            os.fsync(self._fd)  # there is nothing left to flush: this says whether all of it was
 
     def examine(self, mark: str | None) -> tuple[list[str], list[str]]:
         """What is wrong, and what else the kernel complained of since the last `sync`.
@@ -70,6 +72,7 @@ class Health:
                             f"expected {mark[:12]}, memory has {self._mark[:12] or 'none'}, volume {found[:12] or 'none'}"
                         )
                 self._write(mark or "resumed")
+                os.fsync(self._fd)
             except OSError as error:
                 if mark is None and error.errno == _FULL:
                     warnings.append("the volume is full: it could not be tried whether it can be written")
@@ -91,7 +94,6 @@ class Health:
     def _write(self, mark: str) -> None:
         self._block[:] = mark.encode("ascii").ljust(BLOCK, b"\0")
         os.pwrite(self._fd, self._block, 0)
-        os.fsync(self._fd)
 
     def _read(self) -> str:
         """The mark as the disk has it."""

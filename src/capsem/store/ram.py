@@ -99,7 +99,8 @@ class RamFile:
 
 
 class RamWriter:
-    """A RAM file in the making. All methods block; use them from one thread at a time, but for `sync` and `sync_sums`."""
+    """A RAM file in the making. All methods block; use them from one thread at a time, but for `sync`, `sync_sums` and
+    `digest`, which go together."""
 
     def __init__(self, path: Path, sums: Path, size: int) -> None:
         """Make both files, which must not exist, mode 0600; `size` is the RAM's, in bytes. Raises OSError."""
@@ -148,9 +149,12 @@ class RamWriter:
         sums.flush()
         return runs, written
 
-    def seal(self, identity: RamIdentity) -> str:
-        """Say whose memory it is; returns the SHA-256 of the table of checksums. Raises OSError."""
+    def identify(self, identity: RamIdentity) -> None:
+        """Say whose memory it is. Raises OSError."""
         _write(self._fd, memoryview(identity.to_bytes()), self.size)
+
+    def digest(self) -> str:
+        """The SHA-256 of the table of checksums. Raises OSError."""
         return digest_sums(self._sums_fd)
 
     def sync(self) -> None:
@@ -162,11 +166,11 @@ class RamWriter:
         os.fsync(self._sums_fd)
 
     def finish(self, identity: RamIdentity) -> str:
-        """`seal`, and make all of it durable. Raises OSError."""
-        digest = self.seal(identity)
+        """All of that, one after the other; returns the digest. Raises OSError."""
+        self.identify(identity)
         self.sync()
         self.sync_sums()
-        return digest
+        return self.digest()
 
     def close(self) -> None:
         """Close both files; calling again is no error."""

@@ -331,7 +331,8 @@ class Changes(Owned):
         self.guest.channel.release()
         with contextlib.suppress(MachineFailed):  # it has ended: the run says why
             await self._machine.run()
-        self.guest.go_on()
+        if self._saver is not None:
+            await self._saver.let_go()
         self._server.broadcast(self.state())
 
     def set_policy(self, request: SetPolicy) -> PolicySet:

@@ -52,23 +52,26 @@ CONSOLE = 64 * 1024  # bytes of the console's log that forks are given
 log = logging.getLogger("capsem_process.saving")
 
 
-def _other_parts(files: CheckpointDir, jobs: bytes, names: bytes, console: Path | None) -> list[Path]:
-    """Write what there is of the parts that are not the machine's; returns their paths. They are not durable yet."""
-    said = b"" if console is None else read_tail(console, CONSOLE).encode()
-    parts = [(path, data) for path, data in ((files.jobs, jobs), (files.names, names), (files.console, said)) if data]
-    for path, data in parts:
-        durable.draft(path, data)
-    return [path for path, _ in parts]
-
-
-async def _together(*work: Callable[[], object]) -> None:
-    """Do all of it at the same time; returns, or raises what the first has raised, when all of it has ended."""
+async def _together(*work: Callable[[], Any]) -> list[Any]:
+    """Do all of it at the same time; what each has returned. Returns, or raises what the first has raised, when all of it has
+    ended, even when the caller is cancelled: nobody may close a file that a thread still works on."""
     loop = asyncio.get_running_loop()
-    with ThreadPoolExecutor(len(work)) as threads:
-        done = await asyncio.gather(*(loop.run_in_executor(threads, each) for each in work), return_exceptions=True)
+    threads = ThreadPoolExecutor(len(work))
+    working = asyncio.gather(*(loop.run_in_executor(threads, each) for each in work), return_exceptions=True)
+    cancelled: asyncio.CancelledError | None = None
+    while not working.done():
+        try:
+            await asyncio.wait((working,))
+        except asyncio.CancelledError as asked:
+            cancelled = asked
+    threads.shutdown(wait=False)
+    if cancelled is not None:
+        raise cancelled
+    done: list[Any] = working.result()
     for error in done:
         if isinstance(error, BaseException):
             raise error
+    return done
 
 
 def _step(name: str) -> trace:
@@ -98,6 +101,19 @@ class _Prepared:
     writer: RamWriter
     copied: bool = False  # holds the base
     cancelled: bool = False
+
+
+def _other_parts(prepared: _Prepared, identity: RamIdentity, order: Order, jobs: bytes, names: bytes) -> list[Path]:
+    """Say whose memory it is, and write what there is of the parts that are not the machine's; returns their paths. Nothing
+    of that is durable yet."""
+    prepared.writer.identify(identity)
+    files, said = prepared.draft.files, b""
+    if order.kind in FORKED and order.console is not None:
+        said = read_tail(order.console, CONSOLE).encode()
+    parts = [(path, data) for path, data in ((files.jobs, jobs), (files.names, names), (files.console, said)) if data]
+    for path, data in parts:
+        durable.draft(path, data)
+    return [path for path, _ in parts]
 
 
 class Saver:
@@ -131,7 +147,7 @@ class Saver:
         self._own = False  # the base is this machine's own
         self._prepared: _Prepared | None = None
         self._preparing: asyncio.Task[None] | None = None
-        self._syncing: asyncio.Task[bool] | None = None
+        self._syncing: asyncio.Task[tuple[bool, bool | None]] | None = None
         self._frozen = False  # at the last save
         self.streams = 0  # connections of the guest at the last save
 
@@ -184,7 +200,8 @@ class Saver:
         return await self._prepare()
 
     async def reserve(self) -> str:
-        """Make sure that there is a draft, and have the guest begin to flush; returns the id of the next checkpoint.
+        """Make sure that there is a draft, and have the guest begin to flush, and then to hold its processes; returns the id
+        of the next checkpoint. `save` or `let_go` follows.
 
         Raises OSError; then no draft is left, which may have filled the disk.
         """
@@ -194,9 +211,8 @@ class Saver:
         except BaseException:
             self._drop_prepared()
             raise
-        if self._syncing is not None:  # of a save that came no further
-            self._syncing.cancel()
-        self._syncing = asyncio.create_task(self._sync(draft.id), name="sync")
+        assert self._syncing is None
+        self._syncing = asyncio.create_task(self._quiesce(draft.id), name="quiesce")
         return draft.id
 
     async def save(
@@ -208,41 +224,46 @@ class Saver:
         that counts after it. Raises CapsemError, OSError: nothing is left of the checkpoint; the machine may stand still,
         and its volume may have gone on to the order's layer.
         """
-        prepared, syncing, self._syncing = self._prepared, self._syncing, None
+        prepared, syncing = self._prepared, self._syncing
         assert prepared is not None
         assert syncing is not None
         frozen = self._machine.top_layer
-        manifest: list[durable.Staged] = []
         try:
             files = SaveFiles(prepared.draft.files.devices, prepared.writer, compare=self._own)
             with _step("machine"):
                 saved, jobs, names, synced = await self._save(files, order, syncing)
             faults.at(f"{_what(order)}.saved", self._machine.pid)
-            with _step("describe"):
-                console = order.console if order.kind in FORKED else None
-                parts = await asyncio.to_thread(_other_parts, prepared.draft.files, jobs, names, console)
-                checkpoint = await asyncio.to_thread(self._describe, prepared, record, order, saved, synced)
+            identity = RamIdentity(record.id, prepared.draft.id, self._spec.ram_mb << 20)
+            with _step("parts"):
+                parts = await asyncio.to_thread(_other_parts, prepared, identity, order, jobs, names)
+
+            def write_down() -> tuple[Checkpoint, durable.Staged]:
+                checkpoint = self._describe(prepared, record, order, saved, synced)
+                manifest = self._store.stage(prepared.draft, checkpoint)
+                alongside(checkpoint)
+                return checkpoint, manifest
+
             with _step("sync"):
                 layers = (frozen, order.layer) if order.go_on else (frozen,)
-                await _together(
+                written, *_ = await _together(
+                    write_down,
                     prepared.writer.sync,
                     prepared.writer.sync_sums,
                     functools.partial(durable.sync_file, files.devices),
                     *(functools.partial(durable.sync_file, layer.path) for layer in layers),
                     *(functools.partial(durable.sync_file, part) for part in parts),
                     functools.partial(self._store.enter, prepared.draft),
-                    lambda: manifest.append(self._store.stage(prepared.draft, checkpoint)),
-                    lambda: alongside(checkpoint),
                 )
+                checkpoint: Checkpoint = written[0]
             with _step("commit"):
-                await asyncio.to_thread(self._store.publish, prepared.draft, manifest[0])
+                await asyncio.to_thread(self._store.publish, prepared.draft, written[1])
         except BaseException as error:
             full = isinstance(error, MachineFailed) and room.is_full(prepared.draft.files.path)
             self._drop_prepared()
             if full:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             raise
-        self._prepared = None
+        self._prepared = self._syncing = None
         prepared.writer.close()
         faults.at(f"{_what(order)}.committed", self._machine.pid)
         if order.go_on:
@@ -255,7 +276,7 @@ class Saver:
         return checkpoint
 
     async def _save(
-        self, files: SaveFiles, order: Order, syncing: asyncio.Task[bool]
+        self, files: SaveFiles, order: Order, syncing: asyncio.Task[tuple[bool, bool | None]]
     ) -> tuple[Saved, bytes, bytes, bool]:
         """RAM, devices, volume, and the jobs and names of the same instant; whether the guest had flushed its file systems.
 
@@ -265,12 +286,14 @@ class Saver:
         channel = self._guest.channel
         marks: list[Mark] = []
         names = b""
+        synced = False
         what = _what(order)
 
         async def hold() -> None:
+            nonlocal synced
             with _step("flush"):
-                await syncing
-            await self._hold()
+                synced, frozen = await syncing
+            self._frozen = await self._hold() if frozen is None else frozen
             channel.hold()
             faults.at(f"{what}.held", self._machine.pid)
 
@@ -297,24 +320,36 @@ class Saver:
             channel.release()
             raise
         if order.kind == Kind.TEMPLATE:  # what it was warmed up with is no business of its forks
-            return saved, b"", b"", syncing.result()
+            return saved, b"", b"", synced
         jobs = saved_jobs(marks)
-        return saved, encode(jobs) if jobs else b"", names, syncing.result()
+        return saved, encode(jobs) if jobs else b"", names, synced
 
-    async def _sync(self, mark: str) -> bool:
+    async def _quiesce(self, mark: str) -> tuple[bool, bool | None]:
+        """Whether it has flushed its file systems, and holds its processes still: None when it was not heard to try."""
         try:
-            await self._guest.sync(SYNC_LIMIT, mark)
+            return True, await self._guest.quiesce(SYNC_LIMIT, mark)
         except CapsemError as error:
             log.warning("the guest did not flush its file systems: %s", error)
-            return False
-        return True
+            return False, None
 
-    async def _hold(self) -> None:
-        self._frozen = False
+    async def _hold(self) -> bool:
         try:
-            self._frozen = await self._guest.hold(HOLD_LIMIT)
+            return await self._guest.hold(HOLD_LIMIT)
         except CapsemError as error:
             log.warning("the guest did not hold its processes still: %s", error)
+            return False
+
+    async def let_go(self) -> None:
+        """After a save that failed: the guest goes on, whatever it was about to do for it."""
+        await self._stop_quiescing()
+        self._guest.go_on()
+
+    async def _stop_quiescing(self) -> None:
+        """It must not hold anything after it was told to go on."""
+        syncing, self._syncing = self._syncing, None
+        if syncing is not None:
+            syncing.cancel()
+            await asyncio.gather(syncing, return_exceptions=True)
 
     def _rebase(self, files: CheckpointDir) -> None:
         base = RamFile(files.memory, files.sums)
@@ -323,9 +358,7 @@ class Saver:
         self._base, self._own = base, True
 
     def _describe(self, prepared: _Prepared, record: VmRecord, order: Order, saved: Saved, synced: bool) -> Checkpoint:
-        """Write down what was saved."""
-        size = self._spec.ram_mb << 20
-        digest = prepared.writer.seal(RamIdentity(record.id, prepared.draft.id, size))
+        """What was saved."""
         runs = tuple((offset // PAGE, length // PAGE) for offset, length in saved.runs)
         guest = GuestState(
             boot_id=self._guest.boot_id,
@@ -344,7 +377,7 @@ class Saver:
             layers=self._store.freeze(order.frozen),
             message=order.message,
             machine=MappingProxyType(self.fingerprint()),
-            memory=Memory(size, digest, runs, saved.written),
+            memory=Memory(self._spec.ram_mb << 20, prepared.writer.digest(), runs, saved.written),
             devices=describe(prepared.draft.files.devices),
             jobs=describe(prepared.draft.files.jobs) if prepared.draft.files.jobs.exists() else None,
             names=describe(prepared.draft.files.names) if prepared.draft.files.names.exists() else None,
@@ -368,8 +401,7 @@ class Saver:
     async def close(self) -> None:
         """The machine has ended: a draft that was prepared for nothing goes."""
         task, self._preparing = self._preparing, None
-        if self._syncing is not None:
-            self._syncing.cancel()
+        await self._stop_quiescing()
         if self._prepared is not None:
             self._prepared.cancelled = True
         if task is not None:

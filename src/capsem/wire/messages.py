@@ -324,15 +324,18 @@ class Resolved(Message, tag="resolved"):
 
 
 class Sync(Message, tag="sync"):
-    """Flush all file systems of the guest; before that, leave `mark` on its volume and keep it in memory."""
+    """Flush all file systems of the guest; before that, leave `mark` on its volume and keep it in memory. With `hold`, do
+    after that as for a Hold of so many seconds, unless the stream was given up meanwhile."""
 
     mark: str | None = None
+    hold: float | None = None
 
 
 class Synced(Message, tag="synced"):
-    """Closes a Sync stream."""
+    """Closes a Sync stream. `frozen`: see Held; None where nothing was to be held, and from agents that know no such thing."""
 
     duration: float
+    frozen: bool | None = None
 
 
 class Hold(Message, tag="hold"):

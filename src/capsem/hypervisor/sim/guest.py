@@ -329,12 +329,11 @@ class Guest(asyncio.Protocol):
             began = self.timers.now
             self.files.mark(
                 request.mark,
-                lambda error: self._close(
-                    stream, refusal(error, "the volume") if error else Synced(duration=self.timers.now - began)
-                ),
+                lambda error: self._synced(stream, request, self.timers.now - began, error),
             )
         elif isinstance(request, Hold):
-            self._hold(stream, request.limit)
+            self._hold(request.limit)
+            self._mux.close(stream, Held(frozen=True))
         elif isinstance(request, Freeze):
             self._freeze(stream, request.limit)
         else:
@@ -385,11 +384,17 @@ class Guest(asyncio.Protocol):
         self._mux.send(stream, STDOUT, json.dumps(list(found.values())).encode())
         self._mux.close(stream, DirListed(entries=len(found)))
 
-    def _hold(self, stream: int, limit: float) -> None:
+    def _synced(self, stream: int, request: Sync, duration: float, error: OSError | None) -> None:
+        holds = request.hold is not None and error is None and self._mux.request(stream) is not None
+        if request.hold is not None and holds:
+            self._hold(request.hold)
+        done = Synced(duration=duration, frozen=True if holds else None)
+        self._close(stream, refusal(error, "the volume") if error else done)
+
+    def _hold(self, limit: float) -> None:
         self._let_go()
         self.memory.held = True
         self._held_too_long = self.timers.after(limit, self._let_go_late)
-        self._mux.close(stream, Held(frozen=True))
 
     def _let_go_late(self) -> None:
         self._let_go()
