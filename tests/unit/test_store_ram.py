@@ -86,7 +86,8 @@ def extents(path: Path) -> list[tuple[int, int]]:
         return list(ram.data_extents(file.fileno(), SIZE))
 
 
-def test_pages_that_became_zero_are_holes(tmp_path: Path) -> None:
+def test_pages_that_became_zero_are_holes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ram, "WORTH_A_HOLE", PAGE)
     one = Files(tmp_path, "one").make({number: page(7) for number in range(PAGES)})
     two = Files(tmp_path, "two").make({number: page(0) for number in range(4, 12)}, one, compare=True)
     assert two.written == 0
@@ -97,6 +98,15 @@ def test_pages_that_became_zero_are_holes(tmp_path: Path) -> None:
     assert three.content == two.content
 
 
+def test_few_pages_that_became_zero_keep_their_place(tmp_path: Path) -> None:
+    one = Files(tmp_path, "one").make({number: page(7) for number in range(4, 12)})
+    two = Files(tmp_path, "two").make({number: page(0) for number in range(2, 8)}, one, compare=True)
+    assert two.content == bytes(8 * PAGE) + page(7) * 4 + bytes(4 * PAGE)
+    assert extents(two.ram) == [(4 * PAGE, 12 * PAGE)], "and what was a hole is one"
+    assert two.written == 0
+    two.verify()
+
+
 def test_a_file_system_without_holes_gets_zeroes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class NoHoles:
         def fallocate(self, *_arguments: object) -> int:
@@ -105,6 +115,7 @@ def test_a_file_system_without_holes_gets_zeroes(tmp_path: Path, monkeypatch: py
 
     one = Files(tmp_path, "one").make({2: page(7), 3: page(8)})
     monkeypatch.setattr(ram, "_libc", NoHoles())
+    monkeypatch.setattr(ram, "WORTH_A_HOLE", PAGE)
     two = Files(tmp_path, "two").make({2: page(0)}, one)
     assert two.content == bytes(3 * PAGE) + page(8) + bytes(12 * PAGE)
     two.verify()

@@ -1,6 +1,6 @@
 """RAM files: a guest's memory, page by page, with a checksum for each page and an identity behind the last.
 
-    0 .. size            the pages (4 KiB); those that are all zero are holes
+    0 .. size            the pages (4 KiB); those that are all zero are holes, but for few that have become so
     size .. size + 4096  the identity: JSON, padded with zeroes; QEMU maps the pages alone
 
 The table of checksums is a file of its own: for each page a 32-bit number, little-endian, the page's CRC-32 xor that of
@@ -34,6 +34,7 @@ PAGE: Final = 4096
 TRAILER: Final = 4096
 ZERO: Final = bytes(PAGE)
 CHUNK: Final = 4 << 20  # bytes handled at once
+WORTH_A_HOLE: Final = 1 << 20  # bytes of zeroes where there was data
 _COPY: Final = 16 << 20
 _ZERO_CRC: Final = zlib.crc32(ZERO)
 _SUM: Final = 4  # bytes
@@ -142,7 +143,7 @@ class RamWriter:
             old = os.pread(self._fd, len(data), offset) if compare else b""
             for start, end, zero in _segments(data, old, offset, sums):
                 if zero:
-                    _punch(self._fd, offset + start, end - start)
+                    _zero(self._fd, offset + start, offset + end)
                 else:
                     written += _write(self._fd, memoryview(data)[start:end], offset + start)
                 _extend(runs, offset + start, end - start)
@@ -238,6 +239,17 @@ def _write(fd: int, view: memoryview, offset: int) -> int:
     return done
 
 
+def _zero(fd: int, start: int, end: int) -> None:
+    """Have zeroes there. Most often they are: it is a hole. Making one takes a file system milliseconds (ext4 waits until what is
+    written nearby is on the disk), so a short run keeps its place.
+    """
+    for at, until in data_extents(fd, end, start):
+        if until - at < WORTH_A_HOLE:
+            _write(fd, memoryview(bytes(until - at)), at)
+        else:
+            _punch(fd, at, until - at)
+
+
 def _punch(fd: int, offset: int, length: int) -> None:
     result = _libc.fallocate(fd, _PUNCH_HOLE, ctypes.c_int64(offset), ctypes.c_int64(length))
     if result != 0:
@@ -248,9 +260,8 @@ def _punch(fd: int, offset: int, length: int) -> None:
             _write(fd, memoryview(bytes(min(CHUNK, offset + length - at))), at)
 
 
-def data_extents(fd: int, limit: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of what is not a hole, up to `limit`."""
-    end = 0
+def data_extents(fd: int, limit: int, end: int = 0) -> Iterator[tuple[int, int]]:
+    """(start, end) of what is not a hole, from `end` up to `limit`."""
     while end < limit:
         try:
             start = os.lseek(fd, end, os.SEEK_DATA)
