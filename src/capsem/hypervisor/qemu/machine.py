@@ -22,6 +22,7 @@ from capsem.hypervisor.qemu.process import Process, complaint
 from capsem.hypervisor.qemu.qmp import Event, Monitor
 from capsem.model.errors import MachineFailed
 from capsem.store.ram import Runs
+from capsem.tracing import span
 
 HEADROOM: Final = (
     32 << 20
@@ -202,9 +203,11 @@ class QemuMachine:
             place = self._next_place
             self._next_place += 1  # also when this fails: names are not used twice
             file, node = layer_nodes(layer, place, name=f"volume-{place}", backing=None, top=True)
-            await self._monitor.blockdev_add(file)
+            with span("open a layer"):
+                await self._monitor.blockdev_add(file)
             try:
-                await self._monitor.blockdev_add(node)
+                with span("open a layer"):
+                    await self._monitor.blockdev_add(node)
                 try:
                     yield _Opened(layer, node["node-name"], place)
                 finally:
@@ -264,11 +267,14 @@ class QemuMachine:
                 if hold is not None:
                     await hold()
                 began = time.monotonic()
-                await self.pause()
+                with span("stop the vCPUs"):
+                    await self.pause()
                 try:
                     # Flushes the top, and fails if that fails: `stop` alone would not say.
-                    await self._command(self._switch(opened))
-                    await self._command(self._monitor.save_devices(files.devices))
+                    with span("go on in the new layer"):
+                        await self._command(self._switch(opened))
+                    with span("save the devices"):
+                        await self._command(self._monitor.save_devices(files.devices))
                     if snapshot is not None:
                         snapshot.take()
                     if instant is not None:
@@ -280,7 +286,8 @@ class QemuMachine:
                             release()
                 pause = time.monotonic() - began
             pieces = stream(memory) if snapshot is None else snapshot.pieces()
-            runs, written = await asyncio.to_thread(_patch, files, pieces)
+            with span("write the memory"):
+                runs, written = await asyncio.to_thread(_patch, files, pieces)
             saved = True
             return Saved(pause, runs, written)
         finally:
@@ -293,7 +300,8 @@ class QemuMachine:
         """See Machine. Raises MachineFailed if the kernel does not let go of it within 10 s."""
         if not self._ended.done():
             self._killed = True
-            await self._process.end()
+            with span("kill the VMM"):
+                await self._process.end()
         await self.wait()
 
     async def wait(self) -> Ending:
