@@ -31,13 +31,22 @@ from capsem.wire.messages import Exec
 GENERATION = "4a1f2c33-0000-4000-8000-%012d"
 BOOT_LIMIT = 120.0  # seconds
 
+FLUSH = "flush"  # no program, but what our agent does to the guest's file systems before a save
+
 SERVER = f"""
-import glob, os
+import glob, mmap, os
 port = next(p for p in glob.glob("/sys/class/virtio-ports/*") if open(p + "/name").read().strip() == "{SPARE_PORT}")
 fd = os.open("/dev/" + os.path.basename(port), os.O_RDWR)
+mark, block = os.open("/root/.mark", os.O_RDWR | os.O_CREAT | os.O_DIRECT), mmap.mmap(-1, 4096)
 os.write(fd, b".")
 while True:
     command = os.read(fd, 4096).decode()
+    if command == "{FLUSH}":
+        os.pwrite(mark, block, 0)
+        os.sync()
+        os.fsync(mark)
+        os.write(fd, b".")
+        continue
     actions = [(os.POSIX_SPAWN_DUP2, fd, 1)]
     os.waitpid(os.posix_spawn("/bin/bash", ["bash", "-c", command], os.environ, file_actions=actions), 0)
     os.write(fd, b".")
@@ -158,14 +167,16 @@ class BareMachine:
         while left:
             left -= self._port.recv_into(buffer)
 
-    def suspend(self) -> tuple[float, Suspended]:
-        """Milliseconds to the end of the process, with all that it leaves durable."""
+    def suspend(self, *, flush: bool = False) -> tuple[float, Suspended]:
+        """Milliseconds to the end of the process, with all that it leaves durable; with `flush`, of the guest as well."""
         BareMachine.count += 1
         ram, state = (self._directory / f"floor-{BareMachine.count}.{kind}" for kind in ("ram", "state"))
         subprocess.run(["cp", "--sparse=auto", self._ram, ram], check=True)  # ahead of time, as ours is
         fd = os.open(ram, os.O_RDWR)
         os.fsync(fd)
         began = time.perf_counter()
+        if flush:
+            self.do(FLUSH)
         self._qmp.do("stop")
         self._qmp.do("xen-save-devices-state", filename=str(state), live=True)
         for offset, piece in stream(GuestMemory(self.pid, self._ram, self._ram_mb << 20)):

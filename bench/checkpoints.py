@@ -2,7 +2,8 @@
 
 The floors (bench.bare), each run beside ours in turn on the same host:
 
-    suspend   stop, device state, the pages that the guest has changed, fsync of all that is kept, quit and reaped
+    suspend   stop, device state, the pages that the guest has changed, fsync of all that is kept, quit and reaped; a second
+              one before all that has the guest flush its file systems, as ours has, and ask for nothing else
     resume    a new layer, QEMU started and the state taken in, cont, and the end of the first `bash -c true` in the guest
     pause     stop, a new layer, device state, the changed pages copied into memory that is there, cont
 
@@ -72,7 +73,13 @@ def beside_the_floor(client: Client, directory: Path, accelerator: Accelerator, 
     client.call("exec", vm_id=vm_id, body={"command": "true"})
     cycle(client, vm_id)
     suspends, resumes, forks, used = ([[], []] for _ in range(4))  # ours, the floor's
+    flushed = []
     for _ in range(runs):
+        floor.resume(point)
+        time.sleep(SETTLE)
+        took, point = floor.suspend(flush=True)
+        flushed.append(took)
+        time.sleep(SETTLE)
         resumes[1].append(floor.resume(point))
         used[1].append(cpu(floor.pid))
         time.sleep(SETTLE)
@@ -94,6 +101,7 @@ def beside_the_floor(client: Client, directory: Path, accelerator: Accelerator, 
     client.call("delete", vm_id=vm_id)
     return [
         Row(f"suspend, {ram_mb} MiB (ms)", *suspends, "1.3 x"),
+        Row("  the same, beside a floor whose guest is flushed (ms)", suspends[0], flushed),
         Row(f"resume to first exec, {ram_mb} MiB (ms)", *resumes, "1.3 x, under 500"),
         Row("  of that, the VMM's processor time (ms)", *used),
         Row(f"live fork to first exec beside resume, {ram_mb} MiB (ms)", *forks, "1.3 x"),
