@@ -132,6 +132,41 @@ def test_a_copy_that_is_cancelled_says_so_and_can_be_made_again(tmp_path: Path) 
     assert (tmp_path / "r").read_bytes() == one.ram.read_bytes()
 
 
+def test_who_gives_a_copy_up_never_waits_for_the_disk_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For no more than a part of it is ever on its way to the disk."""
+    size = 40 << 20
+    one = Files(tmp_path, "one").make({2: page(7)})
+    source, writer = RamFile(one.ram, one.sums), RamWriter(tmp_path / "r", tmp_path / "s", size)
+    os.truncate(one.ram, 0)
+    with one.ram.open("r+b") as file:
+        file.write(b"x" * size)
+    on_its_way, most, real_copy, real_sync = 0, 0, os.copy_file_range, os.fsync
+
+    def copy(*arguments: int) -> int:
+        nonlocal on_its_way, most
+        done = real_copy(*arguments)
+        on_its_way += done
+        most = max(most, on_its_way)
+        return done
+
+    def sync(fd: int) -> None:
+        nonlocal on_its_way
+        on_its_way = 0
+        real_sync(fd)
+
+    monkeypatch.setattr(ram.fcntl, "ioctl", refuse)  # as on a file system that does not share extents
+    monkeypatch.setattr(os, "copy_file_range", copy)
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(ram, "_COPY", 1 << 20)
+    assert writer.copy(source)
+    assert 0 < most <= 16 << 20
+    assert on_its_way == 0
+
+
+def refuse(*_: object) -> int:
+    raise OSError(95, "Operation not supported")
+
+
 def test_a_base_whose_checkpoint_was_removed_can_still_be_copied(tmp_path: Path) -> None:
     one = Files(tmp_path, "one").make({2: page(7)})
     content, source = one.content, RamFile(one.ram, one.sums)

@@ -36,6 +36,7 @@ ZERO: Final = bytes(PAGE)
 CHUNK: Final = 4 << 20  # bytes handled at once
 WORTH_A_HOLE: Final = 1 << 20  # bytes of zeroes where there was data
 _COPY: Final = 16 << 20
+_SYNC: Final = 16 << 20  # bytes of a copy that wait for the disk together: who gives it up waits for no more
 _ZERO_CRC: Final = zlib.crc32(ZERO)
 _SUM: Final = 4  # bytes
 _FICLONE: Final = 0x40049409  # ioctl_ficlone(2)
@@ -280,12 +281,18 @@ def _copy_file(source: int, target: int, cancelled: Callable[[], bool]) -> bool:
         fcntl.ioctl(target, _FICLONE, source)
         os.ftruncate(target, size)
         return True
+    waiting = 0
     for start, end in data_extents(source, min(os.fstat(source).st_size, size)):
         at = start
         while at < end:
             if cancelled():
                 return False
-            at += os.copy_file_range(source, target, min(_COPY, end - at), at, at)
+            done = os.copy_file_range(source, target, min(_COPY, end - at), at, at)
+            at += done
+            waiting += done
+            if waiting >= _SYNC:
+                os.fsync(target)
+                waiting = 0
     return True
 
 
