@@ -201,12 +201,14 @@ class Supervisor(Starting):
             for next_ in await asyncio.gather(ready, return_exceptions=True):
                 if isinstance(next_, Next):
                     next_.staged.discard()
-            await (
-                self._saving.acquire()
-            )  # a save that is under way learns that the machine is gone, and puts things right
-            await self._gateway.close()
-            await self._outlet.close()
-            await saver.close()
+            # A save that is under way learns that the machine is gone, and puts things right.
+            with span("wait for what is being saved"):
+                await self._saving.acquire()
+            with span("end what is carried"):
+                await self._gateway.close()
+                await self._outlet.close()
+            with span("give up what is prepared"):
+                await saver.close()
 
     def _guest_ready(self, ready: bool) -> None:
         if ready and self.guest.boot_ready is not None:
