@@ -102,7 +102,9 @@ async def test_misuse_is_refused_recorded_and_the_last_word_on_that_connection(t
             await client.send(request)
             status, headers, body = await client.answer()
             assert (status, headers["x-capsem-decision"]) == (403, "denied")
-            assert why in json.loads(body)["error"]
+            told = json.loads(body)
+            assert why in told["error"]
+            assert (told["code"], "do not retry" in told["hint"]) == ("egress_denied", True)
             assert await client.rest() == b""
     assert seen == []
     for row, (_, _, why) in zip(world.rows.requests, cases, strict=True):

@@ -50,7 +50,10 @@ def denied(subject: Subject, verdict: Verdict, accept: bytes | None) -> tuple[Re
 
 def failed(status: int, message: str, accept: bytes | None, *, decision: str = "error") -> tuple[ResponseHead, bytes]:
     """The answer to a request that could not be carried out, or could not be understood."""
-    facts: dict[str, object] = {"error": f"Capsem's proxy: {message}", "code": "egress_failed", "decision": decision}
+    code = "egress_denied" if decision == "denied" else "egress_failed"
+    facts: dict[str, object] = {"error": f"Capsem's proxy: {message}", "code": code, "decision": decision}
+    if status == 403:
+        facts["hint"] = _POLICY
     return _page(status, facts, [(DECISION_HEADER.encode(), decision.encode())], accept)
 
 
