@@ -257,6 +257,14 @@ def test_a_reader_cannot_write_and_leaves_what_tidy_removes(tmp_path: Path) -> N
     assert os.listdir(tmp_path) == ["session.db"]
 
 
+def test_a_reader_that_knows_that_nobody_writes_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "session.db"
+    Writer(path, SESSION).close().result()
+    with reader(path, still=True) as connection:
+        assert connection.execute("SELECT count(*) FROM exec_events").fetchone() == (0,)
+        assert os.listdir(tmp_path) == ["session.db"]
+
+
 def test_what_comes_fast_is_gathered_unless_somebody_waits_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,12 +121,13 @@ def close_writer(connection: sqlite3.Connection, *, lasting: bool = True) -> Non
 
 
 @contextlib.contextmanager
-def reader(path: Path, *, limit: float | None = None) -> Iterator[sqlite3.Connection]:
-    """A connection that cannot write; each statement is ended after `limit` seconds.
+def reader(path: Path, *, limit: float | None = None, still: bool = False) -> Iterator[sqlite3.Connection]:
+    """A connection that cannot write; each statement is ended after `limit` seconds. `still`: nobody writes meanwhile; then
+    nothing is left behind that would have to be put right, unless it is there already.
 
     Raises NotFound (there is no ledger), Deadline, Corrupt, sqlite3.Error of what is done inside.
     """
-    alone = "&immutable=1" if not journal(path).exists() and not has_room(path) else ""  # without an index
+    alone = "&immutable=1" if not journal(path).exists() and (still or not has_room(path)) else ""  # without an index
     uri = f"file:{quote(str(path))}?mode=ro{alone}"
     try:
         connection = sqlite3.connect(uri, uri=True, timeout=BUSY, isolation_level=None)

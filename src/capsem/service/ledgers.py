@@ -207,9 +207,9 @@ class Ledgers:
             self._indexed[vm] = state
 
 
-def _ask(path: Path, question: Callable[[sqlite3.Connection], T]) -> T:
+def _ask(path: Path, question: Callable[[sqlite3.Connection], T], *, still: bool = False) -> T:
     try:
-        with database.reader(path, limit=QUESTION_LIMIT) as connection:
+        with database.reader(path, limit=QUESTION_LIMIT, still=still) as connection:
             return question(connection)
     except database.Deadline:
         raise TimedOut(f"{path.name} was not read within {QUESTION_LIMIT:.0f} s", hint="ask for less") from None
@@ -235,7 +235,7 @@ def _wind_up(session: SessionDir) -> Work | None:
     _tidy(session)
     if not session.ledger.exists():
         return None
-    work = _ask(session.ledger, queries.work)
+    work = _ask(session.ledger, queries.work, still=True)
     _tidy(session)
     return work
 
