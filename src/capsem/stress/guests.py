@@ -52,10 +52,10 @@ class LinuxGuest:
         return (
             f"mkdir -p /root/stress; echo {word} >/dev/shm/stress; "
             f"STRESS={word} setsid sleep infinity >/dev/null 2>&1 </dev/null & echo $! >/dev/shm/stress-pid; "
-            "n=$(wc -l </root/count 2>/dev/null || echo 0); "
-            "setsid flock -n /dev/shm/stress-lock bash -c "
-            "'n=$1; while :; do n=$((n+1)); echo $n >>/root/count; sync /root/count; sleep 0.3; done' "
-            "- $n >/dev/null 2>&1 </dev/null &"
+            # What a machine that was killed had appended and not synced may be zeros: ext4 can write a size before its data.
+            "setsid flock -n /dev/shm/stress-lock bash -c 'cd /root; touch count; n=$(wc -l <count); "
+            "truncate -s $(head -n $n count | wc -c) count; "
+            "while :; do n=$((n+1)); echo $n >>count; sync count; sleep 0.3; done' >/dev/null 2>&1 </dev/null &"
         )
 
     def put(self, name: str, piece: Piece, *, append: bool) -> str:
