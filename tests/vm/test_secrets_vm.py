@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from origins import STREAMS, Origins, serving
 from real_service import SMALL, Service, children, running_service
@@ -138,7 +140,9 @@ def test_a_fork_cannot_use_what_its_source_was_lent(lent: Service, origins: Orig
 
 
 def test_nothing_that_is_left_of_it_holds_the_secret(lent: Service, origins: Origins) -> None:
-    """After everything above: memory, layers, device state, databases, logs, records; arguments and environments."""
+    """After everything above: memory, layers, device state, databases, logs, records; arguments and environments. Nor the key of
+    the authority that VMs trust."""
+    authority = forms_of_key(lent.home / "egress-ca.pem")
     assert curl(lent, "box", origins.url("mirror"), BEARER)[0] == 200
     supervisor = lent.client.call("info", vm_id="box")["pid"]
     for pid in (lent.process.pid, supervisor, *children(supervisor)):
@@ -146,7 +150,8 @@ def test_nothing_that_is_left_of_it_holds_the_secret(lent: Service, origins: Ori
             assert SECRET.encode() not in Path(f"/proc/{pid}/{file}").read_bytes()
     lent.client.call("checkpoint", vm_id="box", body={})
     lent.client.call("suspend", vm_id="box")
-    assert holding(lent.home) == ["secrets.json"]
+    assert holding(lent.home, FORMS) == ["secrets.json"]
+    assert holding(lent.home, authority) == ["egress-ca.pem"]
     lent.client.call("resume", vm_id="box")
     assert curl(lent, "box", origins.url("mirror"), BEARER)[0] == 200
     assert origins.seen[-1]["headers"]["authorization"] == f"Bearer {SECRET}"
@@ -154,23 +159,33 @@ def test_nothing_that_is_left_of_it_holds_the_secret(lent: Service, origins: Ori
     done = lent.cli("support-bundle", str(bundle))
     assert done.returncode == 0, done.stderr
     with tarfile.open(bundle) as archive:
-        texts = [archive.extractfile(member) for member in archive if member.isfile()]
-        assert not any(form in text.read() for text in texts if text is not None for form in FORMS)
+        files = [archive.extractfile(member) for member in archive if member.isfile()]
+        texts = [file.read() for file in files if file is not None]
+        assert len(texts) > 3
+        assert not any(form in text for text in texts for form in (*FORMS, *authority))
     lent.client.call("stop", vm_id="box")
-    assert holding(lent.home) == ["secrets.json"]
+    assert holding(lent.home, FORMS) == ["secrets.json"]
     database = sqlite3.connect(f"file:{lent.run_dir}/persistent/box/session.db?mode=ro", uri=True)
     assert database.execute("SELECT count(*) FROM net_events WHERE secrets = 'key'").fetchone()[0] > 5
     database.close()
 
 
-def holding(home: Path) -> list[str]:
-    """Files that hold the secret in some form, looked into byte by byte."""
+def forms_of_key(path: Path) -> tuple[bytes, ...]:
+    """A private key as it may stand somewhere: its number, and a line of its PEM that is nothing but that."""
+    text = path.read_bytes()
+    key = serialization.load_pem_private_key(text, None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    return key.private_numbers().private_value.to_bytes(32, "big"), text.splitlines()[2]
+
+
+def holding(home: Path, forms: tuple[bytes, ...]) -> list[str]:
+    """Files that hold one of the texts, looked into byte by byte."""
     found = []
     for path in sorted(each for each in home.rglob("*") if each.is_file() and not each.is_symlink()):
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:  # what is collected meanwhile is not left
             tail = b""
             while block := file.read(4 << 20):
-                if any(form in tail + block for form in FORMS):
+                if any(form in tail + block for form in forms):
                     found.append(path.name)
                     break
                 tail = block[-100:]
