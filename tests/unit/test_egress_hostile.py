@@ -458,6 +458,25 @@ async def test_what_the_agent_says_is_not_believed(tmp_path: Path, address: str,
     assert world.lookups == []
 
 
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("address", "127.0.0.1 169.254.169.254 ::1 192.0.2.7 198.18.0.1 lies".split())
+@run
+async def test_wherever_an_agent_says_that_it_leads_the_request_decides(
+    tmp_path: Path, address: str, explicit: bool
+) -> None:
+    """It opens nothing that is denied, and takes what is allowed nowhere but where its name leads."""
+    async with bench(tmp_path, sites("site.test")) as world:
+        port = await world.origin(answering())
+        told = {"address": address, "port": 3128 if explicit else port, "explicit": explicit}
+        for name, expected in (("other.test", 403), ("site.test", 200), ("169.254.169.254", 403)):
+            client = world.plain(**told)
+            target = f"http://{name}:{port}/" if explicit else "/"
+            await client.send(f"GET {target} HTTP/1.1\r\nHost: {name}:{port}\r\n\r\n".encode())
+            assert (await client.answer())[0] == expected
+        assert world.lookups == ["site.test"]
+        assert [row.address for row in world.rows.requests if row.decision == "allowed"] == ["127.0.0.1"]
+
+
 @pytest.mark.parametrize(
     "data",
     [
