@@ -12,7 +12,7 @@ import pytest
 
 from capsem.guest import files
 from capsem.guest.files import Reader, Refused, open_parent, refusal
-from capsem.guest.writer import LARGE_RING, Rings, Writer
+from capsem.guest.writer import LARGE_RING, Rings, Temporary, Writer
 from capsem.wire.events import Closed, CreditReceived, DataReceived, EndReceived
 from capsem.wire.messages import STDIN, STDOUT, Failed, FileRead, FileWritten, ReadFile, WriteFile
 from capsem.wire.streams import WINDOW
@@ -51,6 +51,9 @@ class Case:
         self.calls: list[tuple[str, str]] = []
         self.fail: str | None = None
         self.finished: list[int] = []
+        self.notes = workspace.parent / "notes"
+        self.notes.mkdir()
+        self.temporary = Temporary(str(self.notes))
         for name in ("fsync", "rename", "mkdir"):
             monkeypatch.setattr(files.os, name, self._recorded(name, getattr(os, name)))
 
@@ -76,7 +79,16 @@ class Case:
         request = WriteFile(path=path)
         stream = self.open(request)
         rings, done = Rings(), self.finished.append
-        return Writer(self.loop, self.guest.mux, stream, request, str(self.workspace), rings, done)  # type: ignore[arg-type]
+        return Writer(
+            self.loop,  # type: ignore[arg-type]
+            self.guest.mux,
+            stream,
+            request,
+            str(self.workspace),
+            rings,
+            self.temporary,
+            done,
+        )
 
     def answer(self) -> list[object]:
         settle(self.host, self.guest)
@@ -163,7 +175,33 @@ def test_a_failure_is_said_and_leaves_what_was_there(case: Case, fail: str, old:
     assert failed.hint is not None
     assert case.names() == ([] if old is None else ["file"])
     assert old is None or (case.workspace / "file").read_bytes() == old
+    assert list(case.notes.iterdir()) == []
     assert descriptors() == before
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_what_a_killed_agent_leaves_is_removed_by_the_next(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the link beside the target and the rename over it."""
+
+    def rename(*_: object, **__: object) -> None:
+        raise Killed
+
+    (case.workspace / "file").write_bytes(b"old")
+    (case.workspace / ".capsem-mine").touch()
+    monkeypatch.setattr(files.os, "rename", rename)
+    writer = case.writer()
+    writer.feed(b"new")
+    with pytest.raises(Killed):
+        writer._commit()
+    assert len(case.names()) == 3
+    Temporary(str(case.notes))
+    assert case.names() == [".capsem-mine", "file"]
+    assert (case.workspace / "file").read_bytes() == b"old"
+    assert list(case.notes.iterdir()) == []
+    writer.cancelled()
 
 
 def test_a_parent_that_somebody_else_makes_meanwhile_is_used(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from capsem.guest.servant import Servant
 from capsem.guest.spawner import Spawner
 from capsem.guest.system import Bystander
 from capsem.guest.terminal import TerminalCommand
-from capsem.guest.writer import Rings, Writer
+from capsem.guest.writer import Rings, Temporary, Writer
 from capsem.wire.decoder import FrameDecoder
 from capsem.wire.environment import TRUST_ENV, env_problem
 from capsem.wire.events import (
@@ -111,6 +111,7 @@ class Agent:
         self._connections_reset = 0
         self._buffer = memoryview(bytearray(MAX_DATA))
         self._rings = Rings()
+        self._temporary = Temporary(memory.directory)
         decoder = self._mux.decoder
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             self._boot_id = file.read().strip()
@@ -345,7 +346,7 @@ class Agent:
             self._servants[stream] = Reader(self._mux, stream, request, self._workspace, self._buffer, self._finished)
         elif isinstance(request, WriteFile):
             self._servants[stream] = Writer(
-                self._loop, self._mux, stream, request, self._workspace, self._rings, self._finished
+                self._loop, self._mux, stream, request, self._workspace, self._rings, self._temporary, self._finished
             )
         elif isinstance(request, ListDir):
             self._servants[stream] = Lister(self._loop, self._mux, stream, request, self._workspace, self._finished)

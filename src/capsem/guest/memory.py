@@ -15,6 +15,7 @@ class Memory:
     def __init__(self, directory: str) -> None:
         """Read what an earlier agent of this boot left in `directory`, which is made when missing. Raises OSError."""
         os.makedirs(directory, 0o700, exist_ok=True)
+        self.directory = directory
         self._fd = os.open(f"{directory}/memory", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.epoch = 0
         self.next_nonce = FIRST_NONCE

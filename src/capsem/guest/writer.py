@@ -2,7 +2,7 @@
 
 The content goes into a file without a name, which gets the target's when all has come. So an agent that is killed in
 the middle leaves nothing behind. A link cannot replace a file: it is made beside the target and renamed over it, at the
-very end.
+very end; an agent that is killed between the two has written down its name, and the next one removes it.
 
 What comes is collected in a ring of memory, of which full parts are written by a thread, past the page cache. Under
 emulation that is a third of the work: no page is looked for, cleared, kept, found dirty and written back. Nor is what a
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from capsem.wire.streams import Mux
 
+_PREFIX = ".capsem-"
 _PARTS = 2  # of a ring: while one is written, the other one fills
 LARGE_RING = 4 * 1024 * 1024  # bytes: half of it is one write, and what a disk takes per write does not count then
 _LARGE_RINGS = 4  # at once; further files get along with a window's worth of memory each
@@ -55,6 +56,32 @@ class Rings:
         self._large += size == LARGE_RING
 
 
+class Temporary:
+    """Names that files have for a moment, each noted for the case that the agent is killed in it."""
+
+    def __init__(self, directory: str) -> None:
+        """`directory` holds the notes; what an agent before noted, and did not finish, is removed. Raises OSError."""
+        self._directory = directory
+        for name in os.listdir(directory):
+            if name.startswith(_PREFIX):
+                self._remove(os.readlink(f"{directory}/{name}"))
+                self.forget(name)
+
+    def note(self, parent: int, name: str) -> None:
+        """There is going to be a file of this name in the open directory `parent`. Raises OSError."""
+        os.symlink(os.readlink(f"/proc/self/fd/{parent}") + "/" + name, f"{self._directory}/{name}")
+
+    def forget(self, name: str) -> None:
+        """It is gone, or never was."""
+        self._remove(f"{self._directory}/{name}")
+
+    def _remove(self, path: str) -> None:
+        try:
+            os.unlink(path)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+
+
 class Writer(Servant):
     """Serves a WriteFile request."""
 
@@ -66,6 +93,7 @@ class Writer(Servant):
         request: WriteFile,
         workspace: str,
         rings: Rings,
+        temporary: Temporary,
         done: Callable[[int], None],
     ) -> None:
         """Open the file. Raises Refused, OSError."""
@@ -74,11 +102,12 @@ class Writer(Servant):
         self._stream = stream
         self._path = request.path
         self._rings = rings
+        self._names = temporary
         self._done = done
         self._received = self._written = 0  # bytes
         self._ended = self._busy = self._cancelled = False
         self._directory, self._name = open_parent(workspace, request.path, create=True)
-        self._temporary = f".capsem-{stream}-{os.urandom(8).hex()}"
+        self._temporary = f"{_PREFIX}{stream}-{os.urandom(8).hex()}"
         self._nameless = False
         self._created = False
         self._fd = self._direct = -1
@@ -103,6 +132,7 @@ class Writer(Servant):
         except OSError as error:
             if error.errno not in _NO_TMPFILE:
                 raise
+            self._names.note(self._directory, self._temporary)
             named = flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             self._fd = os.open(self._temporary, named, 0o600, dir_fd=self._directory)
 
@@ -191,9 +221,11 @@ class Writer(Servant):
         if self._cancelled:
             return
         if self._nameless:
+            self._names.note(self._directory, self._temporary)
             os.link(f"/proc/self/fd/{self._fd}", self._temporary, dst_dir_fd=self._directory)
             self._nameless = False
         os.rename(self._temporary, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+        self._names.forget(self._temporary)
         self._temporary = ""
         os.fsync(self._directory)
 
@@ -222,6 +254,8 @@ class Writer(Servant):
                 os.unlink(self._temporary, dir_fd=self._directory)
             except FileNotFoundError:
                 pass
+        if self._temporary:
+            self._names.forget(self._temporary)
             self._temporary = ""
         for fd in (self._fd, self._direct, self._directory):
             if fd >= 0:
