@@ -14,6 +14,7 @@ from capsem.service.gate import Gate
 from capsem.service.handlers import Handlers
 from capsem.service.launch import Launcher
 from capsem.service.ledgers import Ledgers
+from capsem.service.spares import Spares
 from capsem.simulation.world import OneImage
 from capsem.store.layout import Layout
 from process_machine import InProcess, ProcessDriver
@@ -29,6 +30,7 @@ class World:
         self.processes = InProcess(self.driver)
         self.catalog = OneImage(directory)
         self.loop = asyncio.get_running_loop()
+        self.spares: Spares | None = None
         self.start(limit)
 
     async def restart(self) -> None:
@@ -42,7 +44,9 @@ class World:
         """A service as it comes up: nothing in memory yet."""
         self.fleet = Fleet(self.processes.system, self.layout, limit)
         self.ledgers = Ledgers(self.fleet, self.layout.run_dir.parent / "sessions" / "main.db")
-        launcher = Launcher(self.processes.system, self.layout, {}, Path("capsem-process"), "process")
+        launcher = Launcher(
+            self.processes.system, self.layout, {}, Path("capsem-process"), "process", spares=self.spares
+        )
         features, system = self.driver.features, self.processes.system
         gate = Gate(system.clock, overlap=features.transitions_overlap, path=self.layout.run_dir / "gate.lock")
         maker = Maker(self.fleet, self.driver, self.catalog, launcher, gate)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,41 +119,47 @@ class Launcher:
         )
         argv = [str(self.process_binary), "--id", record.id, "--session-dir", str(session.path)]
         data = encode_message(bootstrap)
-        try:
-            with span("hand over to a spare supervisor"):
-                child = await self.spares.take(data, len(" ".join(argv[1:]))) if self.spares else None
-            if child is None:
-                with span("spawn a supervisor"):
-                    child = await self.system.processes.spawn(
-                        argv, env=passed_on(self.environ), stdin=data, log=session.process_log
-                    )
-        except OSError as error:
-            raise HostNotReady(
-                f"{self.process_binary} cannot be started: {error.strerror}",
-                hint="reinstall Capsem, or give --process-binary",
-            ) from error
+        with span("hand over to a spare supervisor"):
+            spare = await self.spares.take(data, len(" ".join(argv[1:]))) if self.spares else None
+        child = spare or await self._spawn(argv, data, session)
         try:
             async with asyncio.timeout(BIND_LIMIT):
                 with span("wait for the supervisor's socket"):
-                    word = await child.read_line()
-                if word != BOUND:
-                    await child.wait()
-                    raise MachineFailed(
-                        f"the supervisor of {record.id} ended at once: {last_lines(session.process_log, LOG_LINES)}",
-                        hint=f"capsem logs {record.id}",
-                    )
+                    while await child.read_line() != BOUND:
+                        if await child.wait() >= 0 or child is not spare:
+                            raise MachineFailed(
+                                f"the supervisor of {record.id} ended at once: {last_lines(session.process_log, LOG_LINES)}",
+                                hint=f"capsem logs {record.id}",
+                            )
+                        # Whoever killed it meant another, or all of them: this VM's start has not begun.
+                        log.warning("%s: the spare supervisor was killed (%s)", record.id, child.status)
+                        socket.unlink(missing_ok=True)
+                        child = await self._spawn(argv, data, session)
                 link = Link()
                 with span("connect to the supervisor"):
                     await link.connect(self.system, socket)
         except BaseException as error:
-            self.system.processes.signal(child.pid, 9)
-            await child.wait()
+            if child.status is None:
+                self.system.processes.signal(child.pid, 9)
+                await child.wait()
             if isinstance(error, TimeoutError):
                 raise MachineFailed(
                     f"the supervisor of {record.id} did not come up within {BIND_LIMIT:.0f} s"
                 ) from error
             raise
         return child, link
+
+    async def _spawn(self, argv: Sequence[str], data: bytes, session: SessionDir) -> Child:
+        try:
+            with span("spawn a supervisor"):
+                return await self.system.processes.spawn(
+                    argv, env=passed_on(self.environ), stdin=data, log=session.process_log
+                )
+        except OSError as error:
+            raise HostNotReady(
+                f"{self.process_binary} cannot be started: {error.strerror}",
+                hint="reinstall Capsem, or give --process-binary",
+            ) from error
 
 
 def empty_ram(layout: Layout, size_mb: int) -> Path:
