@@ -237,7 +237,7 @@ def test_a_sweep_of_one_owners_drafts_leaves_all_others(store: CheckpointStore, 
     for number, (owner, alive) in enumerate((("box", False), ("box", True), ("other", False), ("", False)), 70):
         draft = store.prepare(new_id(number), owner=owner)
         if not alive:
-            draft.lock.release()
+            store.abandon(draft)
     (where.checkpoints / new_id(74)).mkdir()  # which somebody is about to lock
     assert store.sweep("box") == [new_id(70)]
     assert sorted(path.name for path in where.checkpoints.iterdir()) == [new_id(number) for number in range(71, 75)]

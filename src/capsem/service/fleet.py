@@ -154,7 +154,7 @@ class Fleet(Members):
         ending = [] if self.apart else [vm for vm in running if vm not in saved]
         await asyncio.gather(saving, _terminate(ending))
         await _terminate([vm for vm in running if vm.running])
-        await asyncio.gather(*self._clearing, return_exceptions=True)
+        await asyncio.gather(*self._clearing, *self._sweeping, return_exceptions=True)
 
     def leave_all(self) -> None:
         """Let go of every supervisor without a word, for the next service to find."""

@@ -17,6 +17,8 @@ from capsem.system import System
 
 SUM_AFTER = 10.0  # seconds from a checkpoint to the checksums of its layers: others want the disk first
 
+Removals = set[asyncio.Future[object]]  # under way, on threads
+
 log = logging.getLogger("capsem_service.holdings")
 
 
@@ -33,7 +35,8 @@ class Holdings:
         self._skipped = False  # there are session directories that are no VM's, and were left alone
         self._summing: asyncio.Task[None] | None = None
         self._pinned: Counter[str] = Counter()  # checkpoints that VMs are being made of
-        self._clearing: set[asyncio.Future[object]] = set()
+        self._clearing: Removals = set()
+        self._sweeping: Removals = set()
         self._saving: set[str] = set()  # VMs of which a checkpoint is being made
 
     @contextlib.contextmanager
@@ -87,12 +90,16 @@ class Holdings:
         self.checkpoints.withdraw(checkpoint.id)
         self.remove_layers(checkpoint.layer_ids)
         # Giving back hundreds of megabytes takes a file system longer than a suspend takes us: nobody waits for that.
-        self._in_background(self.checkpoints.clear, checkpoint.id)
+        self._in_background(self._clearing, self.checkpoints.clear, checkpoint.id)
 
-    def _in_background(self, remove: Callable[[str], object], which: str) -> None:
+    def sweep_drafts(self, vm_id: str) -> None:
+        """Remove what a VM's supervisor had prepared, or had in the making when it was killed, while nobody waits for that."""
+        self._in_background(self._sweeping, self.checkpoints.sweep, vm_id)
+
+    def _in_background(self, those: Removals, remove: Callable[[str], object], which: str) -> None:
         removing = asyncio.get_running_loop().run_in_executor(None, remove, which)
-        self._clearing.add(removing)
-        removing.add_done_callback(self._clearing.discard)
+        those.add(removing)
+        removing.add_done_callback(those.discard)
 
     async def cleared(self) -> None:
         """Wait until the files of all removed checkpoints are gone. Raises OSError."""

@@ -146,9 +146,7 @@ class Members(Holdings):
     # -- ending
 
     def _unsupervised(self, vm: Vm) -> None:
-        self._in_background(
-            self.checkpoints.sweep, vm.id
-        )  # after one that was killed; others have seen to their drafts
+        self.sweep_drafts(vm.id)
         self._ended(vm)
 
     def _ended(self, vm: Vm) -> None:

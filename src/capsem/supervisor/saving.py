@@ -13,7 +13,6 @@ A save that fails leaves no trace: the draft is removed, and whoever asked decid
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import functools
 import logging
@@ -399,7 +398,7 @@ class Saver:
         return {**machine, **self._assets}
 
     async def close(self) -> None:
-        """The machine has ended: a draft that was prepared for nothing goes."""
+        """The machine has ended: a draft that was prepared for nothing is the service's to remove, for whom nobody waits."""
         task, self._preparing = self._preparing, None
         await self._stop_quiescing()
         if self._prepared is not None:
@@ -408,8 +407,10 @@ class Saver:
             if self._prepared is None:
                 task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        with contextlib.suppress(OSError):
-            self._drop_prepared()
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            prepared.writer.close()
+            self._store.abandon(prepared.draft)
         if self._base is not None:
             self._base.close()
             self._base = None
