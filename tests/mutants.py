@@ -123,6 +123,13 @@ MUTANTS = (
         SAVE_CRASH,
     ),
     Mutant(
+        "layer merged that is written to",
+        "model/vm.py",
+        "-2 if self.freezing or self.state == State.SUSPENDING else -1",
+        "-1",
+        "tests/contract/test_flattening.py::test_what_a_machine_may_still_write_to_is_not_merged",
+    ),
+    Mutant(
         "merged layer not synced",
         "hypervisor/qemu/merge.py",
         "_write_all(fd, start, 0)\n                os.fsync(fd)\n",

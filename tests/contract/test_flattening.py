@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from sim_world import sim_world
 
+from capsem.api.checkpoint_types import CheckpointRequest, OneCheckpointRequest
 from capsem.api.exec_types import ExecRequest
 from capsem.api.vm_types import ForkRequest, ProvisionRequest, ResumeRequest
 from capsem.hypervisor.driver import Merged
 from capsem.service.flattening import Flattening
+from capsem.service.vm import Vm
 from capsem.store.flatten import MAX_DEPTH
 from service_world import World, play
 
@@ -49,6 +52,14 @@ async def fork(it: World, count: int = FORKS) -> None:
 async def settled(flattening: Flattening) -> None:
     while flattening.busy:
         await asyncio.sleep(0.01)
+
+
+async def changes(vm: Vm) -> None:
+    """Its supervisor has something to say all the time, for which the service reads the record."""
+    while True:
+        vm.reload()
+        vm.on_changed(vm)
+        await asyncio.sleep(0)
 
 
 def depth(it: World) -> int:
@@ -112,6 +123,44 @@ def test_layers_that_a_copy_needs_stay(tmp_path: Path) -> None:
         assert not layers_on_disk(it)
 
     play(tmp_path, scene)
+
+
+def test_what_a_machine_may_still_write_to_is_not_merged(tmp_path: Path) -> None:
+    """A record names a new layer before the machine goes on in it: while it is saved or forked the one below is not frozen."""
+
+    async def scene() -> None:
+        async with sim_world(tmp_path) as it:
+            merge, safe = it.driver.merge_layers, []
+
+            async def watched(sources: Sequence[Path], target: Path, *, vm_id: str, layer_id: str) -> Merged:
+                written = {machine.top_layer.path for machine in it.driver.machines if not machine.gone}
+                safe.append(not written & set(sources))
+                return await merge(sources, target, vm_id=vm_id, layer_id=layer_id)
+
+            it.driver.merge_layers = watched  # type: ignore[method-assign, assignment]
+            await it.create("box")
+            flattening = it.handlers.flattening
+            flattening.begin()
+            words = asyncio.create_task(changes(it.fleet.get("box")))
+            for number in range(3 * MAX_DEPTH):
+                match number % 3:
+                    case 0:
+                        await it.handlers.suspend("box")
+                        await it.handlers.resume("box", ResumeRequest())
+                    case 1:
+                        made = await it.handlers.checkpoint("box", CheckpointRequest())
+                        await it.handlers.remove_checkpoint("box", OneCheckpointRequest(made.id))
+                    case 2:
+                        await it.handlers.fork("box", ForkRequest(name="child"))
+                        await it.handlers.delete("child")
+            words.cancel()
+            while flattening.busy:
+                await asyncio.sleep(0.01)
+            await flattening.close()
+            assert safe
+            assert all(safe)
+
+    asyncio.run(scene())
 
 
 def test_nothing_waits_for_a_merge_and_a_vm_that_goes_takes_it_along(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ FULL = dataclasses.replace(
     network=MappingProxyType({"preset": "off", "rule": [{"name": "a", "action": "allow", "host": ["a.test"]}]}),
     learning_since=1e9 + 2,
     attached=("7" * 32,),
+    freezing=True,
     secrets=MappingProxyType({"key": ("capsem-key-x", "capsem-key-y")}),
     template=True,
     pooled=True,
@@ -161,6 +162,23 @@ def test_a_suspend_that_was_cut_off_before_its_commit_is_lost_with_its_machine_a
     for boot, state in (("boot", State.FAILED), ("other", State.STOPPED)):
         after = record.recovered(boot, saved=False)
         assert (after.state, after.checkpoint, after.saving, after.layers) == (state, OLDER, None, (LAYER, OLDER))
+
+
+@pytest.mark.parametrize(
+    ("state", "freezing", "frozen"),
+    [
+        (State.RUNNING, False, 2),
+        (State.RUNNING, True, 1),  # it may still write to the layer below the one that it will go on in
+        (State.SUSPENDING, True, 1),
+        (State.SUSPENDING, False, 1),  # a supervisor of an earlier version
+        (State.SUSPENDED, False, 3),
+        (State.STOPPED, False, 2),
+    ],
+)
+def test_a_layer_is_frozen_when_nothing_writes_to_it(state: State, freezing: bool, frozen: int) -> None:
+    layers = (SAVED, OLDER, LAYER)
+    record = dataclasses.replace(PLAIN, state=state, layers=layers, freezing=freezing)
+    assert record.frozen == layers[:frozen]
 
 
 @pytest.mark.parametrize("boot", ["boot", "other"])

@@ -55,6 +55,7 @@ class VmRecord:
     kept: tuple[str, ...] = ()  # checkpoints made by a suspend that the owner wants to see
     # While it runs: layers that its machine still reads, for which the volume names an equivalent by now.
     attached: tuple[str, ...] = ()
+    freezing: bool = False  # while it runs: its machine may still write to the layer below the top one
     machine_id: str = ""  # of the guest, 32 hexadecimal digits; a fork's is its own
     last_exit: Exit | None = None
     policy: Policy = OFF
@@ -81,10 +82,19 @@ class VmRecord:
         if state == self.state:
             return self
         if state != State.SUSPENDED:
-            return replace(self, state=state, saving=None)
+            return replace(self, state=state, saving=None, freezing=False)
         # What was to be written to next lies on top of what the checkpoint holds, and goes.
         checkpoint = self.saving or self.checkpoint
-        return replace(self, state=state, saving=None, checkpoint=checkpoint, layers=self.layers[:-1])
+        layers = self.layers[:-1]
+        return replace(self, state=state, saving=None, freezing=False, checkpoint=checkpoint, layers=layers)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The layers to which nothing writes any more, lowest first."""
+        if self.state == State.SUSPENDED:
+            return self.layers
+        # A record names a new layer before the machine writes to it; a supervisor of an earlier version says no more.
+        return self.layers[: -2 if self.freezing or self.state == State.SUSPENDING else -1]
 
     @property
     def nobodys(self) -> bool:

@@ -1,8 +1,8 @@
 """Keeps the layer chains of all VMs short, in the background and in nobody's way.
 
-A chain is merged by copying: the frozen layers that `store.flatten` picks are written into a new layer, by a thread, one
-chain at a time, while the VM runs, stands still or is saved as it likes. Then one write of the VM's record names the new
-layer in their place, under the VM's turn:
+A chain is merged by copying: the frozen layers (`VmRecord.frozen`) that `store.flatten` picks are written into a new layer,
+by a thread, one chain at a time, while the VM runs, stands still or is saved as it likes. Then one write of the VM's record
+names the new layer in their place, under the VM's turn:
 
     at rest     the service writes it
     running     its supervisor does (ReplaceLayers); the machine goes on with the files that it has open, and a suspend's
@@ -40,12 +40,6 @@ class Merged:
 
     old: tuple[str, ...]
     new: str
-
-
-def frozen(vm: Vm) -> tuple[str, ...]:
-    """The layers of a VM to which nothing writes any more, lowest first."""
-    layers = vm.record.layers
-    return layers if vm.record.state == State.SUSPENDED else layers[:-1]
 
 
 class Flattening:
@@ -99,7 +93,7 @@ class Flattening:
                 self._look(other)
         elif task is not None:
             self._again.add(vm)
-        elif vm in self._merged or len(frozen(vm)) > MAX_DEPTH:
+        elif vm in self._merged or len(vm.record.frozen) > MAX_DEPTH:
             task = self._tasks[vm] = asyncio.create_task(self._work(vm), name=f"flatten {vm.id}")
             task.add_done_callback(lambda _task: self._done(vm))  # also of one that is cancelled before it begins
 
@@ -111,7 +105,7 @@ class Flattening:
                 await self._flatten(vm)
         except (CapsemError, OSError) as error:
             log.warning("the layers of %s cannot be merged: %s", vm.id, error)
-            self._failed[vm] = frozen(vm)
+            self._failed[vm] = vm.record.frozen
 
     def _done(self, vm: Vm) -> None:
         self._again.discard(vm)
@@ -132,10 +126,10 @@ class Flattening:
 
     async def _flatten(self, vm: Vm) -> None:
         merged = self._merged.get(vm)
-        if merged is not None and replaced(frozen(vm), merged.old, merged.new) is None:
+        if merged is not None and replaced(vm.record.frozen, merged.old, merged.new) is None:
             self._discard(vm)  # the VM went back to another chain meanwhile
             merged = None
-        if merged is None and self._failed.get(vm) != frozen(vm):
+        if merged is None and self._failed.get(vm) != vm.record.frozen:
             async with self._one:
                 merged = await self._merge(vm)
         if merged is not None:
@@ -143,7 +137,7 @@ class Flattening:
 
     async def _merge(self, vm: Vm) -> Merged | None:
         """Merge what the plan says. Raises CapsemError, OSError; then nothing is left of it."""
-        layers, layout = frozen(vm), self._fleet.layout
+        layers, layout = vm.record.frozen, self._fleet.layout
         paths = [layout.layer(layer) for layer in layers]
         lasting = self._fleet.lasting_layers(vm)
         shared = max((place for place, layer in enumerate(layers, 1) if layer in lasting), default=0)
@@ -167,13 +161,14 @@ class Flattening:
     async def _name(self, vm: Vm, merged: Merged) -> None:
         """Let the VM's record name the merged layer, if that may be now."""
         async with vm.turn:
-            layers = replaced(frozen(vm), merged.old, merged.new)
+            frozen = vm.record.frozen
+            layers = replaced(frozen, merged.old, merged.new)
             if layers is None or vm.deleted:
                 self._discard(vm)
             elif vm.running:
                 await self._tell(vm, merged)
             elif vm.state in AT_REST:
-                vm.rewrite(layers=(*layers, vm.record.layers[-1]))
+                vm.rewrite(layers=(*layers, *vm.record.layers[len(frozen) :]))
                 self._named(vm, merged)
 
     async def _tell(self, vm: Vm, merged: Merged) -> None:

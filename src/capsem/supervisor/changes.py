@@ -64,6 +64,7 @@ def _suspended(checkpoint: Checkpoint) -> dict[str, Any]:
         "checkpoint": checkpoint.id,
         "current": checkpoint.id,
         "saving": None,
+        "freezing": False,
         "layers": checkpoint.layer_ids,
         "last_exit": Exit("suspended", "suspended"),
     }
@@ -161,7 +162,7 @@ class Changes(Owned):
         assert self._machine is not None
         before = self._record
         layer = Layer(self._names.layout.layer(request.layer), "qcow2")
-        self._rewrite(layers=(*before.layers, request.layer))
+        self._rewrite(layers=(*before.layers, request.layer), freezing=True)
         faults.at("layer.named", self._machine.pid)
         began, quiesced = self._system.clock.monotonic(), True
         try:
@@ -174,8 +175,12 @@ class Changes(Owned):
                 if self._machine.top_layer != layer:
                     await self._machine.add_layer(layer)
         except CapsemError:
-            self._rewrite(layers=before.layers)
+            self._rewrite(layers=before.layers, freezing=False)
             raise
+        try:
+            self._rewrite(freezing=False)
+        except OSError as error:  # a full disk: the layer waits to be merged, for the next word in the record
+            log.error("the record cannot be written: %s", error)
         faults.at("layer.added", self._machine.pid)
         return LayerAdded(quiesced=quiesced, pause=self._system.clock.monotonic() - began)
 
@@ -216,9 +221,9 @@ class Changes(Owned):
                 # The record names the new layer before the machine writes to it, as in `add_layer`.
                 layers = (*before.layers, layer_id)
                 if request.go_on:
-                    self._rewrite(layers=layers)
+                    self._rewrite(layers=layers, freezing=True)
                 else:
-                    self._advance(Event.SUSPEND, saving=checkpoint_id, layers=layers)
+                    self._advance(Event.SUSPEND, saving=checkpoint_id, layers=layers, freezing=True)
                     self._server.broadcast(self.state())
                 faults.at(f"{what}.named", machine.pid)
                 console = self._names.session.serial_log
@@ -268,7 +273,7 @@ class Changes(Owned):
                 self._work_done()
 
     def _note_current(self, checkpoint: Checkpoint) -> None:
-        self._record = replace(self._record, current=checkpoint.id)
+        self._record = replace(self._record, current=checkpoint.id, freezing=False)
         self.recording.lifecycle("checkpoint", self._record.state, f"{checkpoint.id} ({checkpoint.kind})")
         try:
             records.write(self._names.session, self._record)
@@ -316,7 +321,8 @@ class Changes(Owned):
         """After a save that failed: the machine runs, and the record says on which layers."""
         assert self._machine is not None
         added = self._machine.top_layer == layer
-        self._record = replace(self._record, saving=None, layers=(*before.layers, layer_id) if added else before.layers)
+        layers = (*before.layers, layer_id) if added else before.layers
+        self._record = replace(self._record, saving=None, freezing=False, layers=layers)
         try:
             if self._record.state == Lifecycle.SUSPENDING:
                 self._advance(Event.ABORTED)

@@ -71,6 +71,7 @@ class Starting(Changes):
             layers=(*self._record.layers, *([bootstrap.layer] if bootstrap.layer else ())),
             machine_id=self._record.machine_id or entropy.token_bytes(16).hex(),
             attached=(),
+            freezing=False,
             started_at=clock.time(),
             host_boot_id=clock.boot_id(),
             boot_kind=kind,
