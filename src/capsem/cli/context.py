@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,7 +15,6 @@ from capsem.client.sync import Client
 from capsem.config import Paths
 from capsem.model.errors import CapsemError, InvalidInput
 from capsem.model.ids import check_name
-from capsem.model.spec import DISK_MB, RAM_MB
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -113,26 +112,39 @@ class Amount(click.ParamType[float]):
 class Gigabytes(Amount):
     """An amount of GB, as the number of MB that the service is sent; refused in the unit in which it was asked for."""
 
-    def __init__(self, allowed: range) -> None:
-        """`allowed` is in MB."""
+    def __init__(self, allowed: Callable[[], range]) -> None:
+        """`allowed`, in MB, is asked for when there is an amount: its module takes longer to import than `list` does."""
         super().__init__("GB")
         self._allowed = allowed
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Check it and turn it into MB. Raises InvalidInput."""
         number = super().convert(value, param, ctx)
-        if (size := round(number * _MB_PER_GB)) not in self._allowed:
-            least, most = self._allowed.start / _MB_PER_GB, (self._allowed.stop - 1) / _MB_PER_GB
+        allowed = self._allowed()
+        if (size := round(number * _MB_PER_GB)) not in allowed:
+            least, most = allowed.start / _MB_PER_GB, (allowed.stop - 1) / _MB_PER_GB
             option = param.opts[0] if param else self.name
             raise InvalidInput(f"{option} is {number:g} GB", hint=f"choose {least:g} to {most:g}")
         return size
 
 
+def _memory() -> range:
+    from capsem.model.spec import RAM_MB
+
+    return RAM_MB
+
+
+def _volume() -> range:
+    from capsem.model.spec import DISK_MB
+
+    return DISK_MB
+
+
 NEW_NAME = NewName()
 SESSION = SessionType("session", "capsem list shows those there are")
 IMAGE = NameType("image", "capsem image list shows those there are")
-MEMORY = Gigabytes(RAM_MB)
-VOLUME = Gigabytes(DISK_MB)
+MEMORY = Gigabytes(_memory)
+VOLUME = Gigabytes(_volume)
 SECONDS = Amount("S")
 
 
