@@ -83,6 +83,7 @@ class Fleet(Members):
             return
         if vm.obstacle is not None:
             return
+        await vm.bury_vmm()
         try:
             vm.settle(claim=claim)
         except (CapsemError, OSError) as error:

@@ -20,6 +20,7 @@ from capsem.store import records
 from capsem.store.layout import SessionDir
 from capsem.store.lines import last_lines
 from capsem.store.locks import Lock, is_locked, take_lock, try_lock
+from capsem.store.orphans import ORPHAN_LIMIT, take_from_orphan
 from capsem.system import Child, System
 from capsem.tracing import span
 
@@ -185,6 +186,7 @@ class Vm:
             await gone
         finally:
             gone.cancel()
+        await self.bury_vmm()
         await self.on_gone(self)
         status = self._child.status if self._child is not None else None
         if self.link is not None:
@@ -207,6 +209,17 @@ class Vm:
         else:
             while is_locked(self.session.claim):
                 await asyncio.sleep(CLAIM_TURN)
+
+    async def bury_vmm(self) -> None:
+        """Wait until the VMM of a supervisor that was killed is gone too: until then it may write to the volume."""
+        lock_path = self.session.vmm_lock
+        if not is_locked(lock_path):
+            return
+        lock = await take_from_orphan(self._system.processes, lock_path)
+        if lock is None:
+            log.error("the VMM of %s does not die; look for processes that hold %s", self.id, lock_path)
+        else:
+            lock.release()
 
     async def _hung_up(self, link: Link, gone: asyncio.Future[None]) -> None:
         """Wait for the supervisor's end; one that hangs up and stays can only be stopped."""
@@ -322,7 +335,7 @@ class Vm:
     async def stop(self, request: Stop) -> None:
         """End the supervisor and wait until it is gone; a supervisor that does not go is killed.
 
-        Raises Unavailable when somebody holds the claim who cannot be found.
+        Raises Unavailable when somebody holds the claim who cannot be found, or nothing ends it.
         """
         if not self.running:
             with contextlib.suppress(FileNotFoundError):
@@ -342,7 +355,8 @@ class Vm:
         if not await self.ended(limit):
             log.warning("the supervisor of %s did not end within %.1f s; killing it", self.id, limit)
             self.terminate(signal.SIGKILL)
-            await self.ended(EXIT_MARGIN)
+            if not await self.ended(EXIT_MARGIN + ORPHAN_LIMIT):
+                raise Unavailable(f"{self.id} does not end, though its supervisor was killed", hint="try again later")
 
     def terminate(self, number: int) -> None:
         """Send the supervisor a signal, if there is one."""

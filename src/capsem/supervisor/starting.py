@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import functools
 import logging
 from pathlib import Path
@@ -19,12 +17,10 @@ from capsem.model.vm import VmRecord
 from capsem.store import durable, records
 from capsem.store.jobs import decode
 from capsem.store.layout import CheckpointDir
-from capsem.store.locks import Lock, holders, try_lock
+from capsem.store.locks import Lock
+from capsem.store.orphans import take_from_orphan
 from capsem.supervisor.changes import Changes
 from capsem.supervisor.saving import Saver
-
-ORPHAN_LIMIT = 5.0  # seconds for the VMM of an earlier, killed supervisor to die
-LOCK_TURN = 0.05  # seconds between looks at a lock whose holder cannot be found
 
 log = logging.getLogger("capsem_process")
 
@@ -98,18 +94,10 @@ class Starting(Changes):
     async def _take_vmm_lock(self) -> Lock:
         """The VMM lock; an orphan that holds it (its supervisor was killed) is killed first. Raises MachineFailed."""
         path = self._names.session.vmm_lock
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(ORPHAN_LIMIT):
-                while (lock := try_lock(path)) is None:
-                    pids = holders(path)
-                    if not pids:  # it has just ended, or is not to be seen from here
-                        await asyncio.sleep(LOCK_TURN)
-                    for pid in pids:
-                        log.warning("killing orphaned VMM %d", pid)
-                        self._system.processes.signal(pid, 9)
-                        await self._system.processes.gone(pid)
-                return lock
-        raise MachineFailed("an earlier VMM of this VM does not die", hint=f"look for processes that hold {path}")
+        lock = await take_from_orphan(self._system.processes, path)
+        if lock is None:
+            raise MachineFailed("an earlier VMM of this VM does not die", hint=f"look for processes that hold {path}")
+        return lock
 
     def _spec(self) -> MachineSpec:
         record, bootstrap, layout = self._record, self._bootstrap, self._names.layout
