@@ -5,7 +5,7 @@ test:
 
 # Many boots, and nothing that they leave behind; figures on standard error. A million simulated operations.
 soak:
-	./scripts/test -n 0 -m soak -s tests/vm tests/simulation
+	./scripts/test -n 2 -m soak -v tests/vm tests/simulation
 
 # Tests of the tests: breaks a copy of the tree in one place at a time, and shows which test notices. Takes minutes.
 mutants:

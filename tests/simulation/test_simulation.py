@@ -38,7 +38,15 @@ def test_a_million_operations() -> None:
 
 
 @pytest.mark.parametrize(
-    "mutant", ["gate-off", "retry-without-dedup", "ack-before-exit", "ack-before-commit", "goes-on-in-a-frozen-layer"]
+    "mutant",
+    [
+        "gate-off",
+        "retry-without-dedup",
+        "ack-before-exit",
+        "ack-before-commit",
+        "goes-on-in-a-frozen-layer",
+        "merges-what-is-written",
+    ],
 )
 def test_a_broken_product_is_noticed(mutant: str) -> None:
     done = simulate("--seeds", "1:40", "--mutant", mutant, "--jobs", "2")

@@ -45,9 +45,10 @@ class Merged:
 class Flattening:
     """Merges layers of a fleet's VMs from `begin` to `close`."""
 
-    def __init__(self, fleet: Fleet, driver: Driver) -> None:
+    def __init__(self, fleet: Fleet, driver: Driver, *, max_depth: int = MAX_DEPTH) -> None:
         self._fleet = fleet
         self._driver = driver
+        self._max_depth = max_depth
         self._tasks: dict[Vm, asyncio.Task[None]] = {}
         self._again: set[Vm] = set()  # changed while their task was at work
         self._merged: dict[Vm, Merged] = {}  # waits to be named
@@ -93,7 +94,7 @@ class Flattening:
                 self._look(other)
         elif task is not None:
             self._again.add(vm)
-        elif vm in self._merged or len(vm.record.frozen) > MAX_DEPTH:
+        elif vm in self._merged or len(vm.record.frozen) > self._max_depth:
             task = self._tasks[vm] = asyncio.create_task(self._work(vm), name=f"flatten {vm.id}")
             task.add_done_callback(lambda _task: self._done(vm))  # also of one that is cancelled before it begins
 
@@ -141,7 +142,7 @@ class Flattening:
         paths = [layout.layer(layer) for layer in layers]
         lasting = self._fleet.lasting_layers(vm)
         shared = max((place for place, layer in enumerate(layers, 1) if layer in lasting), default=0)
-        places = plan([durable.allocated_bytes(path) for path in paths], MAX_DEPTH, shared)
+        places = plan([durable.allocated_bytes(path) for path in paths], self._max_depth, shared)
         if places is None:
             return None
         old, new = layers[places.start : places.stop], self._fleet.system.entropy.token_bytes(16).hex()

@@ -65,6 +65,7 @@ async def _comes_back(people: Population, vm: VmHistory) -> None:
             await people._read(client, vm)  # noqa: SLF001
             if not vm.too_much_pending(client):
                 await people._add(client, vm)  # noqa: SLF001
+                await people._mark(client, vm)  # noqa: SLF001
         await people.ask(lambda on: on.execute(vm.name, ExecRequest(command="true")))
     except CapsemError as error:
         raise Violation(f"{vm.name}, when all was quiet: {type(error).__name__}: {error}") from error

@@ -24,7 +24,7 @@ from capsem.model.errors import (
     WrongState,
 )
 from capsem.service.handlers import Handlers
-from capsem.simulation.history import Add, Places, VmHistory, Write
+from capsem.simulation.history import Add, Mark, Places, VmHistory, Write
 from capsem.simulation.world import Gone, Violation, World
 
 PAUSE = 2.0  # seconds between two requests of a client, at most
@@ -35,6 +35,7 @@ REFUSALS = (NotFound, InvalidInput, WrongState, AlreadyExists, LimitReached)  # 
 OPERATIONS = {
     "create": 3,
     "add": 14,
+    "mark": 8,
     "write": 6,
     "read": 4,
     "suspend": 6,
@@ -139,6 +140,21 @@ class Population:
                 f"{client} in {vm.name}: tally {tally} and count {count}, which is none of {_shown(before)}"
             )
 
+    async def _mark(self, client: str, vm: VmHistory) -> None:
+        if vm.too_much_pending(client):
+            return
+        what = Mark(next(self._ids))
+        vm.begin(client, what)
+        command = f"count /root/{client}.marks"
+        try:
+            answer = await self.ask(lambda on: on.execute(vm.name, ExecRequest(command=command)))
+        except REFUSALS:
+            vm.refused(client, what)
+            raise
+        before = vm.get(client)
+        if not vm.marked(client, what, int(answer.stdout)):
+            raise Violation(f"{client} in {vm.name}: {answer.stdout.strip()} marks, which is none of {_shown(before)}")
+
     async def _write(self, client: str, vm: VmHistory) -> None:
         if vm.too_much_pending(client):
             return
@@ -197,6 +213,8 @@ class Population:
         vm.sure = vm.persistent and not vm.doomed
 
     async def _suspend(self, client: str, vm: VmHistory) -> None:
+        if self.dice.random() < 0.5:
+            await self._mark(client, vm)  # what only the page cache knows is the suspend's to keep
         _, undisturbed = await self._change(vm, lambda on: on.suspend(vm.name))
         vm.suspended = undisturbed
         if self.dice.random() < 0.3:

@@ -1,9 +1,10 @@
 """What clients were told, hence what has to be true.
 
 Each client has in each VM a place of its own, which it alone changes: a tally in the guest's memory, a count in a file,
-and a text in another file. One command adds one to the tally and to the count, and flushes: memory and disk are in
-step. A place is a set of states that are possible by what the client was told; what it sees makes the set smaller, and
-a set that becomes empty is a violation.
+a text in another file, and marks in a third. One command adds one to the tally and to the count, and flushes: memory and
+disk are in step. Another one adds a mark, and leaves the flush to whoever saves the machine: with memory, all marks are
+there; without, some may be gone. A place is a set of states that are possible by what the client was told; what it sees
+makes the set smaller, and a set that becomes empty is a violation.
 
 An operation of which nobody knows the outcome is pending: a part of every state from there on, it may come to pass once,
 whenever it likes, or never. One that was acknowledged has happened exactly once.
@@ -31,6 +32,12 @@ class Write(NamedTuple):
     text: str
 
 
+class Mark(NamedTuple):
+    """The command that adds a mark."""
+
+    id: int
+
+
 class Rest(NamedTuple):
     """What is left of an `Add` that has changed the tally."""
 
@@ -44,21 +51,34 @@ class Possible(NamedTuple):
     tally: int = 0  # in memory
     sum: int = 0  # in a file on disk
     text: str | None = None
-    pending: frozenset[Add | Rest | Write] = frozenset()
+    marks: int = 0  # in a file of which the guest's page cache may know more than the disk
+    fewest: int = 0  # so many of them are there in any case: the same number while memory was not lost
+    flushed: int = 0  # so many are on disk in any case
+    pending: frozenset[Add | Rest | Write | Mark] = frozenset()
 
-    def after(self, what: Add | Rest | Write) -> list[Possible]:
+    def after(self, what: Add | Rest | Write | Mark) -> list[Possible]:
         """What it may be while the operation comes to pass, and when it has."""
         left = self.pending - {what}
         if isinstance(what, Write):
             return [self._replace(text=what.text, pending=left)]
+        if isinstance(what, Mark):
+            return [self._replace(marks=self.marks + 1, fewest=self.fewest + 1, pending=left)]
         if isinstance(what, Rest):
             return [self._replace(sum=self.sum + 1, pending=left)]
         more = self._replace(tally=self.tally + 1, pending=left)
         return [more._replace(pending=left | {Rest(what.id)}), more._replace(sum=self.sum + 1)]
 
-    def done(self, what: Add | Write) -> Possible:
+    def done(self, what: Add | Write | Mark) -> Possible:
         """When it has come to pass."""
         return self.after(what)[-1]
+
+    def without_memory(self) -> Possible:
+        """When its machine has ended: what only the page cache knew may be gone."""
+        return self._replace(tally=0, fewest=min(self.fewest, self.flushed))
+
+    def with_marks(self, marks: int) -> Possible:
+        """When so many are seen. Those that were not made since memory was lost have come from the disk."""
+        return self._replace(marks=marks, fewest=marks, flushed=marks - (self.fewest - self.flushed))
 
 
 START = frozenset({Possible()})
@@ -129,7 +149,7 @@ class VmHistory:
         self.changes += 1
         self.suspended = False
         for client in list(self.places):
-            self.add(client, (state._replace(tally=0) for state in closure(self.get(client))))
+            self.add(client, (state.without_memory() for state in closure(self.get(client))))
 
     def taken_to(self, places: Places) -> Places:
         """It is being taken to what `places` say, and may come there at any time from now until `unwatch`: whatever is
@@ -145,11 +165,11 @@ class VmHistory:
 
     # -- one client's operations
 
-    def begin(self, client: str, what: Add | Write) -> None:
+    def begin(self, client: str, what: Add | Write | Mark) -> None:
         """An operation begins; from here on it may come to pass."""
         self.put(client, (state._replace(pending=state.pending | {what}) for state in self.get(client)))
 
-    def refused(self, client: str, what: Add | Write) -> None:
+    def refused(self, client: str, what: Add | Write | Mark) -> None:
         """It is certain that it does not."""
         self.put(client, (state._replace(pending=state.pending - {what}) for state in self.get(client)))
 
@@ -158,6 +178,15 @@ class VmHistory:
         before = closure(self.get(client))
         after = {state.done(what) for state in before if what in state.pending}
         after = {state for state in after if (state.tally, state.sum) == (tally, count)}
+        if after:
+            self.put(client, after)
+        return bool(after)
+
+    def marked(self, client: str, what: Mark, marks: int) -> bool:
+        """It was acknowledged, with so many marks; False: that cannot be."""
+        before = closure(self.get(client))
+        after = {state.done(what) for state in before if what in state.pending}
+        after = {state.with_marks(marks) for state in after if state.fewest <= marks <= state.marks}
         if after:
             self.put(client, after)
         return bool(after)

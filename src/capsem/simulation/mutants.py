@@ -12,6 +12,8 @@ from capsem.api.exec_types import ExecRequest, ExecResponse
 from capsem.api.internal import CheckpointMade, Save
 from capsem.model.checkpoint import Checkpoint, Kind
 from capsem.model.errors import CapsemError, Interrupted
+from capsem.model.lifecycle import State
+from capsem.model.vm import VmRecord
 from capsem.service.checkpoints import Checkpoints
 from capsem.service.commands import Commands
 from capsem.service.gate import Gate
@@ -84,10 +86,20 @@ def _gate_off() -> None:
     Owned._at_work = not_at_work  # type: ignore[method-assign]  # noqa: SLF001
 
 
+def _merges_what_is_written() -> None:
+    """A layer counts as frozen once the record names another one, though the guest's last flush still goes into it."""
+
+    def frozen(self: VmRecord) -> tuple[str, ...]:
+        return self.layers if self.state == State.SUSPENDED else self.layers[:-1]
+
+    VmRecord.frozen = property(frozen)  # type: ignore[method-assign, assignment]
+
+
 MUTANTS: Final[dict[str, Callable[[], None]]] = {
     "gate-off": _gate_off,
     "retry-without-dedup": _retry_without_dedup,
     "ack-before-exit": _ack_before_exit,
     "ack-before-commit": _ack_before_commit,
     "goes-on-in-a-frozen-layer": _goes_on_in_a_frozen_layer,
+    "merges-what-is-written": _merges_what_is_written,
 }

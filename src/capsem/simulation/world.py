@@ -20,6 +20,7 @@ from capsem.hypervisor.sim.machine import SimMachine
 from capsem.hypervisor.sim.plan import Plan
 from capsem.model.errors import CapsemError, NotFound, host_failed
 from capsem.service.create import Maker
+from capsem.service.flattening import Flattening
 from capsem.service.fleet import Fleet
 from capsem.service.gate import Gate
 from capsem.service.handlers import Handlers
@@ -28,6 +29,7 @@ from capsem.service.ledgers import Ledgers
 from capsem.service.timers import Timers
 from capsem.simulation.host import Host, SimChild
 from capsem.simulation.process import KILLED, Process
+from capsem.store.flatten import MAX_DEPTH
 from capsem.store.layout import Layout, SessionDir
 from capsem.store.locks import Lock, try_lock
 from capsem.supervisor.owned import Names
@@ -104,6 +106,7 @@ class Service:
         maker = Maker(fleet, driver, world.catalog, launcher, gate)  # type: ignore[arg-type]
         ledgers = Ledgers(fleet, world.layout.run_dir.parent / "main.db")
         self.handlers = Handlers(fleet, maker, SETTINGS, {"CAPSEM_HOME": str(world.layout.run_dir.parent)}, ledgers)
+        self.handlers.flattening = Flattening(fleet, driver, max_depth=world.max_depth)
         self.timers = Timers(fleet, self.handlers)
         await fleet.reconcile()
         self.handlers.flattening.begin()
@@ -139,6 +142,9 @@ class World:
         self.layout.create()
         self.catalog = OneImage(directory / "image")
         self.gate: Path | None = directory / "gate"
+        self.max_depth = dice.choice(
+            (1, 2, MAX_DEPTH)
+        )  # of chains of layers; few VMs here live long enough for the last
         self.supervisors: dict[int, tuple[str, Process, SimDriver]] = {}
         self.violations: list[str] = []
         self.on_lost: Callable[[str], None] = lambda _vm_id: None  # a supervisor ended, and its VM is not suspended
