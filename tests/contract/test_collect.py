@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from capsem.model.errors import Corrupt
 from capsem.model.lifecycle import State
 from capsem.model.spec import VmSpec
 from capsem.model.vm import VmRecord
+from capsem.service import holdings, space
 from capsem.service.fleet import Fleet
 from capsem.service.vm import Vm
 from capsem.store import records
@@ -23,6 +25,7 @@ from capsem.store.layout import Layout
 from checkpoint_files import add_layer, layout, make, new_id
 from service_world import World, play
 
+PATIENCE = 5.0  # seconds for what never comes where a test fails
 ID, OTHER, LAYER, TOP = new_id(1), new_id(2), new_id(11), new_id(12)
 
 
@@ -166,3 +169,72 @@ def test_a_rollback_that_was_cut_off_leaves_no_machine_writing_to_what_it_kept(t
         assert records.read(it.layout.session("box", persistent=True)).layers == after, "once is enough"
 
     play(tmp_path, scene)
+
+
+class SlowDisk:
+    """A file system that takes its time over the removal of a layer, until it is `released`."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.released = threading.Event()
+        self._unlink = Path.unlink
+        patch.setattr(Path, "unlink", lambda path, missing_ok=False: self.unlink(path, missing_ok=missing_ok))
+
+    def unlink(self, path: Path, *, missing_ok: bool) -> None:
+        if path.suffix == ".qcow2":
+            self.released.wait(PATIENCE)
+        self._unlink(path, missing_ok=missing_ok)
+
+
+def left(it: World) -> list[Path]:
+    return list(it.layout.layers.glob("*.qcow2"))
+
+
+def test_nobody_waits_for_room_but_who_asks_how_much_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(it: World) -> None:
+        disk = SlowDisk(monkeypatch)
+        kept = await it.handlers.provision(ProvisionRequest(name="box", persistent=True))
+        gone = await it.handlers.provision(ProvisionRequest())
+        assert len(left(it)) == 2
+        await it.handlers.delete(kept.id)
+        await it.handlers.stop(gone.id)
+        assert (await it.handlers.list()).sandboxes == []
+        assert len(left(it)) == 2, "the disk is at work, and nobody waits"
+        asked = asyncio.ensure_future(it.handlers.df())
+        await asyncio.sleep(0)
+        disk.released.set()
+        assert (await asked).layers_bytes == 0
+        assert left(it) == []
+
+    play(tmp_path, scene)
+
+
+@pytest.mark.parametrize("how", ["delete", "stop"])
+def test_where_room_is_scarce_it_is_there_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    async def scene(it: World) -> None:
+        disk = SlowDisk(monkeypatch)
+
+        def free(_layout: Layout) -> int:
+            disk.released.set()
+            return holdings.SCARCE - 1
+
+        monkeypatch.setattr(space, "free_bytes", free)
+        box = await it.handlers.provision(ProvisionRequest())
+        await getattr(it.handlers, how)(box.id)
+        assert left(it) == []
+
+    play(tmp_path, scene)
+
+
+def test_what_cannot_be_removed_is_told_of(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    add_layer(fleet.layout, LAYER)
+
+    def refuse(_path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "not yours")
+
+    with monkeypatch.context() as patch, pytest.raises(PermissionError):
+        patch.setattr(Path, "unlink", refuse)
+        carried_out(fleet, lambda: fleet.remove_layers((LAYER,)))
+    assert "not yours" in caplog.text
+    assert fleet.layout.layer(LAYER).exists()

@@ -66,7 +66,8 @@ def depth(it: World) -> int:
     return len(it.fleet.get("box").record.layers) - 1
 
 
-def layers_on_disk(it: World) -> set[str]:
+async def layers_on_disk(it: World) -> set[str]:
+    await it.fleet.cleared()
     return {path.stem for path in it.layout.layers.glob("*.qcow2")}
 
 
@@ -79,15 +80,15 @@ def test_a_running_vm_keeps_what_its_machine_reads_until_it_ends(tmp_path: Path)
         assert depth(it) <= MAX_DEPTH
         assert vm.record.attached
         assert not set(vm.record.attached) & set(vm.record.layers)
-        assert layers_on_disk(it) == {*vm.record.layers, *vm.record.attached}
+        assert await layers_on_disk(it) == {*vm.record.layers, *vm.record.attached}
         # What the next service finds is the same.
         await it.handlers.flattening.close()
         await it.restart()
         vm = it.fleet.get("box")
         assert vm.record.attached
-        assert layers_on_disk(it) == {*vm.record.layers, *vm.record.attached}
+        assert await layers_on_disk(it) == {*vm.record.layers, *vm.record.attached}
         await it.handlers.stop("box")
-        assert layers_on_disk(it) == set(it.fleet.get("box").record.layers)
+        assert await layers_on_disk(it) == set(it.fleet.get("box").record.layers)
         await it.handlers.resume("box", ResumeRequest())
         assert (await it.handlers.execute("box", ExecRequest(command="echo one"))).stdout == "one\n"
         assert not it.fleet.get("box").record.attached
@@ -102,7 +103,7 @@ def test_a_vm_at_rest_is_flattened_too(tmp_path: Path) -> None:
         await fork(it)
         await settled(it.handlers.flattening)
         assert depth(it) <= MAX_DEPTH
-        assert layers_on_disk(it) == set(it.fleet.get("box").record.layers)
+        assert await layers_on_disk(it) == set(it.fleet.get("box").record.layers)
 
     play(tmp_path, scene)
 
@@ -120,7 +121,7 @@ def test_layers_that_a_copy_needs_stay(tmp_path: Path) -> None:
             assert all(it.layout.layer(layer).exists() for layer in vm.record.layers), vm.id
         for vm in it.fleet.all():
             await it.handlers.delete(vm.id)
-        assert not layers_on_disk(it)
+        assert not await layers_on_disk(it)
 
     play(tmp_path, scene)
 
@@ -176,7 +177,7 @@ def test_nothing_waits_for_a_merge_and_a_vm_that_goes_takes_it_along(tmp_path: P
         await settled(it.handlers.flattening)
         held.go_on.set()
         await asyncio.sleep(0)
-        assert not layers_on_disk(it)
+        assert not await layers_on_disk(it)
         assert not it.fleet.spare
 
     play(tmp_path, scene)
@@ -212,7 +213,7 @@ def test_a_service_that_ends_in_the_middle_leaves_nothing(tmp_path: Path, killed
         await it.handlers.flattening.close()
         await it.restart()
         vm = it.fleet.get("box")
-        assert layers_on_disk(it) == set(vm.record.layers)
+        assert await layers_on_disk(it) == set(vm.record.layers)
         held.go_on.set()
         it.handlers.flattening.begin()
         await settled(it.handlers.flattening)
@@ -261,7 +262,7 @@ def test_what_a_supervisor_refuses_is_thrown_away(tmp_path: Path) -> None:
             await box(it)
             await fork(it, MAX_DEPTH + 1)
             await settled(it.handlers.flattening)
-            assert layers_on_disk(it) == set(it.fleet.get("box").record.layers)
+            assert await layers_on_disk(it) == set(it.fleet.get("box").record.layers)
             assert depth(it) == MAX_DEPTH + 1
         finally:
             Supervisor.replace_layers = original  # type: ignore[method-assign]

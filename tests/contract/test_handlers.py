@@ -68,6 +68,7 @@ def test_create_exec_stop_resume_delete(tmp_path: Path) -> None:
             with pytest.raises(NotFound):
                 await call
         assert not list(it.layout.persistent.iterdir())
+        await it.fleet.cleared()
         assert not list(it.layout.layers.glob("*.qcow2"))
 
     play(tmp_path, scene)
@@ -466,6 +467,7 @@ def test_purge_takes_the_ephemeral_or_all(tmp_path: Path) -> None:
         assert (await status(it)).keys() == {"kept", "also-kept"}
         assert (await it.handlers.purge(PurgeRequest(all=True))).persistent_purged == 2
         assert await status(it) == {}
+        await it.fleet.cleared()
         assert not list(it.layout.layers.glob("*.qcow2"))
 
     play(tmp_path, scene)
@@ -496,6 +498,7 @@ def test_fork_shares_layers_and_goes_its_own_way(tmp_path: Path, running: bool) 
         assert all(it.layout.layer(layer).exists() for layer in child.layers)
         await it.handlers.resume("child")
         await it.handlers.delete("child")
+        await it.fleet.cleared()
         assert not list(it.layout.layers.glob("*.qcow2"))
 
     play(tmp_path, scene)

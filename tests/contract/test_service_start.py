@@ -67,6 +67,7 @@ def test_a_supervisor_of_another_protocol_can_be_seen_and_stopped(
                 await call
             assert caught.value.status == 409
             assert "stop the VM and resume it" in (caught.value.hint or "")
+        await it.fleet.cleared()
         assert len(list(it.layout.layers.glob("*.qcow2"))) == 1  # the fork left nothing
 
         await handlers.stop("box")
@@ -92,6 +93,7 @@ def test_a_supervisor_of_another_protocol_can_be_deleted(
         assert await status(it) == {}
         assert machine._process is not None
         assert machine._process.returncode is not None
+        await it.fleet.cleared()
         assert not [*it.layout.sessions.iterdir(), *it.layout.persistent.iterdir(), *it.layout.layers.glob("*.qcow2")]
 
     play(tmp_path, scene)

@@ -105,6 +105,7 @@ def test_a_save_that_cannot_say_that_it_failed_leaves_no_layer_in_the_end(
         faults.install(None)
         await check(world, warm=True)
         await world.handlers.delete("box")
+        await world.fleet.cleared()
         assert list(world.layout.layers.iterdir()) == []
 
     try:

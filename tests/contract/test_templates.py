@@ -67,6 +67,7 @@ def test_what_becomes_of_its_forks_is_their_own_affair(tmp_path: Path) -> None:
         await world.handlers.delete("box")
         assert made(world) == [template]
         world.fleet.checkpoints.open(template.id)
+        await world.fleet.cleared()
         assert sorted(path.stem for path in world.layout.layers.glob("*.qcow2")) == sorted(template.layer_ids)
         assert await create(world, "box") == "template"
 
@@ -155,6 +156,7 @@ def test_one_that_cannot_be_saved_costs_time_alone(tmp_path: Path) -> None:
         assert await create(world, "box") == "cold"
         assert made(world) == []
         assert [vm.id for vm in world.fleet.known()] == ["box"]
+        await world.fleet.cleared()
         assert len(list(world.layout.layers.glob("*.qcow2"))) == 1
         assert list(world.layout.checkpoints.iterdir()) == []
 

@@ -109,7 +109,8 @@ async def pieces(data: bytes, size: int = 100_000) -> AsyncIterator[bytes]:
         yield data[start : start + size]
 
 
-def nothing_is_left(it: Host) -> None:
+async def nothing_is_left(it: Host) -> None:
+    await it.fleet.cleared()
     assert not list(it.layout.layers.glob("*.qcow2"))
     assert not list(it.layout.checkpoints.iterdir())
     assert not it.fleet.known()
@@ -150,7 +151,7 @@ def test_with_trust_everything_comes_and_without_it_the_disk(tmp_path: Path, str
         assert read_layer(it.layout.layer(below)) == {0: 1, 5: 7, 6: None, 100: 3}
         for vm_id in ("twin", "cold"):
             await it.handlers.delete(vm_id)
-        nothing_is_left(it)
+        await nothing_is_left(it)
 
     asyncio.run(scene())
 
@@ -164,14 +165,14 @@ def test_any_byte_that_changes_and_any_end_too_early_is_noticed(tmp_path: Path, 
             changed[at] ^= 1 << dice.randrange(8)
             with pytest.raises(CapsemError):
                 await it.handlers.import_checkpoint("twin", pieces(bytes(changed)), trust=bool(at % 2))
-            nothing_is_left(it)
+            await nothing_is_left(it)
         for end in [0, len(MAGIC), *(dice.randrange(len(stream)) for _ in range(40)), len(stream) - 1]:
             with pytest.raises(Corrupt, match="cut off"):
                 await it.handlers.import_checkpoint("twin", pieces(stream[:end]), trust=bool(end % 2))
-            nothing_is_left(it)
+            await nothing_is_left(it)
         with pytest.raises(Corrupt, match="follows its end"):
             await it.handlers.import_checkpoint("twin", pieces(stream + b"\0"), trust=False)
-        nothing_is_left(it)
+        await nothing_is_left(it)
 
     asyncio.run(scene())
 
@@ -185,7 +186,7 @@ def test_a_client_that_goes_away_leaves_nothing(tmp_path: Path, stream: bytes) -
         it = host(tmp_path / "to")
         with pytest.raises((CapsemError, ConnectionResetError)):
             await it.handlers.import_checkpoint("twin", broken(), trust=True)
-        nothing_is_left(it)
+        await nothing_is_left(it)
 
     asyncio.run(scene())
 
@@ -283,7 +284,7 @@ def test_what_is_made_to_do_harm_is_refused_with_the_reason(tmp_path: Path, stre
         it = host(tmp_path / "to")
         with pytest.raises(error, match=words):
             await it.handlers.import_checkpoint("twin", pieces(change(stream)), trust=True)
-        nothing_is_left(it)
+        await nothing_is_left(it)
 
     asyncio.run(scene())
 
@@ -295,7 +296,7 @@ def test_deeply_nested_json_is_no_manifest(tmp_path: Path) -> None:
         evil = sealed([(b"P", len(data), b"manifest.json"), (b"D", 0, data), (b"E", 0, b"")])
         with pytest.raises(Corrupt):
             await it.handlers.import_checkpoint("twin", pieces(evil), trust=False)
-        nothing_is_left(it)
+        await nothing_is_left(it)
 
     asyncio.run(scene())
 

@@ -47,8 +47,16 @@ def left(fleet: Fleet) -> set[str]:
     return {path.stem for path in fleet.layout.layers.iterdir()}
 
 
+def remove(fleet: Fleet, *layers: str) -> None:
+    async def carried_out() -> None:
+        fleet.remove_layers(layers)
+        await fleet.cleared()
+
+    asyncio.run(carried_out())
+
+
 def test_a_layer_that_a_checkpoint_names_stays(fleet: Fleet) -> None:
-    fleet.remove_layers([LAYER, OTHER])
+    remove(fleet, LAYER, OTHER)
     assert left(fleet) == {LAYER}
 
 
@@ -59,10 +67,10 @@ def test_no_layer_goes_while_a_checkpoint_cannot_say_what_it_needs(fleet: Fleet,
     outer = json.loads(good)
     manifest.write_bytes(b"{" if damage == "spoilt" else json.dumps({**outer, "format": 2}).encode())
     asyncio.run(fleet.reconcile())
-    fleet.remove_layers([LAYER, OTHER])
+    remove(fleet, LAYER, OTHER)
     assert left(fleet) == {LAYER, OTHER}
     assert manifest.exists()
     # Once it can be read again, it names what it needs.
     manifest.write_bytes(good)
-    fleet.remove_layers([LAYER, OTHER])
+    remove(fleet, LAYER, OTHER)
     assert left(fleet) == {LAYER}

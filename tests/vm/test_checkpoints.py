@@ -129,6 +129,7 @@ def test_what_is_left(service: Service, saved: str) -> None:
     listed = [each["id"] for each in service.client.call("checkpoints", vm_id=saved)["checkpoints"]]
     for checkpoint in listed:
         service.client.call("remove_checkpoint", vm_id=saved, body={"checkpoint": checkpoint})
+    service.client.call("df")  # once what was removed is gone
     assert [path for path in Path(store / "checkpoints").iterdir() if "saved" in manifest_owner(path)] == []
 
 

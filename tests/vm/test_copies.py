@@ -14,6 +14,7 @@ from real_service import SMALL, Service, wait_for
 
 
 def layers(service: Service) -> set[str]:
+    service.client.call("df")  # once what was removed before is gone
     return {path.stem for path in (service.run_dir / "store" / "layers").iterdir()}
 
 

@@ -52,5 +52,6 @@ def test_export_delete_import(own_service: Service, tmp_path: Path) -> None:
     assert done.returncode != 0
     assert b"digest" in done.stderr
     service.client.call("delete", vm_id="warm")
+    service.client.call("df")  # once what was removed is gone
     assert not list((store / "layers").iterdir())
     assert not list((store / "checkpoints").iterdir())

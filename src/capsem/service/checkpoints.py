@@ -197,7 +197,7 @@ class Checkpoints(Lifecycle):
                     hint="suspend or stop that VM first: it then needs it no more",
                 )
             self._fleet.remove_checkpoint(checkpoint)
-        await self._fleet.cleared()
+        await self._fleet.made_room()
 
     async def verify_checkpoint(self, vm_id: str, request: OneCheckpointRequest) -> None:
         """Read all of a checkpoint and hold it against its checksums. Raises Corrupt."""

@@ -121,7 +121,8 @@ class Handlers(Transfer, Files):
         return ListResponse(sandboxes=[await self._info(vm) for vm in self._fleet.all()], asset_health=health)
 
     async def df(self) -> UsageResponse:
-        """What VMs and images take on disk."""
+        """What VMs and images take on disk, once what was removed before is gone from it."""
+        await self._fleet.cleared()
         vms = [
             Named(vm.id, vm.session.path, vm.layers, vm.record.image_digest, vm.pid, vm.record.kept)
             for vm in self._fleet.known()

@@ -7,15 +7,18 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 from capsem.model.checkpoint import Checkpoint, Kind
 from capsem.model.errors import Corrupt
+from capsem.service import space
 from capsem.service.vm import Vm
 from capsem.store.checkpoints import CheckpointStore
 from capsem.store.layout import Layout
 from capsem.system import System
 
 SUM_AFTER = 10.0  # seconds from a checkpoint to the checksums of its layers: others want the disk first
+SCARCE = 1 << 30  # bytes; with less of them free, room is what things are removed for
 
 Removals = set[asyncio.Future[object]]  # under way, on threads
 
@@ -90,20 +93,30 @@ class Holdings:
         self.checkpoints.withdraw(checkpoint.id)
         self.remove_layers(checkpoint.layer_ids)
         # Giving back hundreds of megabytes takes a file system longer than a suspend takes us: nobody waits for that.
-        self._in_background(self._clearing, self.checkpoints.clear, checkpoint.id)
+        self._in_background(self._clearing, partial(self.checkpoints.clear, checkpoint.id))
 
     def sweep_drafts(self, vm_id: str) -> None:
         """Remove what a VM's supervisor had prepared, or had in the making when it was killed, while nobody waits for that."""
-        self._in_background(self._sweeping, self.checkpoints.sweep, vm_id)
+        self._in_background(self._sweeping, partial(self.checkpoints.sweep, vm_id))
 
-    def _in_background(self, those: Removals, remove: Callable[[str], object], which: str) -> None:
-        removing = asyncio.get_running_loop().run_in_executor(None, remove, which)
-        those.add(removing)
-        removing.add_done_callback(those.discard)
+    def _in_background(self, those: Removals, remove: Callable[[], object]) -> None:
+        def removed(removing: asyncio.Future[object]) -> None:
+            those.discard(removing)
+            if not removing.cancelled() and (error := removing.exception()) is not None:
+                log.error("what is not needed any more stays until the service starts again: %s", error)
+
+        task = asyncio.get_running_loop().run_in_executor(None, remove)
+        those.add(task)
+        task.add_done_callback(removed)
 
     async def cleared(self) -> None:
-        """Wait until the files of all removed checkpoints are gone. Raises OSError."""
+        """Wait until the files of all removed checkpoints and layers are gone. Raises OSError."""
         await asyncio.gather(*self._clearing)
+
+    async def made_room(self) -> None:
+        """Wait as `cleared` does where room is scarce: whoever removes something there is about to use it. Raises OSError."""
+        if self._clearing and space.free_bytes(self.layout) < SCARCE:
+            await self.cleared()
 
     def _used_layers(self) -> set[str]:
         """Layers that a VM or a checkpoint names; all there are while a checkpoint cannot tell which it needs: it may be of
@@ -127,14 +140,18 @@ class Holdings:
         return lasting
 
     def remove_layers(self, layers: Iterable[str]) -> None:
-        """Remove those of these layers that neither a VM nor a checkpoint names."""
+        """Remove those of these layers that neither a VM nor a checkpoint names, in the background: nothing can come to name
+        them, and should we die meanwhile, the next service sweeps them."""
         if not self._knows_all():
             return  # swept when the service starts and all are known
-        used = self._used_layers()
+        unused = set(layers) - self._used_layers()
+        if unused:
+            self._in_background(self._clearing, partial(self._unlink_layers, unused))
+
+    def _unlink_layers(self, layers: Iterable[str]) -> None:
         for layer in layers:
-            if layer not in used:
-                self.layout.layer(layer).unlink(missing_ok=True)
-                self.layout.layer_sum(layer).unlink(missing_ok=True)
+            self.layout.layer(layer).unlink(missing_ok=True)
+            self.layout.layer_sum(layer).unlink(missing_ok=True)
 
     def sum_soon(self) -> None:
         """Checkpoints were made: give their layers checksums, in a while and in the background."""

@@ -313,6 +313,7 @@ class Lifecycle(Commands):
         async with vm.turn:
             self._vm("stop", vm_id)
             await self._end(vm, Stop())
+        await self._fleet.made_room()
         return StopResponse(success=True, persistent=vm.record.persistent)
 
     async def delete(self, vm_id: str) -> None:
@@ -330,7 +331,7 @@ class Lifecycle(Commands):
                     raise
             faults.at("delete.stopped")
             self._fleet.remove(vm)
-        await self._fleet.cleared()
+        await self._fleet.made_room()
 
     async def _end(self, vm: Vm, request: Stop) -> None:
         async with self._gate.teardown(vm):

@@ -41,7 +41,7 @@ class Rollback(Checkpoints):
                     raise host_failed(f"{vm_id} could not be rolled back", error) from error
                 faults.at("rollback.recorded")
         self._fleet.collect()
-        await self._fleet.cleared()
+        await self._fleet.made_room()
         answer = RollbackResponse(success=True, checkpoint=target.id, saved=saved)
         if not was_running:
             return answer
