@@ -55,6 +55,7 @@ def test_a_supervisor_of_another_protocol_can_be_seen_and_stopped(
         assert (info.status, info.pid, info.last_error) == ("Running", pid, None)
         assert info.reason is not None
         assert f"speaks protocol {protocol}, this service" in info.reason
+        assert info.available_actions == ["stop", "delete"]
         handlers = it.handlers
         for call in (
             handlers.execute("box", ExecRequest(command="true")),

@@ -54,8 +54,10 @@ MAY_BE_SUSPENDED = frozenset({Status.RUNNING, Status.SUSPENDED})
 
 
 def actions(status: Status, record: VmRecord, blocked: CapsemError | None) -> list[str]:
-    """What can be done with a VM, by operation. Only a suspended one has a way around what keeps it from being resumed:
-    its image is another matter, without which nothing starts."""
+    """What can be done with a VM, by operation. One that runs and is `blocked` cannot be spoken to. Only a suspended one
+    has a way around what keeps it from being resumed: its image is another matter, without which nothing starts."""
+    if status == Status.RUNNING and blocked is not None:
+        return ["stop", "delete"]
     if status == Status.RUNNING:
         return [*(("checkpoint", "suspend") if record.persistent else ()), "stop", "fork", "delete"]
     if blocked is None:
@@ -187,7 +189,7 @@ class Handlers(Transfer, Files):
             warning=vm.warning or (self._space_warning(vm) if status in MAY_BE_SUSPENDED else None),
             can_resume=None if vm.running else blocked is None,
             resume_blocked_reason=str(blocked) if blocked is not None else None,
-            available_actions=actions(status, record, blocked),
+            available_actions=actions(status, record, vm.obstacle if vm.running else blocked),
             policy=VmPolicy.of(record.policy) if record.policy != OFF else None,
             secrets=sorted(record.secrets) or None,
         )
