@@ -87,6 +87,7 @@ def test_a_checkpoint_can_be_gone_back_to_as_often_as_wanted(service: Service, s
 
 def test_live_forks_go_on_as_machines_of_their_own(service: Service, saved: str) -> None:
     before = service.output(saved, TELL)
+    service.output(saved, "echo 10.0.0.7 db >> /etc/hosts")
     answer = service.client.call("fork", vm_id=saved, body={"name": "twin", "live": True, "count": 2})
     assert answer["names"] == ["twin-1", "twin-2"]
     try:
@@ -99,6 +100,8 @@ def test_live_forks_go_on_as_machines_of_their_own(service: Service, saved: str)
         for name in answer["names"]:
             assert service.output(name, TELL) == before
             assert info(service, name)["boot_kind"] == "forked"
+            hosts = service.output(name, "getent hosts db $(hostname)")
+            assert [line.split() for line in hosts.splitlines()] == [["10.0.0.7", "db"], ["127.0.1.1", name]]
             service.output(name, f"echo {name} > /root/note")
         assert service.output(saved, TELL) == before
     finally:

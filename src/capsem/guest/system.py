@@ -21,6 +21,7 @@ SYSUTIL = "/run/capsem-sysutil"
 _TURN = 0.02
 _RNDADDENTROPY, _RNDRESEEDCRNG = 0x40085203, 0x5207
 _CLOCK_TOLERANCE = 0.05
+_OWN = b"127.0.1.1"  # the address that Debian gives a machine's own name in hosts(5)
 
 _LOCAL = "127.0.0.1"
 # Where the packet filter redirects to (interface.md 7.2), and the proxy that programs ask for by themselves.
@@ -128,6 +129,31 @@ def bound(kind: int, port: int) -> _socket.socket:
     return sock
 
 
+def with_own_name(hosts: bytes, name: str) -> bytes:
+    """The text of an /etc/hosts in which a machine finds itself by `name`; what else its owner has in there stays."""
+    own = _OWN + b" " + name.encode()
+    lines = [line for line in hosts.removesuffix(b"\n").split(b"\n") if line.split()[:1] != [_OWN]] if hosts else []
+    return b"\n".join((*lines[:1], own, *lines[1:], b""))
+
+
+def rewrite(path: str, text: Callable[[bytes], bytes], mode: int = 0o644) -> dict[str, float]:
+    """Have a file say what `text` makes of what it says; {path: size} if that is something else. By as few and as plain
+    steps as will do: in a machine that was just restored every one is a first one. Raises OSError.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
+    try:
+        was = os.read(fd, os.fstat(fd).st_size)
+        new = text(was)
+        if new == was:
+            return {}
+        os.pwrite(fd, new, 0)
+        if len(new) < len(was):
+            os.ftruncate(fd, len(new))
+    finally:
+        os.close(fd)
+    return {path: len(new)}
+
+
 class Machine(Bystander):
     """The real thing: the agent runs as root in a guest of its own."""
 
@@ -156,32 +182,19 @@ class Machine(Bystander):
         """
         if name == self._hostname:
             return
-        with open("/proc/sys/kernel/hostname", "w") as file:
-            file.write(name)
-        for path, text in (
-            ("/etc/hostname", f"{name}\n"),
-            ("/etc/hosts", f"127.0.0.1 localhost\n127.0.1.1 {name}\n::1 localhost ip6-localhost\n"),
-        ):
-            self._write(path, text)
+        _socket.sethostname(name)
+        self.written |= rewrite("/etc/hostname", lambda _was: f"{name}\n".encode())
+        self.written |= rewrite("/etc/hosts", lambda was: with_own_name(was, name))
         self._hostname = name
-
-    def _write(self, path: str, text: str) -> None:
-        with open(path, "w") as file:
-            file.write(text)
-        self.written[path] = len(text)
 
     def set_identity(self, machine_id: str | None, token: str | None) -> None:
         """What tells this machine from others (machine-id(5)), and this boot of it from others, forks included."""
         if (machine_id, token) == self._identity:
             return
-        for path, value in (("/etc/machine-id", machine_id), ("/run/capsem/boot-token", token)):
-            if value is not None:
-                with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o444), "r+") as file:
-                    if file.read() != f"{value}\n":
-                        file.seek(0)
-                        file.write(f"{value}\n")
-                        file.truncate()
-                        self.written[path] = len(value) + 1
+        if machine_id is not None:
+            self.written |= rewrite("/etc/machine-id", lambda _was: f"{machine_id}\n".encode(), 0o444)
+        if token is not None:
+            self.written |= rewrite("/run/capsem/boot-token", lambda _was: f"{token}\n".encode(), 0o444)
         self._identity = (machine_id, token)
 
     def trust(self, certificate: str) -> None:
@@ -207,8 +220,7 @@ class Machine(Bystander):
                 request(line)
 
         loop.watch(fd, READ, ready)
-        self._write(SYSUTIL, _SYSUTIL_TEXT)
-        os.chmod(SYSUTIL, 0o755)
+        self.written |= rewrite(SYSUTIL, lambda _was: _SYSUTIL_TEXT.encode(), 0o755)
 
     def network_ready(self) -> bool:
         """See Bystander."""
