@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -228,6 +229,7 @@ def prepare(directory: Path) -> Path:
     (root / "secret-link").symlink_to(outside / "secret")
     (root / "dangling").symlink_to(outside / "made")
     os.mkfifo(root / "fifo")
+    os.mknod(root / "socket", 0o600 | stat.S_IFSOCK)
     (directory / "root-but-longer").mkdir()
     (directory / "root-but-longer" / "x").write_bytes(b"secret")
     return outside
@@ -257,6 +259,7 @@ REFUSED: list[tuple[tuple[str, ...], str, type[CapsemError]]] = [
     (BOTH, "link-abs/passwd", PermissionDenied),
     (BOTH, "dir/file/below", InvalidInput),
     (BOTH, "fifo", InvalidInput),
+    (BOTH, "socket", InvalidInput),
     (BOTH, "dir", InvalidInput),
     (BOTH, "secret-link", PermissionDenied),
     (BOTH, "file-link", PermissionDenied),

@@ -171,6 +171,15 @@ def test_a_rollback_that_was_cut_off_leaves_no_machine_writing_to_what_it_kept(t
     play(tmp_path, scene)
 
 
+def test_nobody_counts_as_ready_whose_supervisor_was_killed(fleet: Fleet) -> None:
+    vm = add(fleet, state=State.FAILED)
+    left = fleet.layout.ready_file("box"), fleet.layout.instance_socket("box")
+    for path in left:
+        path.touch()
+    carried_out(fleet, lambda: vm.on_ended(vm))
+    assert not any(path.exists() for path in left)
+
+
 class SlowDisk:
     """A file system that takes its time over the removal of a layer, until it is `released`."""
 

@@ -55,6 +55,8 @@ def test_every_state_has_an_answer(operation, state: State) -> None:  # type: ig
     assert caught.value.hint
     if PUBLIC_STATUS[state] is None:
         assert refusal is NotFound
+    if state == State.FAILED and refusal is WrongState:
+        assert "box is defunct" in caught.value.message, "as `list` calls it"
 
 
 def test_what_the_contract_says_about_states() -> None:

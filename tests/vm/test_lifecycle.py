@@ -99,6 +99,7 @@ def test_a_killed_supervisor_takes_its_vmm_along(service: Service) -> None:
     kill(supervisor)
     wait_for(lambda: service.status("hit") == "Defunct")
     wait_for(lambda: not alive(vmm))
+    assert not list((service.run_dir / "instances").glob("hit.*")), "nobody is ready there"
     info = client.call("info", vm_id="hit")
     assert "signal 9" in info["last_error"]
     client.call("resume", vm_id="hit")

@@ -125,7 +125,8 @@ class Operation(NamedTuple):
             raise NotRunning(f"{vm_id} is not running", hint=f"capsem resume {vm_id}")
         if refusal is WrongState:  # for what could be done of a VM that does not run, but is not
             what = "its files can be written while it runs, and read also when it has stopped"
-            raise WrongState(f"{vm_id} is {state}: {what}", hint=f"capsem resume {vm_id}")
+            shown = "defunct" if state == State.FAILED else state  # the word that `list` has for it
+            raise WrongState(f"{vm_id} is {shown}: {what}", hint=f"capsem resume {vm_id}")
         raise refusal(f"{vm_id} is {state}: cannot {self.name} it now", hint="try again in a moment")
 
 

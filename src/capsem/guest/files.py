@@ -58,6 +58,10 @@ def refusal(error: BaseException, path: str) -> Failed:
     return Failed(code="guest_failed", message=f"{path}: {type(error).__name__}: {error}")
 
 
+def _irregular(path: str) -> Refused:
+    return Refused("invalid_input", f"{path}: not a regular file")
+
+
 def open_parent(workspace: str, path: str, *, create: bool) -> tuple[int, str]:
     """Open the directory that holds `path` (absolute, or relative to the workspace); returns it and the last component.
 
@@ -129,6 +133,8 @@ class Reader(Servant):
         except OSError as error:
             if error.errno == 40:  # ELOOP
                 raise Refused("permission_denied", f"{request.path}: is a symbolic link") from None
+            if error.errno == 6:  # ENXIO: a socket
+                raise _irregular(request.path) from None
             raise
         finally:
             os.close(directory)
@@ -137,7 +143,7 @@ class Reader(Servant):
         self._size = 0
         problem = None
         if not stat.S_ISREG(info.st_mode):
-            problem = Refused("invalid_input", f"{request.path}: not a regular file")
+            problem = _irregular(request.path)
         elif request.limit is not None and info.st_size > request.limit:
             problem = Refused(
                 "payload_too_large",

@@ -152,6 +152,7 @@ class Members(Holdings):
     def _ended(self, vm: Vm) -> None:
         if vm.deleted:
             return
+        self._remove_instance(vm.id)  # left where its supervisor was killed: nobody is ready there
         self._follow(vm)
         log.info("%s ended: %s", vm.id, vm.record.state)
         if not vm.record.persistent:
