@@ -366,6 +366,7 @@ def test_a_run_directory_with_a_long_name(home: Path) -> None:
     assert code == 1
     assert error.startswith("error: cannot bind"), error
     assert "--uds-path" in error
+    assert "CAPSEM_RUN_DIR" in error, "which users of the command line have set, if anything"
     for words in ("list", "create"):
         done = subprocess.run([BIN / "capsem", words], env={**os.environ, **env}, capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (1, "")

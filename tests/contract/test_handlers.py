@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -452,6 +453,25 @@ def test_persist_moves_a_running_vm(tmp_path: Path) -> None:
         assert (await it.handlers.info(other)).status == "Running"
 
     play(tmp_path, scene)
+
+
+def test_a_name_whose_socket_lies_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a run directory where some names leave room for a socket beside it, and longer ones do not."""
+
+    async def scene(it: World) -> None:
+        old = (await it.handlers.provision(ProvisionRequest())).id
+        monkeypatch.setattr("capsem.store.layout.SOCKET_PATH_LIMIT", len(str(it.layout.instance_socket(old))))
+        name = f"longer-than-{old}"
+        await it.handlers.persist(old, PersistRequest(name=name))
+        assert it.layout.instance_socket(name).parent.parent == tmp_path
+        await it.restart()
+        assert await status(it) == {name: "Running"}
+        await it.handlers.delete(name)
+        assert not it.layout.instance_socket(name).exists()
+
+    with tempfile.TemporaryDirectory(prefix="capsem-") as short:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        play(Path(short), scene)
 
 
 def test_purge_takes_the_ephemeral_or_all(tmp_path: Path) -> None:

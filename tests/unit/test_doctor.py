@@ -98,6 +98,7 @@ def test_a_run_directory_that_cannot_be_one(home: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     checks = look(CAPSEM_RUN_DIR=str(tmp_path / "file" / "run"))
     assert checks["run directory"].status == "failed"
+    assert "GiB free" in checks["disk space"].found
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o755)
     opened = look(CAPSEM_RUN_DIR=str(tmp_path / "open"))["run directory"]

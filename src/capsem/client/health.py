@@ -27,7 +27,7 @@ from capsem.hypervisor.qemu.process import find_qemu, query_version
 from capsem.image.catalog import Catalog
 from capsem.image.host import PACKAGE_OF, Host
 from capsem.model.errors import CapsemError, HostNotReady
-from capsem.store.layout import SOCKET_PATH_LIMIT
+from capsem.store.layout import LONGEST_SOCKET, SOCKET_PATH_LIMIT
 
 OLDEST_PYTHON: Final = (3, 11)
 BUILD_TOOLS: Final = ("mmdebstrap", "mkfs.erofs", "mke2fs", "zstd")
@@ -36,7 +36,6 @@ MEMORY_NEEDED = 768 << 20  # a VM of 512 MiB, and the VMM around it
 CLOCK_TOLERANCE: Final = 1.0  # seconds
 GUEST_LIMIT: Final = 60  # seconds for a check inside
 VM: Final[Mapping[str, Any]] = {"ram_mb": 512, "cpus": 1}
-LONGEST_SOCKET: Final = 107  # bytes that a socket's address has room for
 
 
 class Status(StrEnum):
@@ -180,8 +179,16 @@ def _run_directory(run_dir: Path) -> Check:
     return _ok("run directory", f"{run_dir} can be written")
 
 
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError:  # behind what we may not look into
+        return False
+
+
 def _disk_space(run_dir: Path) -> Check:
-    free = shutil.disk_usage(run_dir).free
+    # One that cannot be made is told of by itself; what there is of its path is where it would be.
+    free = shutil.disk_usage(next(filter(_is_there, (run_dir, *run_dir.parents)))).free
     found = f"{free / 2**30:.1f} GiB free for {run_dir}"
     if free >= DISK_WANTED:
         return _ok("disk space", found)

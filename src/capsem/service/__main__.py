@@ -35,7 +35,7 @@ from capsem.service.spares import Spares
 from capsem.service.timers import Timers
 from capsem.store import durable
 from capsem.store.gate import default_path
-from capsem.store.layout import Layout
+from capsem.store.layout import LONGEST_SOCKET, Layout
 from capsem.store.locks import Lock, try_lock
 from capsem.system.process import set_process_name
 from capsem.system.real import real_system
@@ -111,7 +111,10 @@ async def claim_place(path: Path, layout: Layout) -> tuple[socket.socket, Lock] 
         try:
             return _bind(path), owner
         except OSError as error:
-            sys.stderr.write(f"error: cannot bind {path}: {error}; give --uds-path another, or a shorter one\n")
+            sys.stderr.write(
+                f"error: cannot bind {path}: {error}; CAPSEM_RUN_DIR names another directory, or --uds-path a path, "
+                f"of at most {LONGEST_SOCKET} bytes with all that leads to it\n"
+            )
             return 1
     finally:
         starting.release()

@@ -100,10 +100,11 @@ class Fleet(Members):
 
         One that cannot be spoken to is listed with the reason, and can be stopped.
         """
-        link = Link()
+        link, socket = Link(), self.layout.instance_socket(vm.id)
         try:
+            self.layout.own_sockets(socket)
             async with asyncio.timeout(ADOPT_LIMIT):
-                await link.connect(self.system, self.layout.instance_socket(vm.id))
+                await link.connect(self.system, socket)
         except (CapsemError, OSError) as error:
             if not is_locked(vm.session.claim):
                 return False

@@ -347,10 +347,12 @@ class Lifecycle(Commands):
             async with vm.turn:
                 link = await self._vm("persist", vm_id).ready_link()
                 layout = self._fleet.layout
+                socket = layout.instance_socket(name)
+                layout.own_sockets(socket)
                 order = Persist(
                     name=name,
                     session_dir=str(layout.session(name, persistent=True).path),
-                    socket=str(layout.instance_socket(name)),
+                    socket=str(socket),
                     ready_file=str(layout.ready_file(name)),
                 )
                 vm.becoming = layout.session(name, persistent=True)

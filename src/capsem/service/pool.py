@@ -16,6 +16,7 @@ import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -113,6 +114,7 @@ class Pool:
         try:
             async with vm.turn, asyncio.timeout(ASSIGN_LIMIT):
                 link = await vm.ready_link(ASSIGN_LIMIT)
+                layout.own_sockets(Path(request.socket))
                 await link.open(request).result()
                 self._fleet.renamed(vm, session)
         except (CapsemError, TimeoutError) as error:

@@ -21,14 +21,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import stat
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from capsem.model.errors import HostNotReady
+
 SOCKET_PATH_LIMIT = 90  # bytes; sockaddr_un has 108, and the contract promises less
+LONGEST_SOCKET = 107  # bytes that a socket's address has room for
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +201,21 @@ class Layout:
             return path
         digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:24]
         return Path(tempfile.gettempdir()) / f"capsem-{os.getuid()}" / f"{digest}.sock"
+
+    def own_sockets(self, socket: Path) -> None:
+        """Make the directory of a supervisor's socket, where it is missing. Raises HostNotReady: somebody else made it, who
+        would get what is meant for the supervisor, as anybody can where directories are everybody's to make."""
+        directory = socket.parent
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
+        info = directory.lstat()
+        if directory != self.instances and (
+            not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o022
+        ):
+            raise HostNotReady(
+                f"{directory} is not a directory of yours alone",
+                hint="remove it, or set CAPSEM_RUN_DIR to a shorter path, beside which sockets need no other place",
+            )
 
     def ready_file(self, vm_id: str) -> Path:
         """There while the guest is ready."""
