@@ -25,7 +25,7 @@ from capsem.model.checkpoint import Kind
 from capsem.model.lifecycle import State
 from capsem.model.spec import VmSpec
 from capsem.model.vm import VmRecord
-from capsem.service import flattening, members
+from capsem.service import members
 from capsem.store import durable, records
 from capsem.store.checkpoints import CheckpointStore
 from capsem.store.layout import Layout
@@ -242,10 +242,7 @@ def test_a_changed_policy(tmp_path: Path) -> None:
     assert after["box"][4].idle_secs == 60
 
 
-def test_a_merge_of_layers_changes_nothing_that_anybody_can_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(flattening, "MAX_DEPTH", 1)
+def test_a_merge_of_layers_changes_nothing_that_anybody_can_read(tmp_path: Path) -> None:
     third, fourth = new_id(13), new_id(14)
 
     def deep(root: Path) -> None:
@@ -257,6 +254,7 @@ def test_a_merge_of_layers_changes_nothing_that_anybody_can_read(
         records.write(session, replace(records.read(session), layers=(BASE, TOP, third, fourth)))
 
     async def scene(it: AtRest) -> None:
+        it.handlers.flattening._max_depth = 1
         it.handlers.flattening.begin()
         while it.handlers.flattening._tasks:
             results = await asyncio.gather(*it.handlers.flattening._tasks.values(), return_exceptions=True)
