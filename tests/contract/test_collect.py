@@ -20,7 +20,7 @@ from capsem.model.vm import VmRecord
 from capsem.service import holdings, space
 from capsem.service.fleet import Fleet
 from capsem.service.vm import Vm
-from capsem.store import records
+from capsem.store import durable, records
 from capsem.store.layout import Layout
 from checkpoint_files import add_layer, layout, make, new_id
 from service_world import World, play
@@ -213,6 +213,30 @@ def test_nobody_waits_for_room_but_who_asks_how_much_there_is(tmp_path: Path, mo
         disk.released.set()
         assert (await asked).layers_bytes == 0
         assert left(it) == []
+
+    play(tmp_path, scene)
+
+
+def test_a_start_waits_for_no_draft_to_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each VM that was killed with its service leaves one, as large as its memory."""
+
+    async def scene(it: World) -> None:
+        store = it.fleet.checkpoints
+        for number in (1, 2):
+            store.abandon(store.prepare(new_id(number), owner="box"))
+        removed, remove = threading.Event(), durable.remove_tree
+
+        def remove_slowly(path: Path) -> None:
+            removed.wait(PATIENCE)
+            remove(path)
+
+        monkeypatch.setattr(durable, "remove_tree", remove_slowly)
+        await it.restart()
+        assert len(list(it.layout.checkpoints.iterdir())) == 2
+        assert it.fleet.checkpoints.sweep() == [], "somebody is about it"
+        removed.set()
+        await it.fleet.cleared()
+        assert not list(it.layout.checkpoints.iterdir())
 
     play(tmp_path, scene)
 

@@ -135,13 +135,16 @@ class Fleet(Members):
                 path.unlink(missing_ok=True)
 
     def _sweep_layers(self) -> None:
-        for checkpoint_id in self.checkpoints.sweep():
-            log.warning("removed the unfinished checkpoint %s", checkpoint_id)
+        """Remove what nobody names. Drafts, which may be gigabytes, go while the service serves already."""
+        drafts = self.checkpoints.abandoned()
+        for draft in drafts:
+            log.warning("removing the unfinished checkpoint %s", draft.id)
+        self.discard(drafts)
         self.collect()
         used = self._used_layers()
         for checkpoint_id, error in self.checkpoints.unreadable.items():
             log.error("no layer is removed as long as checkpoint %s is there: %s", checkpoint_id, error)
-        for path in self.layout.layers.iterdir():
+        for path in self.layout.layers.iterdir():  # while we hold all claims: see `reconcile`
             if path.stem not in used and path.suffix in (".qcow2", ".sum"):
                 log.warning("removing unreferenced layer %s", path.name)
                 path.unlink(missing_ok=True)

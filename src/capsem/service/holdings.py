@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 
 from capsem.model.checkpoint import Checkpoint, Kind
 from capsem.model.errors import Corrupt
 from capsem.service import space
 from capsem.service.vm import Vm
-from capsem.store.checkpoints import CheckpointStore
+from capsem.store.checkpoints import CheckpointStore, Draft
 from capsem.store.layout import Layout
 from capsem.system import System
 
@@ -98,6 +98,16 @@ class Holdings:
     def sweep_drafts(self, vm_id: str) -> None:
         """Remove what a VM's supervisor had prepared, or had in the making when it was killed, while nobody waits for that."""
         self._in_background(self._sweeping, partial(self.checkpoints.sweep, vm_id))
+
+    def discard(self, drafts: Collection[Draft]) -> None:
+        """Remove these drafts, in the background."""
+
+        def discard() -> None:
+            for draft in drafts:
+                self.checkpoints.discard(draft)
+
+        if drafts:
+            self._in_background(self._clearing, discard)
 
     def _in_background(self, those: Removals, remove: Callable[[], object]) -> None:
         def removed(removing: asyncio.Future[object]) -> None:

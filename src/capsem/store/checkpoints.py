@@ -260,14 +260,14 @@ class CheckpointStore:
         self.withdraw(checkpoint_id)
         self.clear(checkpoint_id)
 
-    def sweep(self, owner: str | None = None) -> list[str]:
-        """Remove drafts that nobody works on; returns their ids. With `owner` only theirs: then drafts of others may be
-        begun meanwhile.
+    def abandoned(self, owner: str | None = None) -> list[Draft]:
+        """Drafts that nobody works on, which are the caller's from here on, to `discard`. With `owner` only theirs: then
+        drafts of others may be begun meanwhile.
 
         First the lock, then the look: a draft that is committed in between has a manifest by the time that its lock
         can be had.
         """
-        gone = []
+        found = []
         for path in self._layout.checkpoints.iterdir():
             files = CheckpointDir(path)
             if files.manifest.exists():
@@ -280,15 +280,19 @@ class CheckpointStore:
                 lock = None
             if lock is None:
                 continue
-            try:
-                if not files.manifest.exists():
-                    durable.remove_tree(path)
-                    gone.append(path.name)
-                else:
-                    files.draft.unlink(missing_ok=True)  # we made it again
-            finally:
+            if files.manifest.exists():
+                files.draft.unlink(missing_ok=True)  # we made it again
                 lock.release()
-        return gone
+            else:
+                found.append(Draft(files, lock))
+        return found
+
+    def sweep(self, owner: str | None = None) -> list[str]:
+        """Remove what `abandoned` finds; returns their ids. Takes its time. Raises OSError."""
+        drafts = self.abandoned(owner)
+        for draft in drafts:
+            self.discard(draft)
+        return [draft.id for draft in drafts]
 
 
 def describe(path: Path) -> Part:
