@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import subprocess
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 import pytest
 
 from capsem.api.vm_types import ForkRequest, ProvisionRequest
+from capsem.store import orphans
+from capsem.store.locks import holders
+from capsem.system.real import RealProcesses
 from service_world import World, play, status
 
 
@@ -81,3 +85,33 @@ def test_its_vmm_is_gone_before_it_counts_as_ended(tmp_path: Path, what: Callabl
             vmm.wait()
 
     play(tmp_path, scene)
+
+
+def test_who_only_looks_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `is_locked` does, which has the lock for an instant: it may have gone, and be there again, when it is looked for."""
+    path = tmp_path / "vmm.lock"
+
+    class Unkilled(RealProcesses):
+        def signal(self, pid: int, number: int) -> None:
+            raise AssertionError(f"process {pid} was to be killed")
+
+    def look() -> subprocess.Popen[bytes]:
+        with path.open("wb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            return subprocess.Popen(["sleep", "600"], pass_fds=[file.fileno()])
+
+    lookers = [look()]
+
+    def found(path: Path) -> list[int]:
+        pids = holders(path)
+        lookers[-1].kill()
+        lookers[-1].wait()
+        if len(lookers) == 1:
+            lookers.append(look())
+        return pids
+
+    monkeypatch.setattr(orphans, "holders", found)
+    lock = asyncio.run(orphans.take_from_orphan(Unkilled(), path))
+    assert lock is not None
+    lock.release()
+    assert len(lookers) == 2

@@ -14,7 +14,7 @@ from capsem.store.locks import Lock, holders, try_lock
 from capsem.system import Processes
 
 ORPHAN_LIMIT = 5.0  # seconds for the VMM of an earlier, killed supervisor to die
-LOCK_TURN = 0.05  # seconds between looks at a lock whose holder cannot be found
+LOCK_TURN = 0.02  # seconds between looks at the lock
 
 log = logging.getLogger("capsem.orphans")
 
@@ -24,15 +24,18 @@ async def take_from_orphan(processes: Processes, path: Path) -> Lock | None:
 
     None when it was not to be had in ORPHAN_LIMIT. Raises OSError.
     """
+    seen: set[int] = set()
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(ORPHAN_LIMIT):
             while (lock := try_lock(path)) is None:
-                pids = holders(path)
-                if not pids:  # it has just ended, or is not to be seen from here
-                    await asyncio.sleep(LOCK_TURN)
-                for pid in pids:
+                found = set(holders(path))
+                # Whoever has the file open once may only be looking whether it is locked.
+                for pid in found & seen:
                     log.warning("killing orphaned VMM %d", pid)
                     processes.signal(pid, signal.SIGKILL)
                     await processes.gone(pid)
+                if not found & seen:  # it may just be going
+                    await asyncio.sleep(LOCK_TURN)
+                seen = found
             return lock
     return None
