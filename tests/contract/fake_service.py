@@ -164,7 +164,7 @@ class FakeManager:
                 pid=0,
                 status=Status.DEFUNCT,
                 persistent=True,
-                last_error="one\n\x1b[31mkernel panic\x1b[0m\n\n",
+                last_error="\x1b[31mkernel panic\x1b[0m\nthe end of its log\n\n",
             ),
         }[self.states[vm_id]]
 

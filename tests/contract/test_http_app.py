@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from capsem.api import stream
 from capsem.api.file_types import CONTENT_LIMIT
 from capsem.api.operations import OPERATIONS
+from capsem.client import sync
 from capsem.client.http import encode_chunk
 from capsem.client.sync import Client
 from capsem.model.errors import InvalidInput, NotFound, NotRunning, TimedOut, Unavailable
@@ -474,6 +476,16 @@ def test_no_service_and_no_answer(service: FakeService) -> None:
         Client(service.path.with_name("none.sock")).call("list")
     with pytest.raises(TimedOut, match=r"did not answer within 0\.2 s"):
         Client(service.path, timeout=0.2).call("exec", vm_id="box", body={"command": "sleep"})
+
+
+def test_the_service_of_another_user(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(sync, "_connect", refuse)
+    with pytest.raises(Unavailable, match="Permission denied") as caught:
+        Client(service.path).call("list")
+    assert "another user's" in str(caught.value.hint)
 
 
 def test_every_operation_has_its_route(service: FakeService) -> None:

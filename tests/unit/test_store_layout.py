@@ -56,3 +56,14 @@ def test_a_short_one_has_them_beside_it(tmp_path: Path) -> None:
     mine = Layout(tmp_path)
     mine.own_sockets(mine.instances / "box.sock")
     assert mine.instances.is_dir()
+
+
+def test_directories_of_somebody_else_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a command under sudo."""
+    layout, access = Layout(tmp_path), os.access
+    layout.create()
+    layout.create()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != layout.layers and access(path, mode))
+    with pytest.raises(HostNotReady, match=str(layout.layers)) as caught:
+        layout.create()
+    assert f"chown -R $USER {tmp_path}" in str(caught.value.hint)

@@ -40,9 +40,9 @@ def list_command(obj: Context, quiet: bool, as_json: bool) -> None:
         click.echo(head)
         for line, box in zip(lines, boxes, strict=True):
             click.echo(line)
-            if error := _last_line(box.get("last_error")):
+            if error := _first_line(box.get("last_error")):  # why; below it stands the end of the log
                 click.echo(f"  last error: {error}")
-            elif box["status"] == "Running" and (reason := _last_line(box.get("reason"))):
+            elif box["status"] == "Running" and (reason := _first_line(box.get("reason"))):
                 click.echo(f"  note: {reason}")
             if waiting := box.get("waiting"):
                 click.echo(f"  {printable(waiting)}")
@@ -202,6 +202,6 @@ def _row(box: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _last_line(error: str | None) -> str:
-    lines = printable(error or "").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+def _first_line(text: str | None) -> str:
+    lines = printable(text or "").split("\n")
+    return next((line.strip() for line in lines if line.strip()), "")

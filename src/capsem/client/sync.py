@@ -120,9 +120,10 @@ class Client:
 
     def _unreachable(self, exc: OSError) -> Unavailable:
         reason = exc.strerror or str(exc)
-        return Unavailable(
-            f"cannot connect to the service at {self.uds_path}: {reason}", hint="is capsem-service running?"
-        )
+        hint = "is capsem-service running?"
+        if isinstance(exc, PermissionError):
+            hint = "it is another user's; CAPSEM_HOME or CAPSEM_RUN_DIR names a directory of your own"
+        return Unavailable(f"cannot connect to the service at {self.uds_path}: {reason}", hint=hint)
 
 
 class ExecStream:

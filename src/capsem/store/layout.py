@@ -238,7 +238,12 @@ class Layout:
         return self.ram / f"empty-{size_mb}.ram"
 
     def create(self) -> None:
-        """Make all directories, mode 0700."""
+        """Make all directories, mode 0700. Raises OSError; HostNotReady: one is there that we may not write to."""
         store = (self.layers, self.volumes, self.ram, self.checkpoints)
         for path in (self.run_dir, self.instances, self.sessions, self.persistent, *store):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+                raise HostNotReady(
+                    f"{path} may not be written to",
+                    hint=f"it is somebody else's, perhaps root's: `sudo chown -R $USER {self.run_dir}` makes all yours",
+                )
