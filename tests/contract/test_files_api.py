@@ -9,6 +9,7 @@ import io
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
 import tarfile
@@ -347,7 +348,16 @@ def test_cp_of_a_directory(live: Live, inside: Path, tmp_path: Path) -> None:
     (source / "secret").write_bytes(os.urandom(100_000))
     (source / "secret").chmod(0o600)
     (source / "link").symlink_to("sub/run")
-    assert live.cp(source, "box:").returncode == 0  # into a directory that is there
+    os.mkfifo(source / "sub/fifo")
+    os.mknod(source / "socket", 0o600 | stat.S_IFSOCK)
+    done = live.cp(source, "box:")  # into a directory that is there
+    assert (done.returncode, sorted(done.stderr.decode().splitlines())) == (
+        0,
+        [
+            "note: left out socket: neither a file nor a directory",
+            "note: left out sub/fifo: neither a file nor a directory",
+        ],
+    )
     assert live.cp(source, "box:a/b").returncode == 0  # as a new one
     (inside / "src/sub/out").symlink_to("/etc")
     (inside / "src/sub/up").symlink_to("../secret")
@@ -395,7 +405,7 @@ def test_cp_that_fails(live: Live, inside: Path, tmp_path: Path) -> None:
         (("box:a", "box:b"), 2, "exactly one"),
         (("box:missing", tmp_path), 1, "no such file"),
         (("box:fifo", tmp_path), 2, "neither"),
-        (("box:file", tmp_path / "no/where"), 1, "No such file"),
+        (("box:file", tmp_path / "no/where"), 1, f"{tmp_path}/no is no directory\nhint: mkdir -p "),
         ((tmp_path / "missing", "box:"), 1, "no such file"),
         ((tmp_path, "box:file/x"), 1, "file"),
         (("-", "box:"), 2, "no name"),

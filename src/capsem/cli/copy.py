@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
@@ -225,7 +225,11 @@ def _download_by_command(client: Client, session: str, path: str, destination: s
 
 def _target(destination: str, name: str) -> Path:
     target = Path(destination)
-    return target / name if target.is_dir() else target
+    if target.is_dir():
+        return target / name
+    if not target.parent.is_dir():
+        raise NotFound(f"{target.parent} is no directory", hint=f"mkdir -p {shlex.quote(str(target.parent))}")
+    return target
 
 
 def _receive_file(pieces: Iterable[bytes], destination: str, name: str, mode: int | None) -> None:
@@ -263,6 +267,10 @@ def _receive_directory(output: _Output, finish: Callable[[], None], target: Path
     except BaseException:
         remove_tree(Path(temporary))
         raise
+    _tell(left_out)
+
+
+def _tell(left_out: Sequence[str]) -> None:
     for line in left_out[:10]:
         click.echo(f"note: left out {printable(line)}", err=True)
     if len(left_out) > 10:
@@ -321,8 +329,9 @@ def _upload(client: Client, source: str, session: str, path: str, progress: _Pro
     try:
         info = os.fstat(fd)
         if stat.S_ISDIR(info.st_mode):
-            with _packed(source) as (end, failure):
+            with _packed(source) as (end, failure, left_out):
                 _send(client, session, _script(_UNPACK, p=path, n=name), _Source(end, progress), where, failure)
+                _tell(left_out)
         elif stat.S_ISREG(info.st_mode):
             progress.total = info.st_size
             if _upload_plain(client, fd, info, session, path, name, progress):
@@ -353,22 +362,30 @@ def _upload_plain(
 
 
 @contextlib.contextmanager
-def _packed(directory: str) -> Iterator[tuple[int, list[OSError]]]:
-    """A pipe to read a tar archive of the directory from, and what went wrong while it was made."""
+def _packed(directory: str) -> Iterator[tuple[int, list[OSError], list[str]]]:
+    """A pipe to read a tar archive of the directory from, what went wrong while it was made, and what is not in it."""
     import tarfile
 
     reader, writer = os.pipe2(os.O_CLOEXEC)
     failure: list[OSError] = []
+    left_out: list[str] = []
 
-    def plain(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
-        entry.uid = entry.gid = 0
-        entry.uname = entry.gname = ""
-        return entry if entry.isfile() or entry.isdir() or entry.issym() or entry.islnk() else None
+    class Archive(tarfile.TarFile):
+        """Of files, directories and links."""
+
+        def gettarinfo(self, name: Any = None, arcname: Any = None, fileobj: Any = None) -> Any:  # None: it is left out
+            entry: tarfile.TarInfo | None = super().gettarinfo(name, arcname, fileobj)
+            if entry is None or not (entry.isfile() or entry.isdir() or entry.issym() or entry.islnk()):
+                left_out.append(f"{os.path.relpath(arcname)}: neither a file nor a directory")
+                return None
+            entry.uid = entry.gid = 0
+            entry.uname = entry.gname = ""
+            return entry
 
     def pack() -> None:
         try:
-            with os.fdopen(writer, "wb") as file, tarfile.open(fileobj=file, mode="w|", bufsize=_PIECE) as archive:
-                archive.add(directory, arcname=".", filter=plain)
+            with os.fdopen(writer, "wb") as file, Archive.open(fileobj=file, mode="w|", bufsize=_PIECE) as archive:
+                archive.add(directory, arcname=".")
         except BrokenPipeError:
             pass  # nobody wants the rest
         except OSError as error:
@@ -377,7 +394,7 @@ def _packed(directory: str) -> Iterator[tuple[int, list[OSError]]]:
     thread = threading.Thread(target=pack, name="tar", daemon=True)
     thread.start()
     try:
-        yield reader, failure
+        yield reader, failure, left_out
     finally:
         os.close(reader)
         thread.join()
