@@ -26,6 +26,7 @@ from capsem.model.errors import (
     NotRunning,
     TimedOut,
 )
+from capsem.service.link import Link
 from capsem.store.locks import is_locked
 from capsem.supervisor import room
 from service_world import World, play, status
@@ -345,6 +346,27 @@ def test_a_machine_without_room_on_the_disk_goes_on_when_there_is(
                 seen.append(warning)
         assert "disk is full" in seen[0]
         assert (await it.handlers.execute("box", ExecRequest(command="echo on"))).stdout == "on\n"
+
+    play(tmp_path, scene)
+
+
+def test_a_guest_that_finds_no_room_to_boot_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only that it was not ready in time."""
+    monkeypatch.setattr(room, "has_room", lambda _store: False)
+
+    async def scene(it: World) -> None:
+        await it.handlers.provision(ProvisionRequest(name="box"))
+        it.driver.machines[0].full.set()
+        while (await it.handlers.info("box")).warning is None:
+            await asyncio.sleep(0)
+
+        async def never(_link: Link, _limit: float) -> bool:
+            return False
+
+        monkeypatch.setattr(Link, "wait_ready", never)
+        with pytest.raises(TimedOut, match="disk is full") as caught:
+            await it.handlers.execute("box", ExecRequest(command="true"))
+        assert "capsem df" in str(caught.value.hint)
 
     play(tmp_path, scene)
 

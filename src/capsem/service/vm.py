@@ -328,6 +328,10 @@ class Vm:
             raise MachineFailed(
                 f"{self.id} ended before it was ready: {failure}", hint=f"capsem logs {self.id}"
             ) from None
+        if not ready and self.warning is not None:
+            raise TimedOut(
+                f"{self.id} was not ready after {limit:.0f} s: {self.warning}", hint="`capsem df` shows more"
+            )
         if not ready:
             raise TimedOut(f"{self.id} was not ready after {limit:.0f} s", hint=f"capsem logs {self.id}")
         return link
