@@ -200,9 +200,15 @@ class Bench(Service):
             self.process.wait()
             self.restart()
             self.check()
+        found: list[str] = []
+
+        def in_order() -> bool:
+            found[:] = self.amiss()
+            return not found
+
         with contextlib.suppress(AssertionError):  # what is under way in the background comes to its end
-            wait_for(lambda: not self.amiss())
-        assert self.amiss() == [], told
+            wait_for(in_order)
+        assert found == [], (found, told)
 
     def amiss(self) -> list[str]:
         """What is there that should not be, or not there that should."""
