@@ -38,22 +38,39 @@ def test_a_million_operations() -> None:
 
 
 @pytest.mark.parametrize(
-    "mutant",
+    ("mutant", "seeds"),
     [
-        "gate-off",
-        "retry-without-dedup",
-        "ack-before-exit",
-        "ack-before-commit",
-        "goes-on-in-a-frozen-layer",
-        "merges-what-is-written",
+        ("gate-off", 40),
+        ("retry-without-dedup", 40),
+        ("ack-before-exit", 40),
+        ("ack-before-commit", 40),
+        ("goes-on-in-a-frozen-layer", 40),
+        ("merges-what-is-written", 300),  # one in thirty fails
     ],
 )
-def test_a_broken_product_is_noticed(mutant: str) -> None:
-    done = simulate("--seeds", "1:40", "--mutant", mutant, "--jobs", "2")
+def test_a_broken_product_is_noticed(mutant: str, seeds: int) -> None:
+    done = simulate("--seeds", f"1:{seeds}", "--mutant", mutant, "--jobs", "2")
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stderr == ""  # the seed that was played at the same time does not complain that nobody listens
     assert f"--mutant {mutant}" in done.stdout
     assert "again: python -m capsem.simulation --seed " in done.stdout
+
+
+GIVEN_UP = """
+import time
+from capsem.simulation.__main__ import _Child
+from capsem.simulation.seed import Order, directories
+child = _Child(Order(1, operations=100_000))
+while not directories(child.pid):
+    time.sleep(0.01)
+child.give_up()
+print(directories(child.pid))
+"""
+
+
+def test_a_seed_that_is_given_up_leaves_no_files() -> None:
+    done = subprocess.run([sys.executable, "-c", GIVEN_UP], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_a_seed_is_all_that_a_run_depends_on() -> None:

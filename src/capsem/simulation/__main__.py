@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, replace
 
-from capsem.simulation.seed import CLIENTS, OPERATIONS, Order, Outcome, play
+from capsem.simulation.seed import CLIENTS, OPERATIONS, Order, Outcome, play, sweep
 from capsem.simulation.trouble import KINDS
 
 LIMIT = 120  # seconds of real time that one seed may take
@@ -59,6 +59,7 @@ class _Child:
             data = file.read()
         os.waitpid(self.pid, 0)
         if not data:
+            sweep(self.pid)
             return Outcome(self.order.seed, violation=f"it was not over after {LIMIT} s, or the process died")
         return Outcome(**json.loads(data))
 
@@ -66,6 +67,7 @@ class _Child:
         """End it: nobody will ask how it came out."""
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
+        sweep(self.pid)
         os.close(self._read)
 
 

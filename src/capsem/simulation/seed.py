@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import logging
+import os
 import random
 import shutil
 import tempfile
@@ -61,6 +62,25 @@ class Order:
     trace: bool = False
 
 
+def _prefix(pid: int) -> str:
+    return f"capsem-sim-{pid:08x}-"  # as long as any other: names of files are in what a seed writes
+
+
+def _place() -> Path:
+    return MEMORY if MEMORY.is_dir() else Path(tempfile.gettempdir())
+
+
+def directories(pid: int) -> list[Path]:
+    """Where a process that plays a seed has the files of its simulated host."""
+    return list(_place().glob(f"{_prefix(pid)}*"))
+
+
+def sweep(pid: int) -> None:
+    """Remove what a process that was killed had there."""
+    for directory in directories(pid):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 def play(order: Order) -> Outcome:
     """Play one seed, in a process that is good for nothing else afterwards (see `Guard`, and `SimLoop.remains`)."""
     gc.disable()
@@ -72,8 +92,8 @@ def play(order: Order) -> Outcome:
     dice = random.Random(order.seed)  # noqa: S311 - to be repeated, not to be secret
     outcome = Outcome(order.seed)
     loop = SimLoop(dice)
-    tempfile.tempdir = str(MEMORY) if MEMORY.is_dir() else None
-    directory = Path(tempfile.mkdtemp(prefix="capsem-sim-"))
+    tempfile.tempdir = str(_place())
+    directory = Path(tempfile.mkdtemp(prefix=_prefix(os.getpid())))
     try:
         host = Host(loop, Guard(), dice)
         loop.run_until_complete(_play(outcome, order, host, directory))

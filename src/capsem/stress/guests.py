@@ -53,8 +53,10 @@ class LinuxGuest:
             f"mkdir -p /root/stress; echo {word} >/dev/shm/stress; "
             f"STRESS={word} setsid sleep infinity >/dev/null 2>&1 </dev/null & echo $! >/dev/shm/stress-pid; "
             # What a machine that was killed had appended and not synced may be zeros: ext4 can write a size before its data.
-            "setsid flock -n /dev/shm/stress-lock bash -c 'cd /root; touch count; n=$(wc -l <count); "
-            "truncate -s $(head -n $n count | wc -c) count; "
+            # It is cut off here and now, for whoever looks next.
+            "flock -n /dev/shm/stress-lock bash -c 'cd /root; touch count; "
+            "truncate -s $(head -n $(wc -l <count) count | wc -c) count'; "
+            "setsid flock -n /dev/shm/stress-lock bash -c 'cd /root; n=$(wc -l <count); "
             "while :; do n=$((n+1)); echo $n >>count; sync count; sleep 0.3; done' >/dev/null 2>&1 </dev/null &"
         )
 
