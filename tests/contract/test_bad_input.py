@@ -539,6 +539,7 @@ def test_without_a_qemu_that_works(home: Path, env: dict[str, str], code: str, t
         assert after[1:] == before[1:]
         # The logs of a VM that failed are kept, and one that is to persist is there, to be resumed or deleted.
         assert ask(service.socket, "DELETE", "/delete/box")[0] == 200
+        service.client.call("df")  # once what was removed is gone
         left = {path for path in traces(service.run_dir)[0] if path not in before[0]}
         assert not [path for path in left if path.startswith(("instances", "store/layers", "persistent/"))]
         assert all("-failed-" in path for path in left if path.startswith("sessions"))
