@@ -10,7 +10,7 @@ from pathlib import Path
 from capsem.system import Child, System
 
 ROOM = 512  # bytes for the arguments that a spare will show
-PAUSE = 2.0  # seconds after one was taken until the next is made: those belong to the VM that starts
+PAUSE = 0.5  # seconds after one was taken until the next is made: those belong to the VM that starts
 
 log = logging.getLogger("capsem_service.spares")
 

@@ -351,10 +351,10 @@ class Saver:
             await asyncio.gather(syncing, return_exceptions=True)
 
     def _rebase(self, files: CheckpointDir) -> None:
-        base = RamFile(files.memory, files.sums)
-        if self._base is not None:
-            self._base.close()
-        self._base, self._own = base, True
+        before, self._base, self._own = self._base, RamFile(files.memory, files.sums), True
+        if before is not None:
+            # Of a checkpoint that was removed already this is the last that holds its file, and giving that back takes time.
+            asyncio.get_running_loop().run_in_executor(None, before.close)
 
     def _describe(self, prepared: _Prepared, record: VmRecord, order: Order, saved: Saved, synced: bool) -> Checkpoint:
         """What was saved."""
