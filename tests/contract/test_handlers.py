@@ -485,15 +485,36 @@ def test_a_name_whose_socket_lies_elsewhere(tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setattr("capsem.store.layout.SOCKET_PATH_LIMIT", len(str(it.layout.instance_socket(old))))
         name = f"longer-than-{old}"
         await it.handlers.persist(old, PersistRequest(name=name))
-        assert it.layout.instance_socket(name).parent.parent == tmp_path
+        assert it.layout.instance_socket(name).parent.parent.name == "other"
         await it.restart()
         assert await status(it) == {name: "Running"}
         await it.handlers.delete(name)
         assert not it.layout.instance_socket(name).exists()
 
     with tempfile.TemporaryDirectory(prefix="capsem-") as short:
-        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        monkeypatch.setattr(tempfile, "tempdir", f"{short}/other")
+        Path(short, "other").mkdir()
         play(Path(short), scene)
+
+
+def test_a_vm_keeps_its_name_where_the_new_ones_socket_cannot_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene(it: World) -> None:
+        old = (await it.handlers.provision(ProvisionRequest())).id
+        monkeypatch.setattr("capsem.store.layout.SOCKET_PATH_LIMIT", 0)
+        monkeypatch.setattr(tempfile, "tempdir", str(far))
+        for _ in range(2):
+            with pytest.raises(MachineFailed, match="path too long"):
+                await it.handlers.persist(old, PersistRequest(name="box"))
+        monkeypatch.undo()
+        assert await status(it) == {old: "Running"}
+        await it.handlers.persist(old, PersistRequest(name="box"))
+        assert await status(it) == {"box": "Running"}
+
+    far = tmp_path / ("far" * 30)
+    far.mkdir()
+    play(tmp_path, scene)
 
 
 def test_purge_takes_the_ephemeral_or_all(tmp_path: Path) -> None:

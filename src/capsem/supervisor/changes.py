@@ -130,17 +130,23 @@ class Changes(Owned):
         return Assigned()
 
     async def _move(self, to: Persist | Assign, **changes: object) -> None:
-        """Take another name and directory. The record goes first: from then on a service that finds the old directory
-        moves it."""
+        """Take another name and directory. Of what makes that true the record goes first: from then on a service that finds
+        the old directory moves it. Raises OSError: where the socket cannot lie nothing was changed."""
         old, session = self._names, SessionDir(Path(to.session_dir))
-        async with self.recording.set_aside(session.ledger):
-            self._rewrite(id=to.name, **changes)
-            durable.rename(old.session.path, session.path)
-        self._names = replace(old, session=session, socket=Path(to.socket), ready_file=Path(to.ready_file))
+        names = replace(old, session=session, socket=Path(to.socket), ready_file=Path(to.ready_file))
+        listener = await self._listen(names.socket)
+        try:
+            async with self.recording.set_aside(session.ledger):
+                self._rewrite(id=to.name, **changes)
+                durable.rename(old.session.path, session.path)
+        except BaseException:
+            listener.close()
+            names.socket.unlink(missing_ok=True)
+            raise
+        self._names = names
         self._console.move(session.serial_log)
         self.transcript.move(session.pty_log)
-        former = self._listener
-        self._listener = await self._listen()
+        former, self._listener = self._listener, listener
         if former is not None:
             former.close()
         if old.ready_file.exists():

@@ -166,9 +166,9 @@ class Owned:
         env = {**record.spec.env, **self.lending.environment}
         return Identity(record.id, record.id, env, record.machine_id, self._token)
 
-    async def _listen(self) -> Listener:
-        self._names.socket.unlink(missing_ok=True)
-        return await self._system.network.listen(self._names.socket, self._server.connection)
+    async def _listen(self, socket: Path) -> Listener:
+        socket.unlink(missing_ok=True)
+        return await self._system.network.listen(socket, self._server.connection)
 
     async def _at_work(self, *, shared: bool) -> None:
         """From here on no other operation of this host goes on that must not, though the service that let this one pass

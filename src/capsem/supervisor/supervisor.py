@@ -131,7 +131,7 @@ class Supervisor(Starting):
                 with span("write the record"):
                     await begun
                 with span("listen"):
-                    self._listener = await self._listen()
+                    self._listener = await self._listen(self._names.socket)
                 self._bound()
             finally:
                 started = await asyncio.gather(starting, return_exceptions=True)
