@@ -27,6 +27,7 @@ from capsem.model.errors import (
     TimedOut,
 )
 from capsem.service.link import Link
+from capsem.store import records
 from capsem.store.locks import is_locked
 from capsem.supervisor import room
 from service_world import World, play, status
@@ -507,6 +508,7 @@ def test_a_vm_keeps_its_name_where_the_new_ones_socket_cannot_lie(
         for _ in range(2):
             with pytest.raises(MachineFailed, match="path too long"):
                 await it.handlers.persist(old, PersistRequest(name="box"))
+            assert records.read(it.fleet.get(old).session).id == old
         monkeypatch.undo()
         assert await status(it) == {old: "Running"}
         await it.handlers.persist(old, PersistRequest(name="box"))
