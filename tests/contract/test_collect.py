@@ -22,6 +22,7 @@ from capsem.service.fleet import Fleet
 from capsem.service.vm import Vm
 from capsem.store import durable, records
 from capsem.store.layout import Layout
+from capsem.supervisor.supervisor import Supervisor
 from checkpoint_files import add_layer, layout, make, new_id
 from service_world import World, play
 
@@ -271,3 +272,32 @@ def test_what_cannot_be_removed_is_told_of(
         carried_out(fleet, lambda: fleet.remove_layers((LAYER,)))
     assert "not yours" in caplog.text
     assert fleet.layout.layer(LAYER).exists()
+
+
+def test_the_layer_of_a_vm_that_just_begins_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its supervisor has taken the claim, and no record tells of the layer yet, when another service comes up."""
+    begun, go_on = threading.Event(), threading.Event()
+    write = Supervisor._write_begun
+
+    def write_late(self: Supervisor) -> None:
+        begun.set()
+        assert go_on.wait(30)
+        write(self)
+
+    monkeypatch.setattr(Supervisor, "_write_begun", write_late)
+
+    async def scene(it: World) -> None:
+        starting = asyncio.create_task(it.handlers.provision(ProvisionRequest(name="box", persistent=True)))
+        await asyncio.to_thread(begun.wait, 30)
+        restarting = asyncio.create_task(it.restart())
+        done, _ = await asyncio.wait((restarting,), timeout=0.3)
+        go_on.set()
+        await asyncio.gather(starting, return_exceptions=True)
+        await restarting
+        assert not done
+        vm = it.fleet.get("box")
+        assert vm.obstacle is None
+        assert all(it.layout.layer(layer).exists() for layer in vm.record.layers)
+        assert len(vm.record.layers) == 1
+
+    play(tmp_path, scene)

@@ -22,6 +22,7 @@ from capsem.store.locks import Lock, holders, is_locked, try_lock
 
 POOLED = "pool-"  # how names of VMs of the pool begin
 ADOPT_LIMIT = 10.0  # seconds for a living supervisor to answer
+ADOPT_TURN = 0.02  # seconds between looks whether a supervisor that has just begun listens
 SUSPEND_LIMIT = 8.0  # seconds for all VMs together to be suspended when the service stops
 TERMINATE_LIMIT = 2.0  # seconds between SIGTERM and SIGKILL for those that are not, or not in time
 
@@ -104,6 +105,9 @@ class Fleet(Members):
         try:
             self.layout.own_sockets(socket)
             async with asyncio.timeout(ADOPT_LIMIT):
+                # One that was just started has a layer of which its record tells by the time that it listens, not before.
+                while is_locked(vm.session.claim) and not socket.exists():
+                    await asyncio.sleep(ADOPT_TURN)
                 await link.connect(self.system, socket)
         except (CapsemError, OSError) as error:
             if not is_locked(vm.session.claim):
@@ -141,10 +145,18 @@ class Fleet(Members):
             log.warning("removing the unfinished checkpoint %s", draft.id)
         self.discard(drafts)
         self.collect()
+        living = [vm for vm in self._vms.values() if vm.running]
+        for vm in living:
+            if not self.layout.instance_socket(vm.id).exists():  # it has begun, and its record may not say with what
+                log.error("no layer is removed as long as the supervisor of %s does not listen", vm.id)
+                return
+        found = list(self.layout.layers.iterdir())  # while we hold all claims: see `reconcile`
+        for vm in living:  # its supervisor may have made one since it was taken over
+            vm.reload()
         used = self._used_layers()
         for checkpoint_id, error in self.checkpoints.unreadable.items():
             log.error("no layer is removed as long as checkpoint %s is there: %s", checkpoint_id, error)
-        for path in self.layout.layers.iterdir():  # while we hold all claims: see `reconcile`
+        for path in found:
             if path.stem not in used and path.suffix in (".qcow2", ".sum"):
                 log.warning("removing unreferenced layer %s", path.name)
                 path.unlink(missing_ok=True)
