@@ -40,6 +40,7 @@ class Fleet(Members):
         """
         found: list[tuple[Vm, Lock | None]] = []
         self._index_waits = True  # else it would be written anew for each of them
+        self._taking_over = True
         with contextlib.ExitStack() as held:
             for session in records.sessions(self.layout):
                 try:
@@ -51,7 +52,7 @@ class Fleet(Members):
                     self._skipped = True
                     log.error("%s is skipped: %s", session.path, error)
             await asyncio.gather(*(self._take_over(vm, claim) for vm, claim in found))
-            self._index_waits = False
+            self._index_waits = self._taking_over = False
             self.write_index()
             self._sweep()
             if self._knows_all():

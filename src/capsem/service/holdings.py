@@ -36,6 +36,7 @@ class Holdings:
         self.checkpoints = CheckpointStore(layout)
         self.spare: set[str] = set()  # layers that are being made, for a record to name
         self._skipped = False  # there are session directories that are no VM's, and were left alone
+        self._taking_over = False
         self._summing: asyncio.Task[None] | None = None
         self._pinned: Counter[str] = Counter()  # checkpoints that VMs are being made of
         self._clearing: Removals = set()
@@ -71,6 +72,8 @@ class Holdings:
 
     def _knows_all(self) -> bool:
         """Whether every record could be read. One that could not would tell what it needs, so nothing shared may go."""
+        if self._taking_over:  # what runs is not known yet; the sweep at the end of that removes all at once
+            return False
         return not self._skipped and not any(isinstance(vm.obstacle, Corrupt) for vm in self._vms.values())
 
     def collect(self) -> None:
