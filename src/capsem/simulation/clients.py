@@ -24,7 +24,7 @@ from capsem.model.errors import (
     WrongState,
 )
 from capsem.service.handlers import Handlers
-from capsem.simulation.history import Add, Mark, Places, VmHistory, Write
+from capsem.simulation.history import Add, Mark, Own, Places, VmHistory, Write
 from capsem.simulation.world import Gone, Violation, World
 
 PAUSE = 2.0  # seconds between two requests of a client, at most
@@ -116,18 +116,22 @@ class Population:
 
     # -- what concerns a client's place
 
+    async def _ask_for(self, client: str, vm: VmHistory, what: Own, ask: Callable[[Handlers], Awaitable[Any]]) -> Any:
+        """Ask for a client's own operation; one that was refused has not happened."""
+        vm.begin(client, what)
+        try:
+            return await self.ask(ask)
+        except REFUSALS:
+            vm.refused(client, what)
+            raise
+
     async def _add(self, client: str, vm: VmHistory) -> None:
         if vm.too_much_pending(client):
             return
         what = Add(next(self._ids))
-        vm.begin(client, what)
         pause = self.dice.choice(("", "", "sleep 0.2; ", "sleep 2; "))
         command = f"tally {client}; {pause}count /root/{client}.count; sync"
-        try:
-            answer = await self.ask(lambda on: on.execute(vm.name, ExecRequest(command=command)))
-        except REFUSALS:
-            vm.refused(client, what)
-            raise
+        answer = await self._ask_for(client, vm, what, lambda on: on.execute(vm.name, ExecRequest(command=command)))
         try:
             tally, count = map(int, answer.stdout.split())
         except ValueError:
@@ -143,14 +147,8 @@ class Population:
     async def _mark(self, client: str, vm: VmHistory) -> None:
         if vm.too_much_pending(client):
             return
-        what = Mark(next(self._ids))
-        vm.begin(client, what)
-        command = f"count /root/{client}.marks"
-        try:
-            answer = await self.ask(lambda on: on.execute(vm.name, ExecRequest(command=command)))
-        except REFUSALS:
-            vm.refused(client, what)
-            raise
+        what, command = Mark(next(self._ids)), f"count /root/{client}.marks"
+        answer = await self._ask_for(client, vm, what, lambda on: on.execute(vm.name, ExecRequest(command=command)))
         before = vm.get(client)
         if not vm.marked(client, what, int(answer.stdout)):
             raise Violation(f"{client} in {vm.name}: {answer.stdout.strip()} marks, which is none of {_shown(before)}")
@@ -160,14 +158,8 @@ class Population:
             return
         number = next(self._ids)
         what = Write(number, f"text {number}")
-        vm.begin(client, what)
-        try:
-            await self.ask(
-                lambda on: on.write_file(vm.name, WriteFileRequest(path=f"/root/{client}.text", content=what.text))
-            )
-        except REFUSALS:
-            vm.refused(client, what)
-            raise
+        request = WriteFileRequest(path=f"/root/{client}.text", content=what.text)
+        await self._ask_for(client, vm, what, lambda on: on.write_file(vm.name, request))
         vm.written(client, what)
 
     async def _read(self, client: str, vm: VmHistory) -> None:

@@ -38,6 +38,9 @@ class Mark(NamedTuple):
     id: int
 
 
+Own = Add | Write | Mark  # what a client does with its place
+
+
 class Rest(NamedTuple):
     """What is left of an `Add` that has changed the tally."""
 
@@ -54,9 +57,9 @@ class Possible(NamedTuple):
     marks: int = 0  # in a file of which the guest's page cache may know more than the disk
     fewest: int = 0  # so many of them are there in any case: the same number while memory was not lost
     flushed: int = 0  # so many are on disk in any case
-    pending: frozenset[Add | Rest | Write | Mark] = frozenset()
+    pending: frozenset[Own | Rest] = frozenset()
 
-    def after(self, what: Add | Rest | Write | Mark) -> list[Possible]:
+    def after(self, what: Own | Rest) -> list[Possible]:
         """What it may be while the operation comes to pass, and when it has."""
         left = self.pending - {what}
         if isinstance(what, Write):
@@ -68,7 +71,7 @@ class Possible(NamedTuple):
         more = self._replace(tally=self.tally + 1, pending=left)
         return [more._replace(pending=left | {Rest(what.id)}), more._replace(sum=self.sum + 1)]
 
-    def done(self, what: Add | Write | Mark) -> Possible:
+    def done(self, what: Own) -> Possible:
         """When it has come to pass."""
         return self.after(what)[-1]
 
@@ -165,42 +168,42 @@ class VmHistory:
 
     # -- one client's operations
 
-    def begin(self, client: str, what: Add | Write | Mark) -> None:
+    def begin(self, client: str, what: Own) -> None:
         """An operation begins; from here on it may come to pass."""
         self.put(client, (state._replace(pending=state.pending | {what}) for state in self.get(client)))
 
-    def refused(self, client: str, what: Add | Write | Mark) -> None:
+    def refused(self, client: str, what: Own) -> None:
         """It is certain that it does not."""
         self.put(client, (state._replace(pending=state.pending - {what}) for state in self.get(client)))
 
     def added(self, client: str, what: Add, tally: int, count: int) -> bool:
         """It was acknowledged, with these sums; False: they cannot be."""
-        before = closure(self.get(client))
-        after = {state.done(what) for state in before if what in state.pending}
-        after = {state for state in after if (state.tally, state.sum) == (tally, count)}
-        if after:
-            self.put(client, after)
-        return bool(after)
+        return self._narrow(
+            client, {each for each in self._done(client, what) if (each.tally, each.sum) == (tally, count)}
+        )
 
     def marked(self, client: str, what: Mark, marks: int) -> bool:
         """It was acknowledged, with so many marks; False: that cannot be."""
-        before = closure(self.get(client))
-        after = {state.done(what) for state in before if what in state.pending}
-        after = {state.with_marks(marks) for state in after if state.fewest <= marks <= state.marks}
-        if after:
-            self.put(client, after)
-        return bool(after)
+        after = (each for each in self._done(client, what) if each.fewest <= marks <= each.marks)
+        return self._narrow(client, {each.with_marks(marks) for each in after})
 
     def written(self, client: str, what: Write) -> None:
         """It was acknowledged."""
-        self.put(client, {state.done(what) for state in closure(self.get(client)) if what in state.pending})
+        self.put(client, self._done(client, what))
 
     def seen(self, client: str, text: str | None) -> bool:
         """That was read; False: it cannot be."""
-        after = {state for state in closure(self.get(client)) if state.text == text}
-        if after:
-            self.put(client, after)
-        return bool(after)
+        return self._narrow(client, {state for state in closure(self.get(client)) if state.text == text})
+
+    def _done(self, client: str, what: Own) -> set[Possible]:
+        """What may be, where it has come to pass."""
+        return {state.done(what) for state in closure(self.get(client)) if what in state.pending}
+
+    def _narrow(self, client: str, states: set[Possible]) -> bool:
+        """Only these are possible; False, and all stays as it was: none is."""
+        if states:
+            self.put(client, states)
+        return bool(states)
 
     def too_much_pending(self, client: str) -> bool:
         """Whether the client had better take another place."""

@@ -142,9 +142,8 @@ class World:
         self.layout.create()
         self.catalog = OneImage(directory / "image")
         self.gate: Path | None = directory / "gate"
-        self.max_depth = dice.choice(
-            (1, 2, MAX_DEPTH)
-        )  # of chains of layers; few VMs here live long enough for the last
+        # Of chains of layers; few VMs here live long enough for the last.
+        self.max_depth = dice.choice((1, 2, MAX_DEPTH))
         self.supervisors: dict[int, tuple[str, Process, SimDriver]] = {}
         self.violations: list[str] = []
         self.on_lost: Callable[[str], None] = lambda _vm_id: None  # a supervisor ended, and its VM is not suspended
