@@ -61,8 +61,8 @@ MUTANTS = (
     Mutant(
         "locks of the host that exclude nobody",
         "store/gate.py",
-        "lock = try_lock(path, shared=shared)",
-        "lock = try_lock(path, shared=True)",
+        "await wait_for_lock(path, shared=shared)",
+        "await wait_for_lock(path, shared=True)",
         "tests/contract/test_hazard.py::test_with_the_gate_nothing_is_ever_lost",
     ),
     Mutant(
@@ -121,6 +121,20 @@ MUTANTS = (
         "                alongside(checkpoint)\n",
         "                alongside(checkpoint)\n                manifest.place()\n",
         SAVE_CRASH,
+    ),
+    Mutant(
+        "layers swept beside who is about to name one",
+        "service/fleet.py",
+        "lock = await take_naming(self.layout, shared=False)",
+        "lock = await take_naming(self.layout, shared=True)",
+        "tests/contract/test_naming.py::test_a_sweep_waits_for_who_is_about_to_name_a_layer",
+    ),
+    Mutant(
+        "layer named that was swept",
+        "store/naming.py",
+        "        require(layout, *handed)\n",
+        "",
+        "tests/contract/test_naming.py::test_a_layer_that_was_swept_is_not_named",
     ),
     Mutant(
         "layer merged that is written to",

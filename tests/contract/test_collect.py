@@ -279,10 +279,10 @@ def test_the_layer_of_a_vm_that_just_begins_stays(tmp_path: Path, monkeypatch: p
     begun, go_on = threading.Event(), threading.Event()
     write = Supervisor._write_begun
 
-    def write_late(self: Supervisor) -> None:
+    async def write_late(self: Supervisor) -> None:
         begun.set()
-        assert go_on.wait(30)
-        write(self)
+        assert await asyncio.to_thread(go_on.wait, 30)
+        await write(self)
 
     monkeypatch.setattr(Supervisor, "_write_begun", write_late)
 

@@ -23,7 +23,7 @@ def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
 def test_a_directory_of_our_own_is_made_and_used_again(layout: Layout) -> None:
     socket = layout.instance_socket("box")
     for _ in range(2):
-        layout.own_sockets(socket)
+        layout.make_socket_directory(socket)
         assert stat.S_IMODE(socket.parent.stat().st_mode) == 0o700
     assert socket.parent.parent == Path(tempfile.gettempdir())
     assert socket != layout.instance_socket("box-2")
@@ -46,7 +46,7 @@ def test_one_that_somebody_else_prepared_is_not_used(
     if what == "another's":
         monkeypatch.setattr(os, "geteuid", lambda: socket.parent.stat().st_uid + 1)
     with pytest.raises(HostNotReady, match="yours alone") as caught:
-        layout.own_sockets(socket)
+        layout.make_socket_directory(socket)
     assert "CAPSEM_RUN_DIR" in str(caught.value.hint)
 
 
@@ -54,7 +54,7 @@ def test_a_short_one_has_them_beside_it(tmp_path: Path) -> None:
     layout = Layout(Path("/run/capsem"))
     assert layout.instance_socket("box") == layout.instances / "box.sock"
     mine = Layout(tmp_path)
-    mine.own_sockets(mine.instances / "box.sock")
+    mine.make_socket_directory(mine.instances / "box.sock")
     assert mine.instances.is_dir()
 
 

@@ -19,6 +19,7 @@ from capsem.service.vm import Vm
 from capsem.store import durable, records
 from capsem.store.layout import SessionDir
 from capsem.store.locks import Lock, holders, is_locked, try_lock
+from capsem.store.naming import take_naming
 
 POOLED = "pool-"  # how names of VMs of the pool begin
 ADOPT_LIMIT = 10.0  # seconds for a living supervisor to answer
@@ -39,7 +40,6 @@ class Fleet(Members):
         to begin, with a layer of which no record tells yet. It finds the claim taken, and ends; or its layer gone.
         """
         found: list[tuple[Vm, Lock | None]] = []
-        self._index_waits = True  # else it would be written anew for each of them
         self._taking_over = True
         with contextlib.ExitStack() as held:
             for session in records.sessions(self.layout):
@@ -52,11 +52,11 @@ class Fleet(Members):
                     self._skipped = True
                     log.error("%s is skipped: %s", session.path, error)
             await asyncio.gather(*(self._take_over(vm, claim) for vm, claim in found))
-            self._index_waits = self._taking_over = False
+            self._taking_over = False
             self.write_index()
             self._sweep()
             if self._knows_all():
-                self._sweep_layers()
+                await self._sweep_layers()
         self.sum_soon()
 
     def _found(self, session: SessionDir) -> Vm:
@@ -104,9 +104,9 @@ class Fleet(Members):
         """
         link, socket = Link(), self.layout.instance_socket(vm.id)
         try:
-            self.layout.own_sockets(socket)
+            self.layout.make_socket_directory(socket)
             async with asyncio.timeout(ADOPT_LIMIT):
-                # One that was just started has a layer of which its record tells by the time that it listens, not before.
+                # It may have been started just now.
                 while is_locked(vm.session.claim) and not socket.exists():
                     await asyncio.sleep(ADOPT_TURN)
                 await link.connect(self.system, socket)
@@ -139,25 +139,32 @@ class Fleet(Members):
             for path in parent.glob(f"{durable.TEMPORARY}*"):
                 path.unlink(missing_ok=True)
 
-    def _sweep_layers(self) -> None:
+    async def _sweep_layers(self) -> None:
         """Remove what nobody names. Drafts, which may be gigabytes, go while the service serves already."""
         drafts = self.checkpoints.abandoned()
         for draft in drafts:
             log.warning("removing the unfinished checkpoint %s", draft.id)
         self.discard(drafts)
         self.collect()
-        living = [vm for vm in self._vms.values() if vm.running]
-        for vm in living:
-            if not self.layout.instance_socket(vm.id).exists():  # it has begun, and its record may not say with what
-                log.error("no layer is removed as long as the supervisor of %s does not listen", vm.id)
-                return
-        found = list(self.layout.layers.iterdir())  # while we hold all claims: see `reconcile`
-        for vm in living:  # its supervisor may have made one since it was taken over
-            vm.reload()
+        try:
+            lock = await take_naming(self.layout, shared=False)
+        except (CapsemError, OSError) as error:
+            log.error("layers that nobody names stay until the service starts again: %s", error)
+            return
+        try:
+            self._remove_unnamed()
+        finally:
+            lock.release()
+
+    def _remove_unnamed(self) -> None:
+        """With the lock by which nobody comes to name a layer meanwhile."""
+        for vm in self._vms.values():
+            if vm.running:  # its supervisor may have named one since it was taken over, or before it listened
+                vm.reload()
         used = self._used_layers()
         for checkpoint_id, error in self.checkpoints.unreadable.items():
             log.error("no layer is removed as long as checkpoint %s is there: %s", checkpoint_id, error)
-        for path in found:
+        for path in self.layout.layers.iterdir():
             if path.stem not in used and path.suffix in (".qcow2", ".sum"):
                 log.warning("removing unreferenced layer %s", path.name)
                 path.unlink(missing_ok=True)

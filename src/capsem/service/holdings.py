@@ -36,7 +36,7 @@ class Holdings:
         self.checkpoints = CheckpointStore(layout)
         self.spare: set[str] = set()  # layers that are being made, for a record to name
         self._skipped = False  # there are session directories that are no VM's, and were left alone
-        self._taking_over = False
+        self._taking_over = False  # what runs is being found out
         self._summing: asyncio.Task[None] | None = None
         self._pinned: Counter[str] = Counter()  # checkpoints that VMs are being made of
         self._clearing: Removals = set()
@@ -71,10 +71,10 @@ class Holdings:
         return any(layer in checkpoint.layer_ids for checkpoint in self.checkpoints.all())
 
     def _knows_all(self) -> bool:
-        """Whether every record could be read. One that could not would tell what it needs, so nothing shared may go."""
-        if self._taking_over:  # what runs is not known yet; the sweep at the end of that removes all at once
-            return False
-        return not self._skipped and not any(isinstance(vm.obstacle, Corrupt) for vm in self._vms.values())
+        """Whether every record could be read, and it is known who runs. One that could not would tell what it needs, so
+        nothing shared may go; at the end of the take-over a sweep removes all at once."""
+        unread = self._skipped or any(isinstance(vm.obstacle, Corrupt) for vm in self._vms.values())
+        return not self._taking_over and not unread
 
     def collect(self) -> None:
         """Remove checkpoints that nobody needs any more, and the layers that only they named."""

@@ -83,7 +83,7 @@ class Launcher:
         Raises HostNotReady, MachineFailed with the end of its log; OSError when it ended while we connected.
         """
         socket, ready = self.layout.instance_socket(record.id), self.layout.ready_file(record.id)
-        self.layout.own_sockets(socket)
+        self.layout.make_socket_directory(socket)
         # Left over from an earlier run, they would be taken for this one's.
         socket.unlink(missing_ok=True)
         ready.unlink(missing_ok=True)

@@ -58,6 +58,7 @@ from capsem.service.pool import Order, Pool
 from capsem.service.templates import Templates
 from capsem.service.vm import READY_LIMIT, Vm
 from capsem.store.layout import CheckpointDir
+from capsem.store.locks import try_lock
 from capsem.tracing import span
 
 PROVISION_WAIT = 5.0  # seconds
@@ -348,7 +349,7 @@ class Lifecycle(Commands):
                 link = await self._vm("persist", vm_id).ready_link()
                 layout = self._fleet.layout
                 socket = layout.instance_socket(name)
-                layout.own_sockets(socket)
+                layout.make_socket_directory(socket)
                 order = Persist(
                     name=name,
                     session_dir=str(layout.session(name, persistent=True).path),
@@ -436,9 +437,14 @@ class Lifecycle(Commands):
             else:
                 source.rewrite(layers=(*frozen, layer))
         except BaseException:
-            source.reload()
-            if layer not in source.record.layers:
-                self._fleet.layout.layer(layer).unlink(missing_ok=True)
+            lock = try_lock(
+                self._fleet.layout.naming_lock
+            )  # a layer that the supervisor may just take stays, for a sweep
+            if lock is not None:
+                source.reload()
+                if layer not in source.record.layers:
+                    self._fleet.layout.layer(layer).unlink(missing_ok=True)
+                lock.release()
             raise
         return frozen
 

@@ -42,7 +42,6 @@ class Members(Holdings):
         # What a VM that was lent secrets, by such placeholders, is granted, as its supervisor is told.
         self.granted: Callable[[Mapping[str, tuple[str, ...]]], str] = lambda _lent: ""
         self.ledger = True  # whether commands and files of VMs that are started are recorded
-        self._index_waits = False
         self._index = b""  # as this service has written it
         self.watchers: list[Callable[[Vm], None]] = []  # told of each change of a VM's record, and of whether it runs
 
@@ -131,7 +130,7 @@ class Members(Holdings):
 
     def write_index(self) -> None:
         """Bring the contract's registry file up to date."""
-        if self._index_waits:
+        if self._taking_over:  # else it would be written anew for each VM
             return
         persistent = [vm for vm in self.all() if vm.record.persistent]
         index = records.registry((vm.record, vm.session.path) for vm in persistent)

@@ -114,7 +114,7 @@ class Pool:
         try:
             async with vm.turn, asyncio.timeout(ASSIGN_LIMIT):
                 link = await vm.ready_link(ASSIGN_LIMIT)
-                layout.own_sockets(Path(request.socket))
+                layout.make_socket_directory(Path(request.socket))
                 await link.open(request).result()
                 self._fleet.renamed(vm, session)
         except (CapsemError, TimeoutError) as error:

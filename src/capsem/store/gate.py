@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Final
 
 from capsem.model.errors import HostNotReady, Unavailable
-from capsem.store.locks import Lock, try_lock
+from capsem.store.locks import Lock
+from capsem.store.waiting import wait_for_lock
 
-POLL: Final = 0.05  # seconds between two looks at a lock of another process
 OFF: Final = "off"
 
 
@@ -86,17 +86,13 @@ class HostLock:
                 taking.cancel()
 
     async def _poll(self, path: Path, *, shared: bool) -> Lock:
-        while True:
-            try:
-                lock = try_lock(path, shared=shared)
-            except OSError as error:
-                raise HostNotReady(
-                    f"the lock {path}, by which services of one user agree, cannot be used: {error.strerror}",
-                    hint="remove it if it is another user's, or name another with CAPSEM_GATE",
-                ) from error
-            if lock is not None:
-                return lock
-            await asyncio.sleep(POLL)
+        try:
+            return await wait_for_lock(path, shared=shared)
+        except OSError as error:
+            raise HostNotReady(
+                f"the lock {path}, by which services of one user agree, cannot be used: {error.strerror}",
+                hint="remove it if it is another user's, or name another with CAPSEM_GATE",
+            ) from error
 
 
 def _let_go(taking: asyncio.Future[Lock]) -> None:

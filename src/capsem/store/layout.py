@@ -9,6 +9,7 @@
 <run_dir>/persistent/<name>/           session directory of a persistent VM
 <run_dir>/store/layers/<object id>.qcow2   layers of volumes; never renamed, never rewritten once committed
 <run_dir>/store/layers/<object id>.sum     a frozen layer's checksum, made some time after it was frozen
+<run_dir>/store/naming.lock            flock: see capsem.store.naming
 <run_dir>/store/volumes/<MiB>.raw      empty formatted volumes of other than the image's size
 <run_dir>/store/checkpoints/<object id>/   a checkpoint (class CheckpointDir); one without a manifest is a draft
 <run_dir>/store/ram/empty-<MiB>.ram    sparse, shared by all machines of that size that boot cold
@@ -167,6 +168,11 @@ class Layout:
         return self.run_dir / "store" / "layers"
 
     @cached_property
+    def naming_lock(self) -> Path:
+        """Held while a layer comes to be named, or what nobody names is swept."""
+        return self.run_dir / "store" / "naming.lock"
+
+    @cached_property
     def volumes(self) -> Path:
         """Directory of empty volumes."""
         return self.run_dir / "store" / "volumes"
@@ -202,7 +208,7 @@ class Layout:
         digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:24]
         return Path(tempfile.gettempdir()) / f"capsem-{os.getuid()}" / f"{digest}.sock"
 
-    def own_sockets(self, socket: Path) -> None:
+    def make_socket_directory(self, socket: Path) -> None:
         """Make the directory of a supervisor's socket, where it is missing. Raises HostNotReady: somebody else made it, who
         would get what is meant for the supervisor, as anybody can where directories are everybody's to make."""
         directory = socket.parent

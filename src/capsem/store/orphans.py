@@ -11,10 +11,10 @@ import signal
 from pathlib import Path
 
 from capsem.store.locks import Lock, holders, try_lock
+from capsem.store.waiting import POLL
 from capsem.system import Processes
 
 ORPHAN_LIMIT = 5.0  # seconds for the VMM of an earlier, killed supervisor to die
-LOCK_TURN = 0.02  # seconds between looks at the lock
 
 log = logging.getLogger("capsem.orphans")
 
@@ -35,7 +35,7 @@ async def take_from_orphan(processes: Processes, path: Path) -> Lock | None:
                     processes.signal(pid, signal.SIGKILL)
                     await processes.gone(pid)
                 if not found & seen:  # it may just be going
-                    await asyncio.sleep(LOCK_TURN)
+                    await asyncio.sleep(POLL)
                 seen = found
             return lock
     return None

@@ -47,6 +47,7 @@ from capsem.model.vm import Exit, VmRecord
 from capsem.store import durable, records
 from capsem.store.flatten import replaced
 from capsem.store.layout import SessionDir
+from capsem.store.naming import naming
 from capsem.supervisor.owned import Next, Owned
 from capsem.supervisor.policing import table_of
 from capsem.supervisor.saving import Order
@@ -168,7 +169,8 @@ class Changes(Owned):
         assert self._machine is not None
         before = self._record
         layer = Layer(self._names.layout.layer(request.layer), "qcow2")
-        self._rewrite(layers=(*before.layers, request.layer), freezing=True)
+        async with naming(self._names.layout, request.layer):
+            self._rewrite(layers=(*before.layers, request.layer), freezing=True)
         faults.at("layer.named", self._machine.pid)
         began, quiesced = self._system.clock.monotonic(), True
         try:
@@ -203,7 +205,8 @@ class Changes(Owned):
             if layers is None or self._record.state != Lifecycle.RUNNING:
                 raise WrongState(f"{self._record.id} is {self._record.state}, and its layers are others")
             faults.at("flatten.naming", self._machine.pid if self._machine else 0)
-            self._rewrite(layers=(*layers, top), attached=(*self._record.attached, *request.old))
+            async with naming(self._names.layout, request.new):
+                self._rewrite(layers=(*layers, top), attached=(*self._record.attached, *request.old))
             faults.at("flatten.named", self._machine.pid if self._machine else 0)
         return LayersReplaced()
 
@@ -222,15 +225,18 @@ class Changes(Owned):
             try:
                 checkpoint_id = await saver.reserve()
                 faults.at(f"{what}.reserved", machine.pid)
-                self._driver.create_layer(layer.path, size_mb=before.spec.disk_mb, vm_id=before.id, layer_id=layer_id)
-                faults.at(f"{what}.layered", machine.pid)
-                # The record names the new layer before the machine writes to it, as in `add_layer`.
-                layers = (*before.layers, layer_id)
-                if request.go_on:
-                    self._rewrite(layers=layers, freezing=True)
-                else:
-                    self._advance(Event.SUSPEND, saving=checkpoint_id, layers=layers, freezing=True)
-                    self._server.broadcast(self.state())
+                async with naming(self._names.layout):
+                    self._driver.create_layer(
+                        layer.path, size_mb=before.spec.disk_mb, vm_id=before.id, layer_id=layer_id
+                    )
+                    faults.at(f"{what}.layered", machine.pid)
+                    # The record names the new layer before the machine writes to it, as in `add_layer`.
+                    layers = (*before.layers, layer_id)
+                    if request.go_on:
+                        self._rewrite(layers=layers, freezing=True)
+                    else:
+                        self._advance(Event.SUSPEND, saving=checkpoint_id, layers=layers, freezing=True)
+                        self._server.broadcast(self.state())
                 faults.at(f"{what}.named", machine.pid)
                 console = self._names.session.serial_log
                 order = Order(Kind(request.kind), before.layers, layer, request.go_on, request.message, console)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 from pathlib import Path
@@ -10,7 +11,7 @@ from capsem import faults
 from capsem.control.guest import Guest, Restored
 from capsem.hypervisor.driver import Accelerator, Layer, MachineSpec
 from capsem.model.checkpoint import Kind
-from capsem.model.errors import Corrupt, MachineFailed, Unavailable
+from capsem.model.errors import Corrupt, MachineFailed
 from capsem.model.lifecycle import Event
 from capsem.model.lifecycle import State as Lifecycle
 from capsem.model.vm import VmRecord
@@ -18,6 +19,7 @@ from capsem.store import durable, records
 from capsem.store.jobs import decode
 from capsem.store.layout import CheckpointDir
 from capsem.store.locks import Lock
+from capsem.store.naming import naming
 from capsem.store.orphans import take_from_orphan
 from capsem.supervisor.changes import Changes
 from capsem.supervisor.saving import Saver
@@ -33,12 +35,10 @@ class Starting(Changes):
         saved = record.saving is not None and self._store.is_committed(record.saving)
         return record.recovered(self._system.clock.boot_id(), saved=saved)
 
-    def _require_layer(self) -> None:
-        """The layer that the machine is to write to is there: a service that came after the one that has spawned us may
-        have swept it, for no record names it yet. Raises Unavailable."""
-        layer = self._bootstrap.layer
-        if layer is not None and not self._names.layout.layer(layer).exists():
-            raise Unavailable(f"the service that was starting {self._record.id} has ended", hint="start it again")
+    @property
+    def _handed(self) -> tuple[str, ...]:
+        """The layer that the machine is to write to, which the service has made and no record names yet."""
+        return (self._bootstrap.layer,) if self._bootstrap.layer else ()
 
     def _at(self, step: str) -> None:
         """A step of the start; see capsem.faults."""
@@ -64,7 +64,7 @@ class Starting(Changes):
         event = Event.RESUME if restored else Event.START
         self._record = self._record.after(
             event,
-            layers=(*self._record.layers, *([bootstrap.layer] if bootstrap.layer else ())),
+            layers=(*self._record.layers, *self._handed),
             machine_id=self._record.machine_id or entropy.token_bytes(16).hex(),
             attached=(),
             freezing=False,
@@ -82,14 +82,19 @@ class Starting(Changes):
         self.guest = Guest(self._identity(), clock, entropy, restored)
         self._begin_network()
 
-    def _write_begun(self) -> None:
-        """Make durable the layer that the run writes to, then the record that names it. Raises OSError: nothing was changed."""
-        layer = self._bootstrap.layer
-        if layer is not None:
-            durable.sync_file(self._names.layout.layer(layer))
-            durable.sync_directory(self._names.layout.layers)
-        records.write(self._names.session, self._record)
-        self._at("begun")
+    async def _write_begun(self) -> None:
+        """Make durable the layer that the run writes to, then the record that names it. Raises OSError, Unavailable: nothing
+        was changed."""
+
+        def write() -> None:
+            for layer in self._handed:
+                durable.sync_file(self._names.layout.layer(layer))
+                durable.sync_directory(self._names.layout.layers)
+            records.write(self._names.session, self._record)
+
+        async with naming(self._names.layout, *self._handed):
+            await asyncio.to_thread(write)
+            self._at("begun")
 
     async def _take_vmm_lock(self) -> Lock:
         """The VMM lock; an orphan that holds it (its supervisor was killed) is killed first. Raises MachineFailed."""

@@ -37,6 +37,7 @@ from capsem.store import records
 from capsem.store.gate import HostLock
 from capsem.store.lines import last_lines
 from capsem.store.locks import Lock, take_lock
+from capsem.store.naming import require
 from capsem.supervisor import room
 from capsem.supervisor.console import Console
 from capsem.supervisor.outlet import Outside
@@ -104,7 +105,7 @@ class Supervisor(Starting):
         try:
             records.sweep(session)
             self._record = self._recovered(records.read(session))
-            self._require_layer()
+            require(self._names.layout, *self._handed)
             self._at("claimed")
             self.recording = Recording(
                 self._system.clock, session.ledger, on=self._bootstrap.ledger, resumed=self._bootstrap.restore
@@ -121,7 +122,7 @@ class Supervisor(Starting):
 
     async def _run_claimed(self) -> int:
         # The VMM takes longer to come up than a disk takes to remember that it does: neither waits for the other.
-        begun = asyncio.create_task(asyncio.to_thread(self._write_begun), name="record")
+        begun = asyncio.create_task(self._write_begun(), name="record")
         try:
             await self._at_work(shared=not self._bootstrap.restore)
             with span("take the VMM lock"):
