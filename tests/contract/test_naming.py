@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sim_world import sim_world
 
+from capsem.api.checkpoint_types import CheckpointRequest
 from capsem.api.internal import AddLayer, ReplaceLayers
 from capsem.api.vm_types import ForkRequest, ProvisionRequest
 from capsem.model.errors import Unavailable
@@ -52,20 +56,29 @@ def test_what_nobody_is_about_to_name_is_swept(tmp_path: Path) -> None:
     play(tmp_path, scene)
 
 
-def test_nobody_names_a_layer_during_a_sweep(tmp_path: Path) -> None:
-    async def scene(it: World) -> None:
-        await box(it)
-        sweeping = await take_naming(it.layout, shared=False)
-        forking = asyncio.create_task(it.handlers.fork("box", ForkRequest(name="child")))
-        await asyncio.wait((forking,), timeout=0.3)
-        waited, layers = not forking.done(), records.read(it.fleet.get("box").session).layers
-        sweeping.release()
-        await forking
-        assert waited
-        assert len(layers) == 1
-        assert len(it.fleet.get("box").record.layers) == 2
+@pytest.mark.parametrize("what", ["fork", "checkpoint", "suspend", "create"])
+def test_nobody_names_a_layer_during_a_sweep(tmp_path: Path, what: str) -> None:
+    async def scene() -> None:
+        async with sim_world(tmp_path) as it:
+            await it.create("box")
+            session = it.fleet.get("box").session
+            before = records.read(session).layers
+            sweeping = await take_naming(it.layout, shared=False)
+            asked: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
+                "fork": lambda: it.handlers.fork("box", ForkRequest(name="child")),
+                "checkpoint": lambda: it.handlers.checkpoint("box", CheckpointRequest()),
+                "suspend": lambda: it.handlers.suspend("box"),
+                "create": lambda: it.create("other"),
+            }
+            naming = asyncio.create_task(asked[what]())
+            await asyncio.wait((naming,), timeout=0.3)
+            waited, meanwhile = not naming.done(), records.read(session).layers
+            sweeping.release()
+            await naming
+            assert waited
+            assert meanwhile == before
 
-    play(tmp_path, scene)
+    asyncio.run(scene())
 
 
 @pytest.mark.parametrize("what", ["add", "replace"])
