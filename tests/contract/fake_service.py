@@ -30,7 +30,7 @@ from capsem.api.checkpoint_types import (
     SuspendResponse,
 )
 from capsem.api.codec import encode
-from capsem.api.exec_types import ExecRequest, ExecResponse, ExecResult, RunRequest
+from capsem.api.exec_types import ExecRequest, ExecResponse, ExecResult, JobInfo, JobsResponse, RunRequest
 from capsem.api.file_types import ReadFileRequest, ReadFileResponse, WriteFileRequest
 from capsem.api.operation import unknown_vm
 from capsem.api.operations import OPERATIONS
@@ -74,6 +74,7 @@ class FakeManager:
         self.states: dict[str, State] = {"box": State.RUNNING, "off": State.STOPPED, "broken": State.FAILED}
         self.requests: list[object] = []
         self.pool: PoolUsage | None = None
+        self.commands: list[JobInfo] = []
         self.traces = Traces(Path(tempfile.mkdtemp()))
         self.files: dict[str, str] = {}
         self.started = threading.Event()
@@ -243,6 +244,11 @@ class FakeManager:
             yield stream.STDOUT, b"z" * (3 * 1024 * 1024)
             truncated = True
         yield stream.RESULT, encode(ExecResult(exit_code=code, truncated=truncated))
+
+    async def jobs(self, vm_id: str) -> JobsResponse:
+        self._require("jobs", vm_id)
+        ids, details = [each.id for each in self.commands], list(self.commands)
+        return JobsResponse(jobs=ids, running=[each.id for each in details if each.running], details=details)
 
     async def write_file(self, vm_id: str, request: WriteFileRequest) -> None:
         self._require("write_file", vm_id)

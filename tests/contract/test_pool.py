@@ -110,7 +110,9 @@ def test_until_then_it_is_nobodys(play: Callable[..., None]) -> None:
         found = (await world.handlers.df()).pool
         assert found is not None
         assert (found.wanted, found.ready, found.short) == (2, 2, False)
+        assert await world.ledgers.index() == []
         assert (await create(world, "box")).boot_kind == "pool"
+        assert [row["name"] for row in await world.ledgers.index()] == ["box"]
         with pytest.raises(CapsemError, match="maximum is 1"):
             await create(world, "more")
 

@@ -175,5 +175,6 @@ def test_it_can_be_neither_seen_nor_touched_while_it_is_made(tmp_path: Path) -> 
         with pytest.raises(CapsemError):
             await world.handlers.delete(hidden[0])
         assert await creating == "template"
+        assert [row["name"] for row in await world.ledgers.index()] == ["box"]  # it counts for nobody
 
     play(tmp_path, scene)

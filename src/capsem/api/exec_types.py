@@ -171,7 +171,7 @@ class JobsResponse(Body, frozen=True):
 
     jobs: list[str]
     running: list[str]
-    details: list[JobInfo] = []
+    details: list[JobInfo]
 
 
 class KillJobResponse(Body, frozen=True):

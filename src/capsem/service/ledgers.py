@@ -177,6 +177,8 @@ class Ledgers:
         return self._run_dir, vm.id, iso(vm.record.created_at)
 
     def _changed(self, vm: Vm) -> None:
+        if vm.record.nobodys:  # a session is somebody's
+            return
         record, key, before = vm.record, self._key(vm), self._indexed.get(vm)
         status = None if vm.deleted else vm.status
         row = (
