@@ -177,6 +177,18 @@ def test_names_are_taken_once(tmp_path: Path) -> None:
     play(tmp_path, scene)
 
 
+def test_a_name_that_is_nearly_one_is_told(tmp_path: Path) -> None:
+    async def scene(it: World) -> None:
+        for name in ("web", "builder"):
+            await it.handlers.provision(ProvisionRequest(name=name))
+        for asked, said in (("bulider", "did you mean builder? "), ("elsewhere", ""), ("b" * 100_000, "")):
+            with pytest.raises(NotFound) as told:
+                await it.handlers.info(asked)
+            assert told.value.hint == f"{said}capsem list shows those there are"
+
+    play(tmp_path, scene)
+
+
 def test_no_more_run_than_may(tmp_path: Path) -> None:
     async def scene(it: World) -> None:
         for _ in range(2):

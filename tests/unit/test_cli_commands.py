@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 import capsem
-from capsem.api.exec_types import ExecRequest, RunRequest
+from capsem.api.exec_types import ExecRequest, JobInfo, RunRequest
 from capsem.api.usage_types import PoolUsage
 from capsem.api.vm_types import ProvisionRequest
 from capsem.cli.main import ALIASES, COMMANDS, main
@@ -223,6 +223,16 @@ def test_mistakes_exit_with_2(service: FakeService, args: tuple[str, ...]) -> No
     assert not service.manager.requests
 
 
+def test_what_was_meant_is_told(service: FakeService) -> None:
+    assert run(service, "lst")[2].startswith("error: No such command 'lst'. (Did you mean one of: 'list', ")
+    for verb in ("exec", "run"):
+        words = (verb, "box", "ls", "-l")
+        assert run(service, *words)[2].endswith(
+            f"hint: capsem {verb} --help; options of the command in the VM go after a --\n"
+        )
+    assert run(service, "list", "-l")[2].endswith("hint: capsem list --help\n")
+
+
 def test_no_service_at_the_socket_that_was_named(tmp_path: Path) -> None:
     process = start(None, "--uds-path", str(tmp_path / "none.sock"), "list")
     out, err = process.communicate(timeout=60)
@@ -291,6 +301,20 @@ def test_a_trace_is_written(service: FakeService, tmp_path: Path) -> None:
     code, _, err = run(service, "--trace", str(tmp_path / "no" / "such"), "delete", "box")
     assert (code, service.manager.states["box"]) == (1, State.RUNNING)
     assert "No such file" in err
+
+
+def test_commands_of_a_vm_that_had_none_and_that_had_some(service: FakeService) -> None:
+    assert run(service, "jobs", "box") == (0, "No jobs.\n", "")
+    assert run(service, "top")[1].splitlines()[1].split()[-1] == "-"
+    service.manager.commands = [
+        JobInfo(id="a", command="true", running=False, exit_code=0),
+        JobInfo(id="b", command="make all", running=True),
+    ]
+    assert [row.split() for row in run(service, "jobs", "box")[1].splitlines()[1:]] == [
+        ["a", "exit", "0", "true"],
+        ["b", "running", "make", "all"],
+    ]
+    assert run(service, "top")[1].splitlines()[1].endswith("make all")
 
 
 def test_the_pool_is_shown_where_memory_is(service: FakeService) -> None:

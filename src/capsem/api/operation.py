@@ -12,6 +12,7 @@ client should wait for the answer, None for as long as it takes. `body_limit` is
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import Enum
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -29,6 +30,7 @@ from capsem.model.errors import (
     Unavailable,
     WrongState,
 )
+from capsem.model.ids import NAME_LIMIT
 from capsem.model.lifecycle import State
 
 if TYPE_CHECKING:
@@ -130,9 +132,13 @@ class Operation(NamedTuple):
         raise refusal(f"{vm_id} is {state}: cannot {self.name} it now", hint="try again in a moment")
 
 
-def unknown_vm(vm_id: str) -> NotFound:
-    """The error for an id that no VM has."""
-    return NotFound(f"no VM is called {vm_id}", hint="capsem list shows those there are")
+def unknown_vm(vm_id: str, known: Iterable[str] = ()) -> NotFound:
+    """The error for an id that no VM has; the hint tells the nearest of those `known`, if one is near."""
+    from difflib import get_close_matches  # here, as nothing else in the command line needs it
+
+    near = get_close_matches(vm_id, list(known), n=1) if len(vm_id) <= NAME_LIMIT else []
+    meant = f"did you mean {near[0]}? " if near else ""
+    return NotFound(f"no VM is called {vm_id}", hint=f"{meant}capsem list shows those there are")
 
 
 def _type(name: str) -> type[msgspec.Struct]:

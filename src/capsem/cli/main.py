@@ -95,6 +95,15 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(import_module(COMMANDS[name]), f"{name.replace('-', '_')}_command")
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does it, which knows of no commands until they are imported: it may have meant one of them."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.exceptions.NoSuchCommand as exc:
+            raise click.exceptions.NoSuchCommand(exc.command_name, possibilities=COMMANDS, ctx=ctx) from None
+
 
 def _version(ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:
     if wanted:
@@ -145,8 +154,7 @@ def main(args: Sequence[str] | None = None) -> int:
         click.echo(exc.format_message(), err=True)
         return exc.exit_code
     except click.UsageError as exc:
-        where = exc.ctx.command_path if exc.ctx else PROGRAM
-        return _fail(exc.format_message(), f"{where} --help", exc.exit_code)
+        return _fail(exc.format_message(), _usage_hint(exc), exc.exit_code)
     except click.ClickException as exc:
         return _fail(exc.format_message(), None, exc.exit_code)
     except (KeyboardInterrupt, click.Abort):
@@ -161,6 +169,16 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         return _fail(f"unexpected {type(exc).__name__}: {exc}", "CAPSEM_LOG=debug shows where", 1)
     return code if isinstance(code, int) else 0
+
+
+def _usage_hint(exc: click.UsageError) -> str:
+    """Where to read how it is called; and for `exec box ls -l`, whose options those after the command's name are."""
+    if exc.ctx is None:
+        return f"{PROGRAM} --help"
+    words = any(each.name == "command" and each.nargs == -1 for each in exc.ctx.command.params)
+    if isinstance(exc, click.NoSuchOption) and words:
+        return f"{exc.ctx.command_path} --help; options of the command in the VM go after a --"
+    return f"{exc.ctx.command_path} --help"
 
 
 def _fail(message: str, hint: str | None, code: int) -> int:

@@ -148,7 +148,7 @@ class Commands:
         assert isinstance(result, JobEnded)
         if result.timed_out:
             limit_told = "" if request.timeout_secs is None else f" after {request.timeout_secs:g}s"
-            raise TimedOut(f"command timed out{limit_told}", hint="give it more time with --timeout")
+            raise TimedOut(f"command timed out{limit_told}", hint="give it a longer timeout")
         yield RESULT, result
 
     def _order(self, request: ExecRequest, *, stdin: bool) -> Exec | Terminal | Start | Attach:

@@ -60,7 +60,7 @@ class Members(Holdings):
         """Raises NotFound."""
         vm = self._vms.get(vm_id)
         if vm is None or vm.deleted or vm.status is None or vm.record.nobodys:
-            raise unknown_vm(vm_id)
+            raise unknown_vm(vm_id, (each.id for each in self.all()))
         return vm
 
     # -- making
