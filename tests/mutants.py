@@ -45,6 +45,13 @@ COMMIT_CRASH = "tests/crash/test_checkpoints_crash.py::test_a_commit"
 
 MUTANTS = (
     Mutant(
+        "a dead machine's memory is saved",
+        "hypervisor/qemu/machine.py",
+        "                await self._command(self._monitor.status())\n",
+        "                pass\n",
+        "tests/vm/test_qemu_save.py::test_a_qemu_that_is_killed_during_a_save_is_not_saved",
+    ),
+    Mutant(
         "gate off",
         "service/gate.py",
         "self._off = path is None and not overlap",
@@ -222,9 +229,16 @@ MUTANTS = (
     ),
     Mutant(
         "page range off by one",
-        "hypervisor/qemu/memory.py",
+        "hypervisor/qemu/pagemap.py",
         "(found.end() - found.start()) * PAGE",
         "(found.end() - found.start() - 1) * PAGE",
+        "tests/unit/test_qemu_memory.py",
+    ),
+    Mutant(
+        "page region off by one",
+        "hypervisor/qemu/pagemap.py",
+        "regions[number + 1] - regions[number])",
+        "regions[number + 1] - regions[number] - PAGE)",
         "tests/unit/test_qemu_memory.py",
     ),
     Mutant(

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis.strategies import lists, sampled_from, tuples
 
+from capsem.hypervisor.qemu import pagemap
 from capsem.hypervisor.qemu.memory import GuestMemory, Snapshot, stream
 from capsem.store.ram import PAGE
 
-PAGES = 512
+PAGES = 2048
 SIZE = PAGES * PAGE
 
 # Maps its file privately, and does as it is told: "w<page> <value>" writes, "r<page>" reads, "z<page>" zeroes, "q" ends.
@@ -104,6 +106,51 @@ def test_what_is_read_has_not_changed_and_what_is_written_has(child: Child, path
     child.tell("w2 9")  # the same again
     child.tell("z100")  # now a zero page, which the file's is not
     assert pages(memory) == {1, 2, 3, 100, PAGES - 1}
+
+
+Way = Callable[[], list[tuple[int, int]]]
+
+
+@pytest.fixture(params=[pagemap.scan, pagemap.read])
+def way(request: pytest.FixtureRequest, child: Child, path: Path) -> Iterator[Way]:
+    """What the child has changed, by either of the two ways to ask the kernel."""
+    file = os.open(f"/proc/{child.process.pid}/pagemap", os.O_RDONLY)
+    start = GuestMemory(child.process.pid, path, SIZE)._start
+    try:
+        pagemap.scan(file, start, PAGE)
+    except OSError as error:
+        if error.errno != errno.ENOTTY:
+            raise
+        if request.param is pagemap.scan:
+            pytest.skip("this kernel is older than 6.7: it has one way")
+    yield lambda: request.param(file, start, SIZE)
+    os.close(file)
+
+
+def test_many_runs_are_found_either_way(way: Way, child: Child) -> None:
+    """More than the kernel has room for in one go: it then says wrongly where it stopped."""
+    changed = [*range(0, 1600, 2), *range(1700, 1800), PAGES - 1]
+    for number in changed:
+        child.tell(f"w{number} 9")
+    expected = [(at * PAGE, PAGE) for at in range(0, 1600, 2)]
+    assert way() == [*expected, (1700 * PAGE, 100 * PAGE), ((PAGES - 1) * PAGE, PAGE)]
+
+
+def test_more_runs_than_are_taken_at_a_time(way: Way, child: Child, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pagemap, "_REGIONS", 3)
+    monkeypatch.setattr(pagemap, "_READ", 64 * 8)
+    for count, number in enumerate((5, 7, 9, 70, 128, 130, 400), 1):
+        child.tell(f"w{number} 9")
+        assert [offset // PAGE for offset, _ in way()] == [5, 7, 9, 70, 128, 130, 400][:count]
+
+
+def test_of_a_process_that_has_ended_nothing_is_told(way: Way, child: Child) -> None:
+    """It has not changed nothing: the scan would say so, and a checkpoint would be made of the memory before."""
+    child.tell("w5 5")
+    assert way() == [(5 * PAGE, PAGE)]
+    child.end()
+    with pytest.raises(OSError, match=r"has ended|No such process"):
+        way()
 
 
 def test_its_content_is_read_whole_and_the_file_stays(child: Child, path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import itertools
 import os
 import signal
 from pathlib import Path
@@ -150,6 +152,37 @@ def test_a_qemu_that_hangs_during_a_save_is_killed(bench: Bench, monkeypatch: py
             ending = await running.wait()
             assert not ending.clean
             assert ending.reason == "QEMU did not answer 'blockdev-add' within 0.5 s, and was killed"
+        save.writer.close()
+
+    run(bench)
+
+
+@pytest.mark.parametrize("go_on", [True, False])
+def test_a_qemu_that_is_killed_during_a_save_is_not_saved(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, go_on: bool
+) -> None:
+    """Once that its memory was looked at, and so that all of it seems to be there: the kernel may have taken some back."""
+    calls, found = itertools.count(1), GuestMemory.changed
+    at = 2 if go_on else 1  # first to know how much room it takes, while it runs
+
+    def changed_and_killed(memory: GuestMemory) -> list[tuple[int, int]]:
+        if next(calls) < at:
+            return found(memory)
+        os.kill(memory._pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):  # the loop has reaped it
+            os.waitid(os.P_PID, memory._pid, os.WEXITED | os.WNOWAIT)
+        return []
+
+    @vm_test
+    async def run(bench: Bench) -> None:
+        save = Save(bench.root / "save")
+        async with machine(bench) as running:
+            await running.run()
+            assert await hear(running) == b"R"
+            monkeypatch.setattr(GuestMemory, "changed", changed_and_killed)
+            with pytest.raises(MachineFailed, match="the machine has ended"):
+                await save.make(running, bench, "second.qcow2", go_on=go_on)
+            assert not (await running.wait()).clean
         save.writer.close()
 
     run(bench)

@@ -288,6 +288,10 @@ class QemuMachine:
             pieces = stream(memory) if snapshot is None else snapshot.pieces()
             with span("write the memory"):
                 runs, written = await asyncio.to_thread(_patch, files, pieces)
+            if not go_on:
+                # A word from it now, as its answer to `cont` is one where it goes on: the kernel may have begun to take the
+                # memory of a process back that was killed meanwhile, and what is gone looks like what was never written to.
+                await self._command(self._monitor.status())
             saved = True
             return Saved(pause, runs, written)
         finally:
@@ -308,7 +312,7 @@ class QemuMachine:
         """See Machine."""
         return await asyncio.shield(self._ended)
 
-    async def _command(self, command: Awaitable[None]) -> None:
+    async def _command(self, command: Awaitable[object]) -> None:
         """Carry out a QMP command; if it fails because the machine is gone, say how that went. Raises MachineFailed."""
         try:
             await command

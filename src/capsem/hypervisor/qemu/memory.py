@@ -1,10 +1,8 @@
 """The guest's RAM from outside the VMM: which pages it has changed, and their content.
 
-RAM is a private mapping of a file. A page of it that is present (or swapped out) and no longer the file's is exactly a
-page that was written to since the mapping was made: bits 63, 62 and 61 of its entry in /proc/<pid>/pagemap
-(https://www.kernel.org/doc/html/latest/admin-guide/mm/pagemap.html). The content is copied with process_vm_readv(2),
-into memory that is there already: then it runs at the speed of memcpy, and a machine that is to go on stands still for
-little longer than that.
+RAM is a private mapping of a file, and what has changed in it the kernel knows (pagemap.py). The content is copied with
+process_vm_readv(2), into memory that is there already: then it runs at the speed of memcpy, and a machine that is to go
+on stands still for little longer than that.
 """
 
 from __future__ import annotations
@@ -13,17 +11,13 @@ import array
 import ctypes
 import mmap
 import os
-import re
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Final
 
+from capsem.hypervisor.qemu.pagemap import changed
 from capsem.store.ram import CHUNK, PAGE, Runs
 
-_ENTRY: Final = 8  # bytes of pagemap for each page
-_SCAN: Final = 8 << 20  # bytes of pagemap read at once: 4 GiB of RAM
-# The top byte of an entry: present or swapped, and not of a file; the five bits below say other things.
-_CHANGED: Final = re.compile(rb"[\x40-\x5f\x80-\x9f\xc0-\xdf]+")
 _IOV_MAX: Final = 1024  # IOV_MAX, limits.h
 Pieces = Generator[tuple[int, memoryview], None, None]  # (offset, bytes), ascending; to be closed
 
@@ -60,20 +54,7 @@ class GuestMemory:
 
     def changed(self) -> Runs:
         """What was written to since the mapping was made, as (offset, length), ascending. Raises OSError."""
-        runs: Runs = []
-        with Path(f"/proc/{self._pid}/pagemap").open("rb", buffering=0) as pagemap:
-            for base in range(0, self.size, _SCAN // _ENTRY * PAGE):
-                pages = min(_SCAN // _ENTRY, (self.size - base) // PAGE)
-                entries = os.pread(pagemap.fileno(), pages * _ENTRY, (self._start + base) // PAGE * _ENTRY)
-                if len(entries) != pages * _ENTRY:
-                    raise OSError(f"the page map of process {self._pid} ends early")
-                for found in _CHANGED.finditer(entries[_ENTRY - 1 :: _ENTRY]):
-                    offset, length = base + found.start() * PAGE, (found.end() - found.start()) * PAGE
-                    if runs and sum(runs[-1]) == offset:
-                        runs[-1] = (runs[-1][0], runs[-1][1] + length)
-                    else:
-                        runs.append((offset, length))
-        return runs
+        return changed(self._pid, self._start, self.size)
 
     def read(self, runs: Runs, into: memoryview) -> None:
         """Copy the RAM in `runs`, one after the other. Raises OSError, among others when the process is gone."""
