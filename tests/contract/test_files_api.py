@@ -222,6 +222,22 @@ def test_round_trip(live: Live, inside: Path, size: int, chunked: bool) -> None:
     assert (headers["content-length"], headers["x-capsem-mode"]) == (str(size), "644")
 
 
+ODD = ("a b", "ab", "näme.txt", "日本/🎉.md", "q?&#%41+=", "'\"$x`;", "..x/y..z", "new\nline", "\\", "~")
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_name_that_is_meant_exactly(live: Live, inside: Path, name: str) -> None:
+    path = f"path={quote(name)}&exact=1"
+    assert live.request("POST", f"/files/box/content?{path}", name.encode())[0] == 200
+    assert (inside / name).read_text() == name
+    assert live.request("GET", f"/files/box/content?{path}")[::2] == (200, name.encode())
+    parent, _, last = name.rpartition("/")
+    entries = live.listed(f"?path={quote(parent)}&exact=1")[1]["entries"]
+    assert [(each["name"], each["path"]) for each in entries] == [(last, name)]  # type: ignore[attr-defined]
+    for bad, status in (("a\0b", 400), ("..", 400), ("a/../b", 400), ("", 400)):
+        assert live.request("GET", f"/files/box/content?path={quote(bad)}&exact=1")[0] == status
+
+
 def test_more_than_10_mib_comes_in_but_not_out(live: Live, inside: Path) -> None:
     assert live.request("POST", "/files/box/content?path=big", bytes(10 * MIB + 1))[0] == 200
     status, _, content = live.request("GET", "/files/box/content?path=big")
@@ -339,6 +355,20 @@ def test_cp_of_a_file(live: Live, inside: Path, tmp_path: Path) -> None:
     assert not list(inside.glob("**/.capsem-*"))
 
 
+@pytest.mark.parametrize("name", ODD)
+def test_cp_of_a_file_with_an_odd_name(live: Live, inside: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "here").write_text(name)
+    assert live.cp(tmp_path / "here", f"box:{name}").stderr == b""
+    assert (inside / name).read_text() == name
+    [machine] = [each for each in live.world.driver.machines if each._directory / "root" != live.workspace]
+    kept = machine._directory / "root" / name
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text(name)
+    for box in ("box", "off") if name != "~" else ("box",):  # a "~" the files API is not asked for
+        assert live.cp(f"{box}:{name}", tmp_path / "back").stderr == b""
+        assert (tmp_path / "back").read_text() == name
+
+
 def test_cp_of_a_directory(live: Live, inside: Path, tmp_path: Path) -> None:
     source = tmp_path / "src"
     (source / "sub/empty").mkdir(parents=True)
@@ -411,7 +441,8 @@ def test_cp_that_fails(live: Live, inside: Path, tmp_path: Path) -> None:
         (("-", "box:"), 2, "no name"),
         (("nobody:x", tmp_path), 1, "nobody"),
         (("off:x", tmp_path), 1, "off:x: no such file"),
-        (("off:x y", tmp_path), 1, "not running"),
+        (("off:x y", tmp_path), 1, "off:x y: no such file"),
+        (("off:../x", tmp_path), 1, "not running"),
         ((__file__, "off:x"), 1, "while it runs"),
         (("..:x", tmp_path), 2, "bad session"),
     ]:

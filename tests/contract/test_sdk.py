@@ -152,6 +152,10 @@ def test_files(box: Sandbox, tmp_path: Path) -> None:
     assert box.files.read_text("/root/a/b.txt") == "héllo"
     assert [(entry.name, entry.type) for entry in box.files.list("a")] == [("b.txt", "file")]
     assert "a" in [entry.name for entry in box.files.list()]
+    for name in ("a/ä b", "a/b", "a/ab", "a/x;y\n"):
+        box.files.write(name, name)
+    for name in ("a/ä b", "a/b", "a/ab", "a/x;y\n"):
+        assert box.files.read_text(name) == box.exec(["cat", name]).stdout == name
     local = tmp_path / "large"
     local.write_bytes(bytes(range(256)) * 20_000)
     local.chmod(0o750)

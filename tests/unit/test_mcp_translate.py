@@ -42,7 +42,11 @@ def test_time_limits() -> None:
 def test_where_arguments_go() -> None:
     assert asked("resume", name="dev")[:3] == ("resume", "dev", {})
     assert asked("suspend", id="dev")[:3] == ("suspend", "dev", None)
-    assert asked("list_files", id="dev", path="a b", depth=2).query == {"path": "a b", "depth": "2"}
+    assert asked("list_files", id="dev", path="a b", depth=2).query == {
+        "path": "a b",
+        "depth": "2",
+        "exact": "true",
+    }
     assert asked("fork", id="dev", name="try", live=True, count=2, at="3f").body == {
         "name": "try",
         "live": True,

@@ -33,7 +33,7 @@ def outcome(call: core.Call[core.T], data: bytes) -> core.T:
 def test_a_call_says_where_and_what() -> None:
     said = core.write_file("my box", "/root/a b", b"\0data", 0o755).encode()
     head, _, body = said.partition(b"\r\n\r\n")
-    assert head.startswith(b"POST /files/my%20box/content?path=a%20b&mode=755 HTTP/1.1\r\n")
+    assert head.startswith(b"POST /files/my%20box/content?path=a%20b&mode=755&exact=1 HTTP/1.1\r\n")
     assert body == b"\0data"
     provision = core.provision(
         "box",
@@ -126,7 +126,7 @@ def test_paths_of_the_workspace(path: str, inner: str) -> None:
     assert core.workspace_path(path) == inner
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "/rootkit", "..", "../x", "a/../../x", "/root/../etc"])
+@pytest.mark.parametrize("path", ["/etc/passwd", "/rootkit", "..", "../x", "a/../../x", "/root/../etc", "a\udc80"])
 def test_paths_elsewhere(path: str) -> None:
     with pytest.raises(InvalidInput):
         core.workspace_path(path)

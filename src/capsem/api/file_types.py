@@ -33,10 +33,14 @@ class ReadFileRequest(Body, frozen=True):
 
 
 class ListFilesQuery(Body, frozen=True):
-    """Which directory of the workspace, and how many levels of it; more than 6 count as 6."""
+    """Which directory of the workspace, and how many levels of it; more than 6 count as 6.
+
+    `exact`, here and of files: the path is meant as it is; else characters outside of `A-Za-z0-9._/-` are dropped from it.
+    """
 
     path: str = ""
     depth: Annotated[int, msgspec.Meta(ge=1)] = 1
+    exact: bool = False
 
 
 class GetFileQuery(Body, frozen=True):
@@ -44,6 +48,7 @@ class GetFileQuery(Body, frozen=True):
 
     path: str
     whole: bool = False
+    exact: bool = False
 
 
 class PutFileQuery(Body, frozen=True):
@@ -51,6 +56,7 @@ class PutFileQuery(Body, frozen=True):
 
     path: str
     mode: Annotated[str, msgspec.Meta(pattern=r"^[0-7]{3}\Z")] = "644"
+    exact: bool = False
 
 
 class ReadFileResponse(Body, frozen=True):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import select
 import shlex
 import stat
@@ -44,7 +43,6 @@ _MISSING, _NO_FILE = 66, 67  # exit codes of our scripts
 _HEAD_LIMIT: Final = 200
 _ERROR_LIMIT: Final = 4096
 _PIECE: Final = 256 * 1024
-_PLAIN: Final = re.compile(r"[A-Za-z0-9._/-]+")
 # What the files API refuses, and a command may be able to do: a directory, a link, a path elsewhere.
 _REFUSED: Final = (NotFound, InvalidInput, PermissionDenied)
 
@@ -124,9 +122,13 @@ def _remote(word: str) -> tuple[str, str] | None:
 def _plain(path: str) -> str | None:
     """A guest's path as one relative to the workspace that the files API takes as it is; None if it does not."""
     inner = path.removeprefix("/root/").removeprefix("./")
-    if not _PLAIN.fullmatch(inner) or inner.startswith("/") or inner.endswith("/") or ".." in inner:
+    if inner in ("", ".") or inner[0] in "/~" or inner.endswith("/") or ".." in inner.split("/"):
         return None
-    return None if inner in (".", "/root") else inner
+    try:
+        inner.encode()
+    except UnicodeEncodeError:  # bytes that are no UTF-8: a query cannot hold them
+        return None
+    return inner
 
 
 def _script(text: str, **variables: str) -> dict[str, Any]:

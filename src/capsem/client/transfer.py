@@ -103,7 +103,7 @@ class Download(Incoming):
 
     def __init__(self, client: Client, vm_id: str, path: str, timeout: float | None = None) -> None:
         """See Incoming."""
-        super().__init__(client, "get_file", vm_id, {"path": path, "whole": "1"}, timeout)
+        super().__init__(client, "get_file", vm_id, {"path": path, "whole": "1", "exact": "1"}, timeout)
         length, mode = self._answer.headers.get("content-length", ""), self._answer.headers.get("x-capsem-mode", "")
         self.size = int(length) if length.isdecimal() else None
         self.mode = int(mode, 8) & 0o777 if mode.isdecimal() and not set(mode) & set("89") else None
@@ -124,7 +124,7 @@ def upload(
     `sent` is told how many bytes more have gone. Raises the CapsemError that the service answers with; Interrupted
     when the local file is shorter; TimedOut after `timeout` seconds: an old file in the VM stays.
     """
-    query = {"path": path, "mode": f"{mode & 0o777:03o}"}
+    query = {"path": path, "mode": f"{mode & 0o777:03o}", "exact": "1"}
     send_file(client, "put_file", vm_id, query, fd, size, sent, timeout)
 
 

@@ -155,6 +155,7 @@ VM_TOOLS: Final = (
             Param("path", "string", 'relative to /root, default "" is all of it'),
             Param("depth", "integer", "levels, 1 (default) to 6"),
         ),
+        fixed=(("exact", True),),
         effect=READ,
     ),
     Tool(

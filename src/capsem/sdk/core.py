@@ -219,6 +219,10 @@ def encoded(data: Data) -> bytes:
 
 def workspace_path(path: str) -> str:
     """A path in the workspace, relative to it; one that is absolute has to lead there. Raises InvalidInput."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"{path[:80]!a} cannot be sent: {error.reason}", hint="`exec` reaches such names") from error
     plain = posixpath.normpath(path) if path else "."
     if plain == _WORKSPACE or plain == ".":
         return ""
@@ -375,13 +379,13 @@ def feed(at: Progress, data: bytes, *, end: bool) -> Call[None]:  # noqa: D103
 
 
 def read_file(vm_id: str, path: str) -> Call[bytes]:  # noqa: D103
-    return Call("get_file", bytes, vm_id, query={"path": workspace_path(path), "whole": "1"})
+    return Call("get_file", bytes, vm_id, query={"path": workspace_path(path), "whole": "1", "exact": "1"})
 
 
 def write_file(vm_id: str, path: str, data: bytes, mode: int) -> Call[None]:  # noqa: D103
     if len(data) > 1 << 31:
         raise PayloadTooLarge("the content is too long for memory", hint="upload it from a file")
-    query = {"path": workspace_path(path), "mode": f"{mode & 0o777:03o}"}
+    query = {"path": workspace_path(path), "mode": f"{mode & 0o777:03o}", "exact": "1"}
     return Call("put_file", _nothing, vm_id, query=query, content=data)
 
 
@@ -419,5 +423,5 @@ def learn(vm_id: str, action: str, *, paths: bool = False, since: str | None = N
 
 
 def list_files(vm_id: str, path: str, depth: int) -> Call[list[FileEntry]]:  # noqa: D103
-    query = {"path": workspace_path(path), "depth": str(depth)}
+    query = {"path": workspace_path(path), "depth": str(depth), "exact": "1"}
     return Call("list_files", lambda answer: msgspec.convert(answer, FilesResponse).entries, vm_id, query=query)

@@ -23,13 +23,13 @@ _NAME: Final = re.compile(r"[^A-Za-z0-9._-]")
 
 async def _list(manager: Manager, vm_id: str, request: Request) -> Response:
     query = decode_query(ListFilesQuery, request.query_params)
-    listed = await manager.list_files(vm_id, query.path, query.depth)
+    listed = await manager.list_files(vm_id, query.path, query.depth, exact=query.exact)
     return Response(encode(listed), media_type="application/json")
 
 
 async def _get(manager: Manager, vm_id: str, request: Request) -> Response:
     query = decode_query(GetFileQuery, request.query_params)
-    content = await manager.get_file(vm_id, query.path, whole=query.whole)
+    content = await manager.get_file(vm_id, query.path, whole=query.whole, exact=query.exact)
     headers = {
         "Content-Disposition": f'attachment; filename="{_NAME.sub("", content.name) or "file"}"',
         "X-Content-Type-Options": "nosniff",
@@ -43,7 +43,8 @@ async def _get(manager: Manager, vm_id: str, request: Request) -> Response:
 
 async def _put(manager: Manager, vm_id: str, request: Request) -> Response:
     query = decode_query(PutFileQuery, request.query_params)
-    written = await manager.put_file(vm_id, query.path, pieces_of(request), mode=int(query.mode, 8))
+    mode = int(query.mode, 8)
+    written = await manager.put_file(vm_id, query.path, pieces_of(request), mode=mode, exact=query.exact)
     return Response(encode(written), media_type="application/json")
 
 

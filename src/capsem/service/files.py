@@ -1,8 +1,8 @@
 """The workspace of a VM for programs on the host: listing, reading and writing of any size (interface.md 2.2, 7.3).
 
-What a path may be is decided twice: `clean_path` leaves nothing in it that could mean something on the way, and the
-agent, inside the guest, refuses whatever leads out of the workspace. No byte of a file is kept here longer than it
-takes to hand it on.
+What a path may be is decided twice: `clean_path` leaves nothing in it that leads out, nor, unless it is meant exactly,
+that could mean something on the way; and the agent, inside the guest, refuses whatever leads out of the workspace. No
+byte of a file is kept here longer than it takes to hand it on.
 """
 
 from __future__ import annotations
@@ -57,10 +57,13 @@ class Content(NamedTuple):
     pieces: AsyncGenerator[bytes | memoryview, None]
 
 
-def clean_path(path: str, *, directory: bool = False) -> str:
-    """A path relative to the workspace, of harmless characters; "" is the workspace itself. Raises InvalidInput."""
-    parts = [part for part in _STRIPPED.sub("", path).split("/") if part not in ("", ".")]
-    if any(".." in part for part in parts):
+def clean_path(path: str, *, directory: bool = False, exact: bool = False) -> str:
+    """A path relative to the workspace; "" is the workspace itself. Unless it is meant `exact`, it is one of harmless
+    characters: the others are dropped. Raises InvalidInput."""
+    if exact and "\0" in path:
+        raise InvalidInput("path: holds a NUL character", hint="remove it")
+    parts = [part for part in (path if exact else _STRIPPED.sub("", path)).split("/") if part not in ("", ".")]
+    if any(part == ".." if exact else ".." in part for part in parts):
         raise InvalidInput("path: '..' is not allowed", hint="a path is relative to the workspace, /root")
     if not parts and not directory:
         raise InvalidInput("path: is empty", hint="a path is relative to the workspace, /root")
@@ -129,9 +132,9 @@ class Files(Commands):
 
     _maker: Maker
 
-    async def list_files(self, vm_id: str, path: str, depth: int) -> FilesResponse:
+    async def list_files(self, vm_id: str, path: str, depth: int, *, exact: bool = False) -> FilesResponse:
         """What is in a directory of the workspace."""
-        where = clean_path(path, directory=True)
+        where = clean_path(path, directory=True, exact=exact)
         if depth < 1:
             raise InvalidInput(f"depth is {depth}", hint=f"1 to {DEEPEST}")
         depth = min(depth, DEEPEST)
@@ -153,9 +156,9 @@ class Files(Commands):
             raise GuestFailed(f"the guest's list of files makes no sense: {error}") from error
         return FilesResponse(entries=entries, truncated=isinstance(result, DirListed) and result.truncated)
 
-    async def get_file(self, vm_id: str, path: str, *, whole: bool = False) -> Content:
+    async def get_file(self, vm_id: str, path: str, *, whole: bool = False, exact: bool = False) -> Content:
         """The content of a file, from its first bytes on: what is wrong is known before the answer begins."""
-        where = clean_path(path)
+        where = clean_path(path, exact=exact)
         name = where.rpartition("/")[2]
         mime = kind_of(name)[0] or "application/octet-stream"
         vm = self._vm("get_file", vm_id)
@@ -191,10 +194,10 @@ class Files(Commands):
         return await super().read_file(vm_id, request)
 
     async def put_file(
-        self, vm_id: str, path: str, body: AsyncIterator[bytes], *, mode: int = 0o644
+        self, vm_id: str, path: str, body: AsyncIterator[bytes], *, mode: int = 0o644, exact: bool = False
     ) -> FileWrittenResponse:
         """Replace a file by what `body` yields; what was there stays until all of it has come, and is durable."""
-        where = clean_path(path)
+        where = clean_path(path, exact=exact)
         link = await self._vm("put_file", vm_id).ready_link()
         stream = link.open(WriteFile(path=where, mode=mode))
         what = f"writing {where}"

@@ -129,14 +129,14 @@ class Manager(Protocol):
     async def read_file(self, vm_id: str, request: ReadFileRequest) -> ReadFileResponse:
         """The text of a file."""
 
-    async def list_files(self, vm_id: str, path: str, depth: int) -> FilesResponse:
-        """What is in a directory of the workspace; a path is relative to that."""
+    async def list_files(self, vm_id: str, path: str, depth: int, *, exact: bool = False) -> FilesResponse:
+        """What is in a directory of the workspace; a path is relative to that, and `exact` or of harmless characters."""
 
-    async def get_file(self, vm_id: str, path: str, *, whole: bool = False) -> Content:
+    async def get_file(self, vm_id: str, path: str, *, whole: bool = False, exact: bool = False) -> Content:
         """A file of at most 10 MiB, or `whole` of any size; whoever takes it closes its `pieces`."""
 
     async def put_file(
-        self, vm_id: str, path: str, body: AsyncIterator[bytes], *, mode: int = 0o644
+        self, vm_id: str, path: str, body: AsyncIterator[bytes], *, mode: int = 0o644, exact: bool = False
     ) -> FileWrittenResponse:
         """Replace a file, of any size; it is durable when this returns. `body` may raise: then nothing has changed."""
 
