@@ -261,7 +261,9 @@ def receive(connection: socket.socket, answer: Answer, timeout: float | None) ->
             return answer.feed(data)
         answer.eof()
     except (BadAnswer, ConnectionError) as exc:
-        raise BrokenOff(f"the service went away before it had answered: {exc}") from exc
+        raise BrokenOff(
+            f"the service went away, or broke its answer off: {exc}", hint="`capsem list` shows whether the VM runs"
+        ) from exc
     return b""
 
 

@@ -105,7 +105,9 @@ async def _receive(connection: socket.socket, answer: Answer) -> bytes:
             return answer.feed(data)
         answer.eof()
     except (BadAnswer, ConnectionError) as error:
-        raise BrokenOff(f"the service went away before it had answered: {error}") from error
+        raise BrokenOff(
+            f"the service went away, or broke its answer off: {error}", hint="`capsem list` shows whether the VM runs"
+        ) from error
     return b""
 
 

@@ -32,6 +32,7 @@ from capsem.service.handlers import Handlers
 from capsem.service.launch import Launcher, find_process_binary, passed_on
 from capsem.service.ledgers import Ledgers
 from capsem.service.spares import Spares
+from capsem.service.streamed import unexpected
 from capsem.service.timers import Timers
 from capsem.store import durable
 from capsem.store.gate import default_path
@@ -268,6 +269,7 @@ def make_server(handlers: Handlers) -> uvicorn.Server:
         http="httptools",
     )
     config.load()
+    logging.getLogger("uvicorn.error").addFilter(unexpected)
     server = uvicorn.Server(config)
     server.lifespan = config.lifespan_class(config)
     return server

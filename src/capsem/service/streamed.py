@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Final
 
@@ -11,11 +12,14 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from capsem.api.operation import Operation
+from capsem.model.errors import CapsemError
 
 ErrorResponse = Callable[[Exception, Operation], Response]
 Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
 
 _CLIENT_GONE: Final = 499  # nobody will read it
+
+log = logging.getLogger("capsem_service.http")
 
 
 class Streamed(StreamingResponse):
@@ -33,8 +37,12 @@ class Streamed(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
-        async with contextlib.aclosing(self._pieces):
-            await super().__call__(scope, receive, send)
+        try:
+            async with contextlib.aclosing(self._pieces):
+                await super().__call__(scope, receive, send)
+        except CapsemError as error:
+            log.warning("an answer broke off: %s", error)
+            raise  # so that the connection is closed in the middle: who reads it knows by that that it is not whole
 
 
 async def pieces_of(request: Request) -> AsyncIterator[bytes]:
@@ -42,6 +50,11 @@ async def pieces_of(request: Request) -> AsyncIterator[bytes]:
     async for piece in request.stream():
         if piece:
             yield piece
+
+
+def unexpected(record: logging.LogRecord) -> bool:
+    """A filter for the log of the web server: not what has broken an answer off, which `Streamed` has told."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], CapsemError)
 
 
 def streamed_endpoint(

@@ -315,6 +315,8 @@ class Changes(Owned):
         self.recording.lifecycle(final.event, self._record.state)
         self.recording.rest()
         self.jobs.cut(self._job_waits)
+        name = self._record.id
+        self._server.cut(Interrupted(f"{name} was suspended meanwhile", hint=f"capsem resume {name}, then try again"))
         try:
             await asyncio.to_thread(durable.sync_directory, self._names.session.path)
         except OSError as error:

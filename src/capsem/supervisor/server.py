@@ -152,6 +152,11 @@ class Server:
         for connection in list(self._peers):
             connection.channel.control(message)
 
+    def cut(self, reason: Interrupted) -> None:
+        """What moves between peers and a guest that runs no more, files above all, ends with the reason."""
+        for connection in self._connections:
+            connection.cut(reason)
+
     def close(self) -> None:
         """Hang up on everybody, once what is queued is out."""
         self._closed = True
@@ -166,6 +171,7 @@ class _Connection:
         self._server = server
         self._supervised = supervised
         self._tasks: set[asyncio.Task[None]] = set()
+        self._relayed: set[Stream] = set()  # to the guest
         self._greeted = False
         self.channel = Channel(Mux(FrameDecoder(hunting=False), initiator=False, messages=MESSAGES, requests=REQUESTS))
         self.channel.on_control = self._control
@@ -185,6 +191,11 @@ class _Connection:
     def _lost(self) -> None:
         self._deadline.cancel()
         self._server.remove(self)
+
+    def cut(self, reason: Interrupted) -> None:
+        """See Server."""
+        for target in self._relayed:
+            target.deliver(reason)
 
     def _control(self, message: Message) -> None:
         if not isinstance(message, Hello) or self._greeted:
@@ -255,7 +266,7 @@ class _Connection:
         if isinstance(request, (ReadFile, WriteFile, ListDir, Forward)):
             await self._supervised.admit()
             with activity.going_on():
-                result = await relay(stream, self._supervised.guest.channel.open(request))
+                result = await self._relay(stream, self._supervised.guest.channel.open(request))
                 self._supervised.recording.file_moved(request, result)
                 return result
         if isinstance(request, TraceTo):
@@ -295,6 +306,13 @@ class _Connection:
         if isinstance(request, SetSecrets):
             return self._supervised.lending.set(request)
         raise Unsupported(f"{request.tag} is not served here")
+
+    async def _relay(self, stream: Stream, target: Stream) -> Message:
+        self._relayed.add(target)
+        try:
+            return await relay(stream, target)
+        finally:
+            self._relayed.discard(target)
 
     async def _start(self, request: Exec | Terminal) -> Job:
         """A command of its own, once the guest may be spoken to. Raises AlreadyExists."""
