@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from disk import LOST, PowerCut, every_cut
 from disk import Disk as Plate
-from disk import PowerCut, every_cut
 
 from capsem.api.checkpoint_types import OneCheckpointRequest, RollbackRequest
 from capsem.api.vm_types import ForkRequest, VmPolicy
@@ -360,3 +360,37 @@ def test_a_cut_is_not_lost_among_tasks(tmp_path: Path) -> None:
     with pytest.raises(PowerCut):
         play(tmp_path, scene)
     assert members.FAILED_KEPT > 1
+
+
+def lost_power_after(tmp_path: Path, scene: Callable[[AtRest], Awaitable[Any]]) -> tuple[Found, Found]:
+    """What a service sees after `scene`, of a VM whose VMM was killed with writes that no disk had yet; and what the next one
+    sees after a power cut that takes all of which nobody has said that it must be durable."""
+    root = tmp_path / "root"
+    (root / "sessions").mkdir(parents=True)
+    where = layout(root)
+    for layer in (BASE, TOP):
+        write_layer(where.layer(layer), {0: 1}, size_mb=DISK_MB, layer_id=layer)
+    vm(where, "box", BASE, TOP, state=State.FAILED)
+    make(CheckpointStore(where), PAST, (BASE,), disk_mb=DISK_MB, memory=None, devices=None, guest=None)
+    plate = Plate(root)
+    where.layer(TOP).unlink()
+    write_layer(where.layer(TOP), {0: 1, 5: 7}, size_mb=DISK_MB, layer_id=TOP)
+    durable.sync_directory(where.layers)
+    with pytest.MonkeyPatch.context() as patch:
+        plate.watch(patch)
+        play(root, scene)
+    acknowledged = play(Path(shutil.copytree(root, tmp_path / "acknowledged")), seen)
+    return acknowledged, play(plate.after_the_cut(tmp_path / "left", LOST), seen)
+
+
+def test_a_fork_holds_what_a_killed_vmm_had_written(tmp_path: Path) -> None:
+    acknowledged, left = lost_power_after(tmp_path, lambda it: it.handlers.fork("box", ForkRequest(name="twin")))
+    assert left["twin"][1] == acknowledged["twin"][1] == {0: 1, 5: 7}
+
+
+def test_so_does_what_a_rollback_keeps(tmp_path: Path) -> None:
+    acknowledged, left = lost_power_after(
+        tmp_path, lambda it: it.handlers.rollback("box", RollbackRequest(checkpoint=PAST))
+    )
+    (kept,) = (key for key in acknowledged if key not in ("box", PAST))
+    assert left[kept] == acknowledged[kept] == (Kind.ROLLBACK, {0: 1, 5: 7})

@@ -57,6 +57,7 @@ from capsem.service.network import Network
 from capsem.service.pool import Order, Pool
 from capsem.service.templates import Templates
 from capsem.service.vm import READY_LIMIT, Vm
+from capsem.store import durable
 from capsem.store.layout import CheckpointDir
 from capsem.store.locks import try_lock
 from capsem.tracing import span
@@ -435,6 +436,7 @@ class Lifecycle(Commands):
                 log.info("%s went on in a new layer, paused for %.3f s", source.id, added.pause)
                 source.reload()
             else:
+                await self._sync_top(source)
                 source.rewrite(layers=(*frozen, layer))
         except BaseException:
             lock = try_lock(
@@ -447,6 +449,11 @@ class Lifecycle(Commands):
                 lock.release()
             raise
         return frozen
+
+    async def _sync_top(self, vm: Vm) -> None:
+        """Before anybody builds on the top layer of a VM that does not run: a VMM that was killed may have left there what no
+        disk has yet, and what is built on it must not outlive it. Raises OSError."""
+        await asyncio.to_thread(durable.sync_file, self._fleet.layout.layer(vm.record.layers[-1]))
 
     async def run(self, request: RunRequest) -> ExecResponse:
         """A command in a VM made for it alone."""

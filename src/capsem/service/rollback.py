@@ -65,12 +65,13 @@ class Rollback(Checkpoints):
             if not self._store.read(present).visible(vm.record.kept):
                 vm.rewrite(kept=(*vm.record.kept, present))
             return present
-        return self._keep_disk(vm)
+        return await self._keep_disk(vm)
 
-    def _keep_disk(self, vm: Vm) -> str:
+    async def _keep_disk(self, vm: Vm) -> str:
         """A checkpoint without memory of a VM that does not run; the caller gives it other layers."""
         record = vm.record
         try:
+            await self._sync_top(vm)
             draft = self._store.prepare(self._fleet.system.entropy.token_bytes(16).hex())
             try:
                 checkpoint = Checkpoint.of(
