@@ -141,6 +141,11 @@ class Checkpoint:
         """Whether people see it; `kept` are hidden ones that its VM's owner wants to see."""
         return not self.hidden or self.id in kept
 
+    def place(self, kept: Collection[str] = ()) -> str | None:
+        """Where a VM is in the tree that people see, when this is where it is: here, or, if they do not see this one, which
+        may soon be gone, where it had come from."""
+        return self.id if self.visible(kept) else self.parent
+
     @property
     def layer_ids(self) -> tuple[str, ...]:
         """The volume."""
@@ -158,7 +163,10 @@ class Checkpoint:
     def require(self, machine: Mapping[str, Any]) -> None:
         """Refuse to restore RAM on a host that differs. Raises WrongState with the way out."""
         if not self.warm:
-            raise WrongState(f"checkpoint {self.id[:12]} holds no memory", hint="start the VM cold from it")
+            raise WrongState(
+                f"checkpoint {self.id[:12]} holds no memory",
+                hint=f"`capsem fork --cold --at {self.id[:12]}` makes a VM of its disk, `capsem rollback` goes back to that",
+            )
         if differences := self.differences(machine):
             raise WrongState(
                 f"checkpoint {self.id[:12]} cannot be restored on this host: {'; '.join(differences)}",

@@ -51,7 +51,8 @@ class VmRecord:
     boot_note: str | None = None  # why it was not warm though it could have been
     checkpoint: str | None = None  # suspended in; resuming from; while it runs: last resumed from
     saving: str | None = None  # while suspending: the checkpoint that is being made
-    current: str | None = None  # the newest checkpoint on the way to where the VM is now: the next one's parent
+    # The newest checkpoint that people see (or saw) on the way to where the VM is now: the next one's parent.
+    current: str | None = None
     kept: tuple[str, ...] = ()  # checkpoints made by a suspend that the owner wants to see
     # While it runs: layers that its machine still reads, for which the volume names an equivalent by now.
     attached: tuple[str, ...] = ()

@@ -189,15 +189,23 @@ class Checkpoints(Lifecycle):
         async with vm.turn:
             checkpoint = self._store.find(vm_id, request.checkpoint)
             if self._fleet.is_referenced(checkpoint.id):
-                users = [
-                    it.id for it in self._fleet.known() if checkpoint.id in (it.record.checkpoint, it.record.saving)
-                ]
-                raise WrongState(
-                    f"checkpoint {checkpoint.id[:12]} is what {', '.join(users) or vm_id} came from last",
-                    hint="suspend or stop that VM first: it then needs it no more",
-                )
+                raise self._needed(checkpoint.id)
             self._fleet.remove_checkpoint(checkpoint)
         await self._fleet.made_room()
+
+    def _needed(self, checkpoint_id: str) -> WrongState:
+        """By whom, and what would change that."""
+        users = [it for it in self._fleet.known() if checkpoint_id in (it.record.checkpoint, it.record.saving)]
+        if not users:
+            return WrongState(
+                f"checkpoint {checkpoint_id[:12]} is being read, for a fork, a rollback, an export or a check",
+                hint="try again when that is done",
+            )
+        first = "suspend or stop" if all(it.running for it in users) else "resume, and then suspend or stop,"
+        return WrongState(
+            f"checkpoint {checkpoint_id[:12]} is what {', '.join(it.id for it in users)} came from last",
+            hint=f"{first} {'that VM' if len(users) == 1 else 'those VMs'} first: it is then needed no more",
+        )
 
     async def verify_checkpoint(self, vm_id: str, request: OneCheckpointRequest) -> None:
         """Read all of a checkpoint and hold it against its checksums. Raises Corrupt."""

@@ -46,13 +46,14 @@ class Rollback(Checkpoints):
         if not was_running:
             return answer
         resumed = await self.resume(vm_id)
+        note = None if target.warm else "the checkpoint holds no memory"
         return RollbackResponse(
             success=True,
             checkpoint=target.id,
             saved=saved,
             running=True,
             boot_kind=resumed.boot_kind,
-            boot_note=resumed.boot_note,
+            boot_note=resumed.boot_note or note,
         )
 
     async def _keep_present(self, vm: Vm) -> str:
@@ -92,13 +93,13 @@ class Rollback(Checkpoints):
 
     def _go_back(self, vm: Vm, target: Checkpoint) -> None:
         """The one write that makes it so."""
-        before = vm.record.layers
+        before, place = vm.record.layers, target.place(vm.record.kept)
         if target.warm:
             state = step(vm.record.state, Event.ROLL_BACK)
-            vm.rewrite(state=state, layers=target.layer_ids, checkpoint=target.id, current=target.id, last_exit=None)
+            vm.rewrite(state=state, layers=target.layer_ids, checkpoint=target.id, current=place, last_exit=None)
         else:
             suspended = vm.record.state == State.SUSPENDED
             state = step(vm.record.state, Event.FORGET) if suspended else vm.record.state
             layer = self._maker.new_layer(vm.record)
-            vm.rewrite(state=state, layers=(*target.layer_ids, layer), checkpoint=None, current=target.id)
+            vm.rewrite(state=state, layers=(*target.layer_ids, layer), checkpoint=None, current=place)
         self._fleet.remove_layers(before)

@@ -63,7 +63,7 @@ def _suspended(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a record says of a VM that is suspended in a checkpoint."""
     return {
         "checkpoint": checkpoint.id,
-        "current": checkpoint.id,
+        "current": checkpoint.place(),
         "saving": None,
         "freezing": False,
         "layers": checkpoint.layer_ids,
@@ -285,7 +285,7 @@ class Changes(Owned):
                 self._work_done()
 
     def _note_current(self, checkpoint: Checkpoint) -> None:
-        self._record = replace(self._record, current=checkpoint.id, freezing=False)
+        self._record = replace(self._record, current=checkpoint.place(), freezing=False)
         self.recording.lifecycle("checkpoint", self._record.state, f"{checkpoint.id} ({checkpoint.kind})")
         try:
             records.write(self._names.session, self._record)
