@@ -58,13 +58,23 @@ def _checkpoints(given: Bench) -> list[Row]:
 
 def _pauses(given: Bench) -> list[Row]:
     with service(given.directory / "u") as (client, _):
-        amounts = [0, 100] if given.few else [0, 10, 100, 500]
+        amounts = [0, 100] if given.few else [0, 1, 10, 100, 1000]
         return checkpoints.pauses(client, given.directory, given.accelerator, 2048, amounts)
 
 
 def _forks(given: Bench) -> list[Row]:
     with service(given.directory / "f", CAPSEM_MAX_CONCURRENT_VMS="100") as (client, _):
-        return checkpoints.forks(client, [1, 3] if given.few else [1, 20])
+        return checkpoints.forks(client, [1, 3] if given.few else [1, 10, 30])
+
+
+def _growth(given: Bench) -> list[Row]:
+    with service(given.directory / "g", CAPSEM_MAX_CONCURRENT_VMS="100") as (client, _):
+        rows = []
+        for ram_mb in (2048,) if given.few else (2048, 8192):  # four times and sixteen times what "checkpoints" has
+            rows += checkpoints.beside_the_floor(client, given.directory, given.accelerator, ram_mb, given.runs(3))
+        amounts = [1, 10] if given.few else [1, 10, 100, 1000]
+        rows += checkpoints.by_change(client, given.directory, given.accelerator, amounts, given.runs(2))
+        return rows + checkpoints.by_depth(client, [1, 3] if given.few else [1, 10, 50])
 
 
 def _transfer(given: Bench) -> list[Row]:
@@ -118,6 +128,7 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "warm": _warm,
     "checkpoints": _checkpoints,
     "pauses": _pauses,
+    "growth": _growth,
     "forks": _forks,
     "transfer": _transfer,
     "large": _large,

@@ -4,7 +4,9 @@ The floors (bench.bare), each run beside ours in turn on the same host:
 
     suspend   stop, device state, the pages that the guest has changed, fsync of all that is kept, quit and reaped; a second
               one before all that has the guest flush its file systems, as ours has, and ask for nothing else
-    resume    a new layer, QEMU started and the state taken in, cont, and the end of the first `bash -c true` in the guest
+    resume    a new layer, QEMU started and the state taken in, cont, and the end of the first `bash -c true` in the guest; a
+              second one whose guest before that takes the time and entropy, reads, writes and flushes a block of its
+              volume, and reads its kernel's log, as ours has to, and nothing else
     pause     stop, a new layer, device state, the changed pages copied into memory that is there, cont
 
 Then how ours grows: with RAM, with what the guest has changed, with the depth of the layer chain, with the number of forks.
@@ -73,9 +75,9 @@ def beside_the_floor(client: Client, directory: Path, accelerator: Accelerator, 
     client.call("exec", vm_id=vm_id, body={"command": "true"})
     cycle(client, vm_id)
     suspends, resumes, forks, used = ([[], []] for _ in range(4))  # ours, the floor's
-    flushed = []
+    flushed, examined = [], []
     for _ in range(runs):
-        floor.resume(point)
+        examined.append(floor.resume(point, examine=True))
         time.sleep(SETTLE)
         took, point = floor.suspend(flush=True)
         flushed.append(took)
@@ -104,6 +106,7 @@ def beside_the_floor(client: Client, directory: Path, accelerator: Accelerator, 
         Row("  the same, beside a floor whose guest is flushed (ms)", suspends[0], flushed),
         Row(f"resume to first exec, {ram_mb} MiB (ms)", *resumes, "1.3 x, under 500"),
         Row("  of that, the VMM's processor time (ms)", *used),
+        Row("  the same, beside a floor whose guest is examined (ms)", resumes[0], examined),
         Row(f"live fork to first exec beside resume, {ram_mb} MiB (ms)", *forks, "1.3 x"),
     ]
 
@@ -130,26 +133,48 @@ def pauses(client: Client, directory: Path, accelerator: Accelerator, ram_mb: in
     return rows
 
 
-def growth(client: Client, amounts: Sequence[int], depths: Sequence[int]) -> list[Row]:
-    """A suspend by what has changed since the resume; a resume by the depth of the chain."""
-    rows, vm_id = [], "grown"
-    client.call("provision", body={"name": vm_id, "persistent": True, "ram_mb": 2048, "cpus": 1})
+def by_change(
+    client: Client, directory: Path, accelerator: Accelerator, amounts: Sequence[int], runs: int
+) -> list[Row]:
+    """A suspend by what the guest has changed since the resume."""
+    rows, vm_id = [], "changed"
+    with contextlib.closing(
+        BareMachine(Catalog.from_environment(os.environ).find(), directory, accelerator, 2048)
+    ) as floor:
+        floor.do("true; sync")
+        _, point = floor.suspend()
+        client.call("provision", body={"name": vm_id, "persistent": True, "ram_mb": 2048, "cpus": 1})
+        client.call("exec", vm_id=vm_id, body={"command": "true"})
+        cycle(client, vm_id)
+        for megabytes in amounts:
+            ours, floors = [], []
+            for _ in range(runs):
+                floor.resume(point)
+                floor.do(DIRTY % megabytes)
+                time.sleep(SETTLE)
+                took, point = floor.suspend()
+                floors.append(took)
+                dirty(client, vm_id, megabytes)
+                time.sleep(SETTLE)
+                ours.append(cycle(client, vm_id)[0])
+            rows.append(Row(f"suspend, 2048 MiB, {megabytes} MB changed since the resume (ms)", ours, floors))
+    client.call("delete", vm_id=vm_id)
+    return rows
+
+
+def by_depth(client: Client, depths: Sequence[int]) -> list[Row]:
+    """A resume by the depth of the chain."""
+    rows, vm_id = [], "deep"
+    client.call("provision", body={"name": vm_id, "persistent": True, "ram_mb": 512, "cpus": 1})
     client.call("exec", vm_id=vm_id, body={"command": "true"})
-    cycle(client, vm_id)
-    for megabytes in amounts:
-        times = []
-        for _ in range(2):
-            time.sleep(SETTLE)
-            dirty(client, vm_id, megabytes)
-            times.append(cycle(client, vm_id)[0])
-        rows.append(Row(f"suspend, 2048 MiB, {megabytes} MB changed since the resume (ms)", times))
-    client.call("exec", vm_id=vm_id, body={"command": "rm -f /dev/shm/dirty"})
     for depth in depths:
         while len(client.call("checkpoints", vm_id=vm_id)["checkpoints"]) < depth:
             client.call("checkpoint", vm_id=vm_id, body={})
-        rows.append(
-            Row(f"resume to first exec, {depth} checkpoints deep (ms)", [cycle(client, vm_id)[1] for _ in range(3)])
-        )
+        taken = []
+        for _ in range(3):
+            time.sleep(SETTLE)
+            taken.append(cycle(client, vm_id)[1])
+        rows.append(Row(f"resume to first exec, {depth} checkpoints deep (ms)", taken))
     client.call("delete", vm_id=vm_id)
     return rows
 
@@ -194,13 +219,13 @@ def said(rows: list[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--ram", type=int, nargs="+", default=[512, 2048, 4096], help="MiB")
+    parser.add_argument("--ram", type=int, nargs="+", default=[512, 2048, 8192], help="MiB")
     parser.add_argument("--dirty", type=int, nargs="+", default=[1, 10, 100, 1000], help="MB")
     parser.add_argument("--depth", type=int, nargs="+", default=[1, 10, 50])
     parser.add_argument("--forks", type=int, nargs="+", default=[1, 10, 30])
-    parser.add_argument("--only", choices=("floor", "pause", "growth", "forks"), action="append")
+    parser.add_argument("--only", choices=("floor", "pause", "change", "depth", "forks"), action="append")
     arguments = parser.parse_args()
-    wanted = arguments.only or ["floor", "pause", "growth", "forks"]
+    wanted = arguments.only or ["floor", "pause", "change", "depth", "forks"]
     os.environ["CAPSEM_MAX_CONCURRENT_VMS"] = "100"  # for the service below
     with tempfile.TemporaryDirectory() as text, service(Path(text) / "home") as (client, _pid):
         directory = Path(text)
@@ -211,8 +236,10 @@ def main() -> None:
         if "pause" in wanted:
             for megabytes in (0, *arguments.dirty):
                 said(pauses(client, directory, accelerator, 2048, [megabytes]))
-        if "growth" in wanted:
-            said(growth(client, arguments.dirty, arguments.depth))
+        if "change" in wanted:
+            said(by_change(client, directory, accelerator, arguments.dirty, arguments.runs))
+        if "depth" in wanted:
+            said(by_depth(client, arguments.depth))
         if "forks" in wanted:
             said(forks(client, arguments.forks))
 

@@ -22,6 +22,7 @@ TITLES = {
     "warm": "From a template, and from the pool",
     "checkpoints": "Suspend, resume, fork",
     "pauses": "The pause of a checkpoint",
+    "growth": "How suspends and resumes grow",
     "forks": "Many forks of one VM",
     "transfer": "10 MB in and out",
     "large": "100 MB in and out",

@@ -45,13 +45,6 @@ COMMIT_CRASH = "tests/crash/test_checkpoints_crash.py::test_a_commit"
 
 MUTANTS = (
     Mutant(
-        "a dead machine's memory is saved",
-        "hypervisor/qemu/machine.py",
-        "                await self._command(self._monitor.status())\n",
-        "                pass\n",
-        "tests/vm/test_qemu_save.py::test_a_qemu_that_is_killed_during_a_save_is_not_saved",
-    ),
-    Mutant(
         "gate off",
         "service/gate.py",
         "self._off = path is None and not overlap",
