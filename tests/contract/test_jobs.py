@@ -13,6 +13,7 @@ from agent_bench import Bench
 from capsem.model.errors import Interrupted, NotFound
 from capsem.store.jobs import decode, encode
 from capsem.supervisor.jobs import FINISHED_KEPT, Follower, Job, JobTable, saved_jobs
+from capsem.supervisor.server import job_list
 from capsem.wire.messages import STDERR, STDOUT, Exec, Exited, Reattach
 
 Run = Callable[..., None]
@@ -68,7 +69,9 @@ def test_a_job_goes_on_through_an_epoch_and_its_followers_notice_nothing(with_ag
         for size in (50_000, 400_000, 900_000):
             await until(lambda size=size: len(reader.stdout) > size)  # type: ignore[misc]
             await begin_anew(bench)
+        assert job_list(table, 0.0).followed == ["mine"]
         ended = await reader.ending
+        assert job_list(table, 0.0).followed == []
         assert (reader.stdout, bytes(reader.content[STDERR])) == (numbers(300_000), b"done\n")
         assert (ended.exit_code, ended.dropped, ended.running) == (5, 0, False)
 

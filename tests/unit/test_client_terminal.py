@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from capsem.api import stream
 from capsem.cli.forward import Ports, parse_ports
+from capsem.cli.shell import newest_left
 from capsem.cli.show import added
 from capsem.client.terminal import Escape
 from capsem.model.errors import InvalidInput
@@ -33,6 +34,17 @@ def test_escape(typed: bytes, sent: bytes, left: bool) -> None:
             more, gone = escape.feed(bytes([key]))
             out += more
     assert (out, gone) == (sent, left)
+
+
+@pytest.mark.parametrize(
+    ("followed", "wanted"),
+    [((), "shell-2"), (("shell-2",), "shell-1"), (("shell-1",), "shell-2"), (("shell-1", "shell-2"), "shell-2")],
+)
+def test_the_shell_to_go_back_to(followed: tuple[str, ...], wanted: str) -> None:
+    others = [{"id": "shell-0", "running": False}, {"id": "mine", "running": True}]
+    assert newest_left(others) is None
+    shells = [{"id": each, "running": True, "followed": each in followed} for each in ("shell-1", "shell-2")]
+    assert newest_left([*others, *shells, {"id": "shell-3", "running": False}]) == wanted
 
 
 @given(st.binary().filter(lambda data: b"~" not in data))

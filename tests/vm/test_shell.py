@@ -11,7 +11,7 @@ from http.client import HTTPException
 import pytest
 
 from capsem.client.forward import Forwarding
-from real_service import BIN, SMALL, Service
+from real_service import BIN, SMALL, Service, wait_for
 from real_terminal import RealTerminal
 
 
@@ -59,11 +59,17 @@ def test_one_that_was_left_is_gone_back_to(service: Service, desk: str) -> None:
         tty.type(b"mine=here\r~.")
         assert tty.wait() == 0
         assert b"--attach desk" in tty.shown
-    with shell(service, "--attach", desk) as tty:
-        tty.type(b"echo still-$mine\r")
-        tty.expect(b"still-here\r\n")
-        tty.type(b"exit 3\r")
-        assert tty.wait() == 3
+    with shell(service, desk) as other:  # is newer, and was not left
+        other.expect(b"desk:~#")
+        jobs = lambda: service.client.call("jobs", vm_id=desk)["details"]  # noqa: E731
+        wait_for(lambda: [job.get("followed", False) for job in jobs() if job["running"]] == [False, True])
+        with shell(service, "--attach", desk) as tty:
+            tty.type(b"echo still-$mine\r")
+            tty.expect(b"still-here\r\n")
+            tty.type(b"exit 3\r")
+            assert tty.wait() == 3
+        other.type(b"exit 0\r")
+        assert other.wait() == 0
     gone = service.cli("shell", "--attach", desk)
     assert (gone.returncode, b"no shell was left" in gone.stderr) == (1, True)
 

@@ -157,11 +157,15 @@ class ForwardResult(Body, frozen=True):
 
 
 class JobInfo(Body, frozen=True):
-    """One command; `command` is how it begins. One that has ended has an exit code, or the error that ended it."""
+    """One command; `command` is how it begins. One that has ended has an exit code, or the error that ended it.
+
+    `followed`: somebody waits for its output, as a terminal does.
+    """
 
     id: str
     command: str
     running: bool
+    followed: bool = False
     exit_code: int | None = None
     error: str | None = None
 

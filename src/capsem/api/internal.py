@@ -198,7 +198,7 @@ class Jobs(Message, tag="jobs"):
 
 
 class JobList(Message, tag="job-list"):
-    """Closes a Jobs stream: the ids, oldest first, then those that still run.
+    """Closes a Jobs stream: the ids, oldest first, then those that still run, and those that somebody follows.
 
     By id: the (beginning of the) command, the exit codes of those that ended, and what else became of some. `idle`: for
     how many seconds no command ran and nobody followed one or moved files; None: that was not watched.
@@ -206,6 +206,7 @@ class JobList(Message, tag="job-list"):
 
     jobs: list[str]
     running: list[str]
+    followed: list[str] = []
     commands: dict[str, str] = {}
     exit_codes: dict[str, float] = {}
     errors: dict[str, str] = {}

@@ -7,7 +7,7 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 import click
@@ -85,11 +85,17 @@ def _exists(obj: Context, vm: str) -> bool:
 
 
 def _left_before(obj: Context, vm: str) -> str:
-    jobs: list[str] = obj.client().call("jobs", vm_id=vm)["running"]
-    shells = [job for job in jobs if job.startswith(_PREFIX)]
-    if not shells:
+    shell = newest_left(obj.client().call("jobs", vm_id=vm)["details"])
+    if shell is None:
         raise NotFound(f"no shell was left running in {vm}", hint=f"capsem shell {vm} opens one")
-    return shells[-1]
+    return shell
+
+
+def newest_left(jobs: Sequence[Mapping[str, Any]]) -> str | None:
+    """The newest shell of those on which no terminal hangs; if there is none, of all: a dead one may not be noticed yet."""
+    shells = [job for job in jobs if job["running"] and job["id"].startswith(_PREFIX)]
+    left = [job for job in shells if not job.get("followed")] or shells
+    return str(left[-1]["id"]) if left else None
 
 
 def _converse(obj: Context, vm: str, job: str | None, env: dict[str, str]) -> dict[str, Any] | None:

@@ -220,6 +220,7 @@ class Commands:
                 id=job,
                 command=answer.commands.get(job, ""),
                 running=job in answer.running,
+                followed=job in answer.followed,
                 exit_code=None if job not in answer.exit_codes else int(answer.exit_codes[job]),
                 error=answer.errors.get(job),
             )

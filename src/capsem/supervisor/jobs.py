@@ -121,6 +121,11 @@ class Job:
         """Bytes of output in memory."""
         return sum(len(log) for log in self.outputs.values())
 
+    @property
+    def followed(self) -> bool:
+        """Whether somebody waits for its output."""
+        return bool(self._followers)
+
     def _notify(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()

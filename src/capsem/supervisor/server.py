@@ -378,6 +378,7 @@ def job_list(jobs: JobTable, idle: float) -> JobList:
         idle=0.0 if running else idle,
         jobs=[job.id for job in everything],
         running=running,
+        followed=[job.id for job in everything if job.followed],
         commands={job.id: job.command[:COMMAND_SHOWN] for job in everything},
         exit_codes={job.id: job.ended.exit_code for job in everything if isinstance(job.ended, Exited)},
         errors={job.id: job.ended.message[:COMMAND_SHOWN] for job in everything if isinstance(job.ended, CapsemError)},
