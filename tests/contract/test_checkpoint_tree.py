@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from sim_world import SimWorld, sim_world
 
 from capsem.api.checkpoint_types import CheckpointInfo, CheckpointRequest, OneCheckpointRequest, RollbackRequest
 from capsem.api.vm_types import ForkRequest
-from capsem.model.errors import WrongState
+from capsem.model.errors import NotFound, WrongState
 
 Scene = Callable[[SimWorld], Awaitable[None]]
 
@@ -119,5 +119,39 @@ def test_a_checkpoint_without_memory_says_what_it_is_good_for(tmp_path: Path) ->
         await world.handlers.resume("box")
         back = await world.handlers.rollback("box", RollbackRequest(checkpoint=disk))
         assert (back.boot_kind, back.boot_note) == ("cold", "the checkpoint holds no memory")
+
+    play(tmp_path, scene)
+
+
+def test_a_new_vm_has_nothing_of_an_earlier_one_of_its_name(tmp_path: Path) -> None:
+    async def scene(world: SimWorld) -> None:
+        first = await checkpoint(world)
+        await world.handlers.fork("box", ForkRequest(name="kid", live=True, checkpoint=first))
+        await world.handlers.delete("box")
+        await world.create("box")
+        assert await tree(world) == {}
+        with pytest.raises(NotFound):
+            await world.handlers.rollback("box", RollbackRequest(checkpoint=first))
+        await world.handlers.delete("kid")
+        assert not world.fleet.checkpoints.is_committed(first), "nobody needs it any more"
+        second = await checkpoint(world)
+        assert set(await tree(world)) == {second}
+
+    play(tmp_path, scene)
+
+
+def test_an_imported_vm_that_has_its_origins_name_is_a_fork(tmp_path: Path) -> None:
+    async def scene(world: SimWorld) -> None:
+        first = await checkpoint(world)
+        exported = b"".join([data async for data in await world.handlers.export_checkpoint("box", first)])
+        await world.handlers.delete("box")
+
+        async def body() -> AsyncIterator[bytes]:
+            yield exported
+
+        await world.handlers.import_checkpoint("box", body(), trust=True)
+        assert (await world.handlers.resume("box")).boot_kind == "forked"
+        await world.handlers.suspend("box")
+        assert (await world.handlers.resume("box")).boot_kind == "warm"
 
     play(tmp_path, scene)

@@ -46,6 +46,7 @@ WARM = dataclasses.replace(
     pause=0.054321,
     network=MappingProxyType({"preset": "off", "rule": [{"name": "a", "action": "allow", "host": ["a.test"]}]}),
     owner_epoch=3,
+    machine_id="c" * 32,
 )
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from capsem.model.errors import CapsemError, Corrupt, InvalidInput, NotFound
+from capsem.model.spec import VmSpec
+from capsem.model.vm import VmRecord
 from capsem.store import checkpoints as module
 from capsem.store.checkpoints import CheckpointStore
 from capsem.store.layout import CheckpointDir, Layout
@@ -13,6 +15,7 @@ from capsem.store.locks import is_locked, try_lock
 from checkpoint_files import SIZE, add_layer, fill, layout, make, new_id
 
 ID, OTHER, LAYER, SECOND = new_id(1), new_id(2), new_id(11), new_id(12)
+BOX = VmRecord("box", True, VmSpec(), "default", "d", (), 1e9)
 
 
 @pytest.fixture
@@ -192,13 +195,13 @@ def test_a_layer_that_is_gone_or_another_s_is_refused(store: CheckpointStore, wh
 def test_find_takes_a_prefix_of_a_vm_s_own(store: CheckpointStore) -> None:
     first, second = make(store, "abc" + "0" * 29), make(store, "abd" + "0" * 29)
     make(store, "abe" + "0" * 29, vm_id="other")
-    assert store.find("box", "ABC") == first
-    assert store.find("box", second.id) == second
+    assert store.find(BOX, "ABC") == first
+    assert store.find(BOX, second.id) == second
     with pytest.raises(InvalidInput, match="2 checkpoints of box begin with ab"):
-        store.find("box", "ab")
+        store.find(BOX, "ab")
     for missing in ("", "abe", "../etc", "x" * 1000):
         with pytest.raises(NotFound):
-            store.find("box", missing)
+            store.find(BOX, missing)
 
 
 def test_removing_leaves_the_layers_and_can_be_done_again(store: CheckpointStore, where: Layout) -> None:

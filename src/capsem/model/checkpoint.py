@@ -109,6 +109,7 @@ class Checkpoint:
     # The VM's own network policy at that time, for forks; None: made by a Capsem that knew none.
     network: Mapping[str, Any] | None = None
     owner_epoch: int = THIS_HOST
+    machine_id: str | None = None  # of the VM, which tells it from an earlier one of its name; None: it had none yet
 
     @classmethod
     def of(cls, record: VmRecord, **facts: Any) -> Checkpoint:
@@ -124,6 +125,7 @@ class Checkpoint:
             parent=record.current,
             owner_epoch=record.owner_epoch,
             network=record.network,
+            machine_id=record.machine_id or None,
             **facts,
         )
 
@@ -136,6 +138,11 @@ class Checkpoint:
     def hidden(self) -> bool:
         """Whether people see it only when they ask for everything."""
         return self.kind in HIDDEN
+
+    def is_of(self, record: VmRecord) -> bool:
+        """Whether it is this VM's, and not of an earlier one of its name, whose forks may still need it."""
+        known = bool(self.machine_id and record.machine_id)
+        return self.vm_id == record.id and (not known or self.machine_id == record.machine_id)
 
     def visible(self, kept: Collection[str] = ()) -> bool:
         """Whether people see it; `kept` are hidden ones that its VM's owner wants to see."""

@@ -199,6 +199,8 @@ def read_manifest(data: bytes) -> Checkpoint:
         (checkpoint.created_at, (int, float)),
         (checkpoint.pause or 0, (int, float)),
     ]
+    if checkpoint.machine_id is not None:
+        kinds.append((checkpoint.machine_id, str))
     if memory is not None:
         kinds += [(memory.size, int), (memory.written, int), (memory.digest, str)]
     if devices is not None:

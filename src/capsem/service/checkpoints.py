@@ -159,7 +159,7 @@ class Checkpoints(Lifecycle):
 
     def _list(self, vm: Vm, hidden: bool) -> list[CheckpointInfo]:
         everything = self._store.all()
-        mine = [each for each in everything if each.vm_id == vm.id]
+        mine = [each for each in everything if each.is_of(vm.record)]
         named = [layer for each in everything for layer in each.layer_ids]
         named += [layer for other in self._fleet.known() for layer in other.record.layers]
         return [self._describe(vm, each, named) for each in mine if hidden or each.visible(vm.record.kept)]
@@ -187,7 +187,7 @@ class Checkpoints(Lifecycle):
         """Remove a checkpoint; what others share with it stays. Raises WrongState when a VM needs it."""
         vm = self._vm("remove_checkpoint", vm_id)
         async with vm.turn:
-            checkpoint = self._store.find(vm_id, request.checkpoint)
+            checkpoint = self._store.find(vm.record, request.checkpoint)
             if self._fleet.is_referenced(checkpoint.id):
                 raise self._needed(checkpoint.id)
             self._fleet.remove_checkpoint(checkpoint)
@@ -209,8 +209,8 @@ class Checkpoints(Lifecycle):
 
     async def verify_checkpoint(self, vm_id: str, request: OneCheckpointRequest) -> None:
         """Read all of a checkpoint and hold it against its checksums. Raises Corrupt."""
-        self._vm("verify_checkpoint", vm_id)
-        checkpoint = self._store.find(vm_id, request.checkpoint)
+        vm = self._vm("verify_checkpoint", vm_id)
+        checkpoint = self._store.find(vm.record, request.checkpoint)
         with self._fleet.pinned(checkpoint.id):
             await asyncio.to_thread(self._store.verify, checkpoint.id)
 

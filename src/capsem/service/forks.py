@@ -87,7 +87,7 @@ class Forks(Rollback):
             async with source.turn:
                 if source.deleted:
                     raise unknown_vm(source.id)
-                checkpoint = self._store.find(source.id, request.checkpoint or "")
+                checkpoint = self._store.find(source.record, request.checkpoint or "")
                 self._store.check_layers(checkpoint)
                 child = self._maker.make_child(
                     request.name,
@@ -111,7 +111,7 @@ class Forks(Rollback):
             if source.deleted:
                 raise unknown_vm(source.id)
             if request.checkpoint is not None:
-                found = self._store.find(source.id, request.checkpoint).id
+                found = self._store.find(source.record, request.checkpoint).id
             elif source.running:
                 with self._fleet.saving(source.id):
                     made = await self._save_live(source, Save(kind=Kind.FORK, go_on=True), "fork")

@@ -83,6 +83,8 @@ class Holdings:
         owners = {vm.id: vm for vm in self._vms.values() if not vm.deleted}
         for checkpoint in self.checkpoints.all():
             owner = owners.get(checkpoint.vm_id)
+            if owner is not None and not checkpoint.is_of(owner.record):
+                owner = None
             if checkpoint.kind == Kind.TEMPLATE:
                 continue  # see service.templates
             if owner is not None and (owner.id in self._saving or checkpoint.visible(owner.record.kept)):
@@ -147,7 +149,7 @@ class Holdings:
         others = [other for other in self._vms.values() if other is not vm and not other.deleted]
         lasting = {layer for other in others for layer in other.layers}
         for checkpoint in self.checkpoints.all():
-            hidden = checkpoint.vm_id == vm.id and not checkpoint.visible(vm.record.kept)
+            hidden = checkpoint.is_of(vm.record) and not checkpoint.visible(vm.record.kept)
             if not hidden or any(other.record.checkpoint == checkpoint.id for other in others):
                 lasting.update(checkpoint.layer_ids)
         return lasting

@@ -23,7 +23,7 @@ class Rollback(Checkpoints):
         async with vm.turn:
             if vm.deleted:
                 raise unknown_vm(vm_id)
-            target, _files = self._store.open(self._store.find(vm_id, request.checkpoint).id)
+            target, _files = self._store.open(self._store.find(vm.record, request.checkpoint).id)
             if target.warm:
                 await self._maker.check_restorable(vm.record, target)
             was_running, saved = vm.running, None

@@ -124,7 +124,7 @@ class Timers:
     async def _made(self, vm: Vm) -> dict[str, float]:
         """The automatic checkpoints of a VM, and when they were made."""
         found = await asyncio.to_thread(self._fleet.checkpoints.all)
-        return {it.id: it.created_at for it in found if it.vm_id == vm.id and it.kind == Kind.AUTOMATIC}
+        return {it.id: it.created_at for it in found if it.is_of(vm.record) and it.kind == Kind.AUTOMATIC}
 
     async def _do(self, vm: Vm, due: Due) -> None:
         if due == Due.SUSPEND:

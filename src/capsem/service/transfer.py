@@ -35,8 +35,8 @@ class Transfer(Forks):
 
     async def export_checkpoint(self, vm_id: str, checkpoint: str) -> AsyncGenerator[bytes, None]:
         """One stream. Raises NotFound, Corrupt, at once; the checkpoint is kept until the stream is closed."""
-        self._vm("export_checkpoint", vm_id)
-        found, _files = self._store.open(self._store.find(vm_id, checkpoint).id)
+        vm = self._vm("export_checkpoint", vm_id)
+        found, _files = self._store.open(self._store.find(vm.record, checkpoint).id)
         return self._export(found)
 
     async def _export(self, checkpoint: Checkpoint) -> AsyncGenerator[bytes, None]:

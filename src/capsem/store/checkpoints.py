@@ -20,6 +20,7 @@ from typing import Final
 from capsem.model.checkpoint import Checkpoint, FrozenLayer, Part, checkpoint_from_json
 from capsem.model.errors import CapsemError, Corrupt, InvalidInput, NotFound
 from capsem.model.ids import check_object_id
+from capsem.model.vm import VmRecord
 from capsem.store import durable, layer_sums, ram
 from capsem.store.layout import CheckpointDir, Layout
 from capsem.store.locks import Lock, try_lock
@@ -233,13 +234,15 @@ class CheckpointStore:
         self._known, self.unreadable = found, unreadable
         return sorted(found.values(), key=lambda each: (each.created_at, each.id))
 
-    def find(self, vm_id: str, prefix: str) -> Checkpoint:
+    def find(self, owner: VmRecord, prefix: str) -> Checkpoint:
         """The one checkpoint of a VM whose id begins so. Raises NotFound, InvalidInput (several do)."""
-        found = [each for each in self.all() if each.vm_id == vm_id and each.id.startswith(prefix.lower())]
+        found = [each for each in self.all() if each.is_of(owner) and each.id.startswith(prefix.lower())]
         if not found or not prefix:
-            raise NotFound(f"{vm_id} has no checkpoint {prefix[:40]!r}", hint=f"capsem checkpoints {vm_id}")
+            raise NotFound(f"{owner.id} has no checkpoint {prefix[:40]!r}", hint=f"capsem checkpoints {owner.id}")
         if len(found) > 1:
-            raise InvalidInput(f"{len(found)} checkpoints of {vm_id} begin with {prefix}", hint="give more of the id")
+            raise InvalidInput(
+                f"{len(found)} checkpoints of {owner.id} begin with {prefix}", hint="give more of the id"
+            )
         return found[0]
 
     # -- removing

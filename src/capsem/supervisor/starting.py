@@ -57,7 +57,8 @@ class Starting(Changes):
             guest = checkpoint.guest
             mark = checkpoint.id if guest.synced else None
             restored = Restored(guest.epoch, bytes.fromhex(guest.next_nonce), mark, guest.frozen)
-            if checkpoint.vm_id == self._record.id:
+            # One that has never run is a fork, though it may have the name that its origin had.
+            if self._record.machine_id and checkpoint.is_of(self._record):
                 kind, token = "warm", guest.token
             else:
                 kind = "template" if checkpoint.kind == Kind.TEMPLATE else "forked"
