@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -435,6 +436,25 @@ def test_on_a_terminal_waiting_is_shown_and_taken_back(service: FakeService, int
     assert b"\rrunning in a new VM ... 1 s" in shown
     assert b"\x1b" not in shown
     assert shown.endswith(b"\n" if interrupted else b" \r")
+
+
+@pytest.mark.parametrize(("size", "wanted"), [((0, 0), b"broken"), ((24, 12), b"broken"), ((4, 80), b"box")])
+def test_top_fits_the_terminal_and_one_that_does_not_tell_its_size(
+    service: FakeService, size: tuple[int, int], wanted: bytes
+) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, size)
+    process = start(service, "top", stdout=theirs)
+    os.close(theirs)
+    shown = _on_a_terminal(process, ours, wanted)
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    os.close(ours)
+    assert shown.startswith(b"\x1b[H\x1b[JID")
+    assert wanted in shown
+    if size[0]:
+        assert (b"broken" in shown) == (size[0] > 5)
+        assert max(map(len, shown.removeprefix(b"\x1b[H\x1b[J").splitlines())) <= size[1]
 
 
 def test_version_as_an_option() -> None:

@@ -68,8 +68,8 @@ def top_command(obj: Context, as_json: bool, interval: float) -> None:
         if not live:
             click.echo("\n".join(lines))
             return
-        rest, width = os.get_terminal_size().lines - 2, os.get_terminal_size().columns
-        click.echo("\x1b[H\x1b[J" + "\n".join(line[:width] for line in lines[:rest]))
+        width, height = os.get_terminal_size()  # 0 on one that was not told, as in `script` and `docker -t`
+        click.echo("\x1b[H\x1b[J" + "\n".join(line[: width or 80] for line in lines[: (height or 24) - 2]))
         time.sleep(interval)
 
 
