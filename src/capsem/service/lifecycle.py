@@ -303,11 +303,24 @@ class Lifecycle(Commands):
                     if vm.record.state == State.SUSPENDED and not request.cold:
                         await self._restore(vm)
                     else:
-                        await self._start(vm)
+                        self._check_disk(vm)
+                        lost = vm.record.failure if vm.record.state == State.FAILED else None
+                        await self._start(vm, Boot(note=f"its last run failed: {lost}") if lost else COLD)
                 except CapsemError as error:
                     raise type(error)(f"resume failed: {error.message}", hint=error.hint) from error
         await self._wait_ready(vm, READY_LIMIT)
         return self._provisioned(vm)
+
+    def _check_disk(self, vm: Vm) -> None:
+        """Before the memory of a suspended VM is given up: is its disk what was frozen, as far as headers tell? Where the
+        manifest cannot be read, nobody knows. Raises Corrupt."""
+        if vm.record.state == State.SUSPENDED:
+            try:
+                checkpoint = self._fleet.checkpoints.read(vm.record.checkpoint or "")
+            except CapsemError as error:
+                log.warning("%s is started cold, and its layers are not checked: %s", vm.id, error)
+            else:
+                self._fleet.checkpoints.check_layers(checkpoint)
 
     async def stop(self, vm_id: str) -> StopResponse:
         """Power off and wait until every process and socket is gone. Raises NotRunning."""
