@@ -59,6 +59,7 @@ from capsem.service.host import Host
 from capsem.service.ledgers import Ledgers
 from capsem.service.network import Network
 from capsem.service.policies import Policies
+from capsem.service.protocol import Protocol
 from capsem.service.secret_desk import SecretDesk
 from capsem.service.secrets import Secrets
 from capsem.service.traces import Traces
@@ -328,7 +329,7 @@ class FakeService:
             uvicorn.Config(
                 self.app,
                 uds=str(path),
-                http="httptools",
+                http=Protocol,
                 loop="asyncio",
                 log_config=None,
                 access_log=False,

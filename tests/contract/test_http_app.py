@@ -165,6 +165,17 @@ def test_wrong_method_says_which_is_allowed(service: FakeService) -> None:
     assert "allow: POST" in service.request("GET", "/run")[2]
 
 
+@pytest.mark.parametrize("line", [b"GET /files/box/content?path=\xc3\xbc HTTP/1.1", b"hello", b"GET / HTTP/9"])
+def test_what_is_no_http_is_refused_like_everything_else(service: FakeService, line: bytes) -> None:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(service.path))
+        connection.sendall(line + b"\r\nHost: x\r\n\r\n")
+        answer = _answer(connection)
+        said = json.loads(answer.read())
+    assert (answer.status, answer.headers["content-type"], said["code"]) == (400, "application/json", "invalid_input")
+    assert said["error"] == f"{said['message']} ({said['hint']})"
+
+
 def test_unknown_fields_and_nulls_are_ignored(service: FakeService) -> None:
     body = b'{"command":"exit 4","timeout_secs":null,"colour":{"deep":[1,2]}}'
     assert service.request("POST", "/exec/box", body)[1]["exit_code"] == 4

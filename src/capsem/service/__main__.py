@@ -31,6 +31,7 @@ from capsem.service.gate import Gate
 from capsem.service.handlers import Handlers
 from capsem.service.launch import Launcher, find_process_binary, passed_on
 from capsem.service.ledgers import Ledgers
+from capsem.service.protocol import Protocol
 from capsem.service.spares import Spares
 from capsem.service.streamed import unexpected
 from capsem.service.timers import Timers
@@ -266,7 +267,7 @@ def make_server(handlers: Handlers) -> uvicorn.Server:
         date_header=False,
         server_header=False,
         timeout_graceful_shutdown=int(DRAIN_LIMIT),
-        http="httptools",
+        http=Protocol,
     )
     config.load()
     logging.getLogger("uvicorn.error").addFilter(unexpected)
