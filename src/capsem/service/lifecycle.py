@@ -466,7 +466,8 @@ class Lifecycle(Commands):
     async def _sync_top(self, vm: Vm) -> None:
         """Before anybody builds on the top layer of a VM that does not run: a VMM that was killed may have left there what no
         disk has yet, and what is built on it must not outlive it. Raises OSError."""
-        await asyncio.to_thread(durable.sync_file, self._fleet.layout.layer(vm.record.layers[-1]))
+        if vm.record.layers:  # of a record that cannot be read none is known, as who rewrites it will say
+            await asyncio.to_thread(durable.sync_file, self._fleet.layout.layer(vm.record.layers[-1]))
 
     async def run(self, request: RunRequest) -> ExecResponse:
         """A command in a VM made for it alone."""
