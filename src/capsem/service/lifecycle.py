@@ -452,9 +452,8 @@ class Lifecycle(Commands):
                 await self._sync_top(source)
                 source.rewrite(layers=(*frozen, layer))
         except BaseException:
-            lock = try_lock(
-                self._fleet.layout.naming_lock
-            )  # a layer that the supervisor may just take stays, for a sweep
+            # A layer that the supervisor may just take stays, for a sweep.
+            lock = try_lock(self._fleet.layout.naming_lock)
             if lock is not None:
                 source.reload()
                 if layer not in source.record.layers:
